@@ -1,0 +1,30 @@
+# Two targets do all the set-up: `make quickstart` and `make test`. Both leave their environment in
+# .venv and install again only when what they install from has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without compiling: pip would compile the whole of torch and ray, most of which is never imported.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+.PHONY: quickstart test clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/telescope run quickstart
+
+test: $(VENV)/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP_INSTALL) --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,28 @@
+"""Telescoping muP sweeps for Muon: tune small, transfer to the one large run."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from telescope.api import Ladder
+    from telescope.records import Choice, Point, Result, Status, Trial
+    from telescope.spec import Spec
+
+_PUBLIC = {
+    "Choice": "telescope.records",
+    "Ladder": "telescope.api",
+    "Point": "telescope.records",
+    "Result": "telescope.records",
+    "Spec": "telescope.spec",
+    "Status": "telescope.records",
+    "Trial": "telescope.records",
+}
+
+__all__ = ["Choice", "Ladder", "Point", "Result", "Spec", "Status", "Trial"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import telescope` costs nothing."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'telescope' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

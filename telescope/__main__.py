@@ -1,0 +1,5 @@
+"""`python -m telescope`."""
+
+from telescope.cli import main
+
+main()

@@ -1,0 +1,117 @@
+"""The Python API: a ladder that asks for trials and is told their losses, and its transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from telescope.errors import RefusedError, TrialError
+from telescope.ladder.ladder import Ladder as PureLadder
+from telescope.ladder.ladder import replay
+from telescope.records import Choice, Result, Status, Trial
+from telescope.spec import Spec
+
+if TYPE_CHECKING:
+    from telescope.transfer.settings import Transfer
+
+
+class Ladder:
+    """The telescoping ladder for any training loop.
+
+    >>> spec = Spec.load("quickstart")
+    >>> ladder = Ladder(spec)
+    >>> while trials := ladder.ask():
+    ...     for trial in trials:
+    ...         ladder.tell(trial, loss=2.0 + (trial.lr - 0.1) ** 2)
+    >>> [choice.width for choice in ladder.choices]
+    [32, 64, 128]
+    """
+
+    def __init__(self, spec: Spec, results: Iterable[Result] = ()) -> None:
+        """Start a ladder, or go on with one.
+
+        Args:
+            spec: the sweep.
+            results: results of an earlier ladder of the same spec; those asked for are reused.
+        """
+        self.spec = spec
+        self._ladder = replay(spec.ladder_spec, results)
+
+    def ask(self) -> list[Trial]:
+        """The open stage's trials still unanswered; [] when the ladder is finished or stuck."""
+        return list(self._ladder.ask())
+
+    def tell(
+        self,
+        trial: Trial,
+        *,
+        loss: float | None = None,
+        status: str | Status | None = None,
+        reason: str = "",
+    ) -> None:
+        """Answer a trial; the order of answers never matters.
+
+        Args:
+            trial: one that `ask` gave.
+            loss: its final loss, any unit that is lower for better; finite.
+            status: "diverged" (the point's fault: ranks last) or "failed" (the machine's fault:
+                never ranked) instead of a loss.
+            reason: why it diverged or failed.
+
+        Raises:
+            TrialError: the trial was never asked for, or loss and status do not fit together.
+        """
+        try:
+            status = Status(status) if status else Status.COMPLETE
+            result = Result(trial, status, loss=loss, reason=reason)
+        except ValueError as error:
+            raise TrialError(f"tell({trial}): {error}") from error
+        self._ladder.tell(result)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """One per finished stage."""
+        return tuple(self._ladder.choices)
+
+    @property
+    def stuck(self) -> str | None:
+        """Why the ladder cannot go on; None when it can, or is finished."""
+        return self._ladder.stuck
+
+    def transfer(self, width: int | None = None, steps: int | None = None) -> Transfer:
+        """What to use at a width.
+
+        Args:
+            width: the target's width; left out, the spec's.
+            steps: the target's optimizer steps; left out, the spec's. Another number than the
+                sweep's rescales the weight decay.
+
+        Raises:
+            RefusedError: no stage has finished yet.
+            ModelError: the model file cannot be built at this width.
+        """
+        return transfer(self.spec, self._ladder, width=width, steps=steps)
+
+
+def transfer(spec: Spec, ladder: PureLadder, *, width: int | None, steps: int | None) -> Transfer:
+    """The last choice of a ladder, handed over at a width; see `Ladder.transfer`."""
+    if not ladder.choices:
+        why = ladder.stuck or "no stage has finished yet; go on with `telescope run`"
+        raise RefusedError(f"{spec.name}: nothing to transfer: {why}")
+    from telescope.train.model import build_meta
+    from telescope.transfer.settings import transfer_point, transfer_settings
+
+    width = width or spec.target.width
+    point = ladder.choices[-1].point
+    model = spec.model_config_of_trials
+    if model is None or spec.train is None:
+        sweep_steps = spec.train.steps if spec.train else None
+        return transfer_point(point, width=width, steps=steps, sweep_steps=sweep_steps)
+    return transfer_settings(
+        point,
+        width=width,
+        steps=steps or spec.target.steps or spec.train.steps,
+        train=spec.train,
+        optimizer=spec.optimizer,
+        tagged=build_meta(model, width=width, base_width=spec.base_width),
+    )

@@ -1,0 +1,101 @@
+"""Finds what a user names: sweep files by path or bundled name, results folders by name or path."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from telescope.errors import SpecError
+
+SPEC_FILE = "spec.json"
+"""The resolved spec in a results folder; its presence is what makes a folder a sweep's."""
+KEPT_MODEL_FILE = "model.py"
+"""The model file as it was run, beside the spec."""
+
+
+def bundled() -> Path:
+    """The folder with `models/` and `sweeps/`: in an installed wheel, or the checkout's root."""
+    package = Path(__file__).parent
+    wheel = package / "bundled"
+    return wheel if wheel.is_dir() else package.parent
+
+
+def bundled_sweeps() -> list[str]:
+    """The names of the bundled sweeps."""
+    return sorted(path.stem for path in (bundled() / "sweeps").glob("*.toml"))
+
+
+def find_sweep(sweep: str | Path) -> Path:
+    """The TOML file of a sweep.
+
+    Args:
+        sweep: a path, or the name of a bundled sweep.
+
+    Raises:
+        SpecError: there is no such file or name.
+    """
+    path = Path(sweep)
+    if path.is_file():
+        return path
+    inside = bundled() / "sweeps" / f"{sweep}.toml"
+    if path.name == str(sweep) and inside.is_file():
+        return inside
+    names = ", ".join(bundled_sweeps())
+    raise SpecError(
+        f"{sweep}: no such file, nor a bundled sweep ({names}); `telescope init` writes a starter"
+    )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        SpecError: it cannot be read or is no TOML, with line and column.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{path}: not valid TOML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+
+
+def read_model_file(file: str, folder: Path) -> tuple[str, str]:
+    """The name and text of a model file, its path relative to the sweep's folder.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    path = folder / file
+    try:
+        return path.name, path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise SpecError(
+            f"model.file: cannot read {path} ({reason}); give a path relative to the sweep file"
+        ) from error
+
+
+def find_result(sweep: str | Path, results: Path) -> Path:
+    """The results folder of a sweep that has been run.
+
+    Args:
+        sweep: its name under `results`, or a path to the folder.
+        results: the folder of all results.
+
+    Raises:
+        SpecError: no such folder, or it holds no sweep.
+    """
+    for folder in (results / sweep, Path(sweep)):
+        if (folder / SPEC_FILE).is_file():
+            return folder
+    names = ", ".join(folder.name for folder in list_results(results)) or "none"
+    raise SpecError(
+        f"{sweep}: no sweep of that name under {results} (there: {names}), nor a path to one"
+    )
+
+
+def list_results(results: Path) -> list[Path]:
+    """The results folders under `results`, sorted by name."""
+    return sorted(path.parent for path in results.glob(f"*/{SPEC_FILE}"))

@@ -1,0 +1,263 @@
+"""The verbs: parse, call, print. What they print for people is in `telescope.report.tables`.
+
+Every import that costs time is inside the verb that needs it, so that `--help`, `ls` and `status`
+answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from telescope.errors import SpecError, TelescopeError
+
+app = typer.Typer(
+    name="telescope",
+    help="Tune Muon's learning rate and weight decay on small muP models, width by width, and "
+    "transfer them to the one large run.",
+    epilog="Exit codes: 0 done, 1 the answer is no, 2 bad usage or input, 130 interrupted. "
+    "--debug shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecArgument = Annotated[
+    str, typer.Argument(metavar="SPEC", help="A TOML file, or the name of a bundled sweep.")
+]
+SweepArgument = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A name under the results folder, or a path to one.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key: axes.lr.points=5. Repeatable."
+    ),
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="Run under another name.")]
+ResultsOption = Annotated[
+    Path, typer.Option("--results", metavar="DIR", help="The folder of all results.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+RESULTS = Path("results")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The spec to write.")] = Path("sweep.toml"),
+) -> None:
+    """Write a commented starter spec, and the bundled model file beside it."""
+    from telescope.catalog import bundled
+
+    model = path.parent / "gpt.py"
+    for file in (path, model):
+        if file.exists():
+            raise SpecError(f"{file}: exists already; give another path, it is not overwritten")
+    starter = (Path(__file__).parent / "starter.toml").read_text(encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(starter.replace("STARTER_NAME", path.stem), encoding="utf-8")
+        shutil.copyfile(bundled() / "models" / "gpt.py", model)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be written: {error.strerror}") from error
+    typer.echo(f"wrote {path} and {model}; next: telescope plan {path}")
+
+
+@app.command()
+def plan(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Time a few real steps at every width first.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a sweep will cost: trials, parameters, FLOPs, time, share of the target run."""
+    from telescope.planning import make_plan
+    from telescope.spec import Spec
+
+    plan, warning = make_plan(Spec.load(spec, overrides or ()), probe=probe)
+    if as_json:
+        _print_json(plan)
+        return
+    from telescope.report.tables import print_plan
+
+    print_plan(_console(), plan, warning)
+
+
+@app.command()
+def run(
+    spec: SpecArgument,
+    results: ResultsOption = RESULTS,
+    name: NameOption = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trials at once; overrides compute.workers.")
+    ] = None,
+    dispatcher: Annotated[
+        str, typer.Option(help="ray, or inline: one trial after the other in this process.")
+    ] = "ray",
+    ray_address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster; left out, local Ray is started.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="An Optuna RDB URL; left out, SQLite beside the results.")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Run a telescoping sweep, or go on with it where it stopped."""
+    if dispatcher not in ("ray", "inline"):
+        raise SpecError(f"--dispatcher: got {dispatcher!r}, must be 'ray' or 'inline'")
+    from telescope.report.live import make_view
+    from telescope.report.tables import print_answer
+    from telescope.spec import Spec
+    from telescope.sweep import Options, open_result
+    from telescope.sweep import run as run_sweep
+
+    named = [f"name={json.dumps(name)}"] if name else []
+    loaded = Spec.load(spec, [*(overrides or ()), *named])
+    options = Options(results, workers, dispatcher, ray_address, storage)
+    console = _console()
+    try:
+        folder, ladder = run_sweep(loaded, options, lambda: make_view(console))
+    except KeyboardInterrupt:
+        typer.echo(
+            f"{loaded.name}: interrupted; the same command goes on where it stopped", err=True
+        )
+        raise typer.Exit(130) from None
+    if ladder.stuck:
+        typer.echo(f"telescope: {loaded.name}: stuck: {ladder.stuck}", err=True)
+        raise typer.Exit(1)
+    print_answer(console, open_result(folder.path, results))
+
+
+@app.command()
+def status(
+    sweep: SweepArgument, results: ResultsOption = RESULTS, as_json: JsonOption = False
+) -> None:
+    """Say how far a sweep is; works from another terminal while it runs."""
+    from telescope.report.status import describe_status, read_status
+
+    state = read_status(sweep, results)
+    if as_json:
+        _print_json(state)
+    else:
+        typer.echo(describe_status(state))
+
+
+@app.command()
+def show(
+    sweep: SweepArgument,
+    results: ResultsOption = RESULTS,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print every trial as CSV.")] = False,
+) -> None:
+    """Show the choice per width and why, and the answer for the target."""
+    from telescope.sweep import open_result
+
+    finished = open_result(sweep, results)
+    if as_csv:
+        from telescope.report.frames import trials_frame
+
+        frame = trials_frame(finished.ladder, finished.results)
+        typer.echo(frame.to_csv(index=False), nl=False)
+    elif as_json:
+        from telescope.report.tables import show_as_json
+
+        _print_json(show_as_json(finished))
+    else:
+        from telescope.report.tables import print_answer
+
+        print_answer(_console(), finished)
+
+
+@app.command()
+def transfer(
+    sweep: SweepArgument,
+    width: Annotated[int | None, typer.Option(min=1, help="Left out, the spec's target.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the target run; rescales the weight decay.")
+    ] = None,
+    results: ResultsOption = RESULTS,
+    as_json: JsonOption = False,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to a file.")] = None,
+) -> None:
+    """Give the target run's settings: one group per (role, shape), drop-in for torch.optim."""
+    from telescope.api import transfer as transfer_ladder
+    from telescope.sweep import open_result
+
+    finished = open_result(sweep, results)
+    settings = transfer_ladder(finished.spec, finished.ladder, width=width, steps=steps)
+    if out:
+        from telescope.files import write_json
+
+        try:
+            write_json(out, settings.as_dict())
+        except OSError as error:
+            raise SpecError(f"--out {out}: cannot be written: {error.strerror}") from error
+    if as_json:
+        _print_json(settings.as_dict())
+    elif out:
+        typer.echo(f"wrote {out}")
+    else:
+        from telescope.report.tables import print_transfer
+
+        print_transfer(_console(), settings)
+
+
+@app.command()
+def ls(results: ResultsOption = RESULTS) -> None:
+    """List the sweeps there are."""
+    from telescope.report.status import list_sweeps
+
+    for line in list_sweeps(results) or [
+        f"no sweeps under {results}; start one with `telescope run`"
+    ]:
+        typer.echo(line)
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _console() -> Any:
+    """Where text for people goes: as wide as the terminal, and a fixed width in a pipe."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=110, soft_wrap=False)
+
+
+def main() -> None:
+    """Run the command line, turning errors into one line and an exit code."""
+    # Accepted anywhere, because it is added to a command that has just failed.
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(arguments, standalone_mode=False)
+    except TelescopeError as error:
+        if debug:
+            raise
+        typer.echo(f"telescope: {error}", err=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader, `head` say, has left; python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        # typer's usage errors are in a private module; they alone can format themselves.
+        message = getattr(error, "format_message", None)
+        if debug or message is None:
+            raise
+        problem = message().rstrip(".")
+        typer.echo(f"telescope: {problem}; see telescope --help", err=True)
+        code = 2
+    sys.exit(code or 0)

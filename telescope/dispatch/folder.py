@@ -1,0 +1,136 @@
+"""The results folder of one sweep: what lies where, who holds it, and what the driver last said.
+
+Standard library only, because `status` and `ls` read it and must start at once.
+
+    results/<name>/
+        spec.json      the resolved spec, its fingerprint, versions
+        model.py       the model file as it was run
+        trials.db      every result (Optuna on SQLite), unless --storage names another place
+        trials.csv     the same as a table
+        curves/        one CSV per trial
+        loss.png       loss against each axis, per width, the choices marked
+        status.json    the driver's heartbeat
+        lock           held by the running driver
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from telescope.catalog import KEPT_MODEL_FILE, SPEC_FILE
+from telescope.errors import ResumeError
+from telescope.files import write_atomic, write_json
+from telescope.records import Result
+
+STATUS_FILE = "status.json"
+LOCK_FILE = "lock"
+
+
+class Folder:
+    """One sweep's results folder."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; nothing is made before `create`."""
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        """Whether a sweep has been started here."""
+        return (self.path / SPEC_FILE).is_file()
+
+    def create(self) -> None:
+        """Make the folder and its parents.
+
+        Raises:
+            ResumeError: it cannot be made.
+        """
+        try:
+            (self.path / "curves").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResumeError(f"--results {self.path}: cannot be made: {error.strerror}") from error
+
+    def read_spec(self) -> dict[str, Any]:
+        """What `write_spec` wrote.
+
+        Raises:
+            ResumeError: the file is missing or damaged.
+        """
+        try:
+            data: dict[str, Any] = json.loads((self.path / SPEC_FILE).read_text(encoding="utf-8"))
+            return data
+        except (OSError, ValueError) as error:
+            raise ResumeError(f"{self.path / SPEC_FILE}: cannot be read: {error}") from error
+
+    def write_spec(self, data: Mapping[str, Any], model_text: str) -> None:
+        """Keep what the sweep is: its resolved spec and its model file."""
+        write_atomic(self.path / KEPT_MODEL_FILE, model_text)
+        write_json(self.path / SPEC_FILE, data)
+
+    def write_curve(self, result: Result) -> None:
+        """Keep one trial's training curve as a CSV file."""
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(("step", "train_loss", "held_out_loss"))
+        rows.writerows((row.step, row.train_loss, row.held_out_loss) for row in result.curve)
+        write_atomic(self.path / "curves" / f"{result.trial}.csv", text.getvalue(), durable=False)
+
+    def write_status(self, heartbeat: Mapping[str, Any]) -> None:
+        """Say how far the sweep is, for `status` in another process."""
+        write_json(self.path / STATUS_FILE, heartbeat, durable=False)
+
+    def read_status(self) -> dict[str, Any] | None:
+        """The last heartbeat, "interrupted" when its driver is gone; None before the first."""
+        try:
+            heartbeat: dict[str, Any] = json.loads(
+                (self.path / STATUS_FILE).read_text(encoding="utf-8")
+            )
+        except (OSError, ValueError):
+            return None
+        if heartbeat["state"] == "running" and not self._is_held():
+            heartbeat |= {"state": "interrupted", "running": 0, "eta_seconds": None}
+        return heartbeat
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder for one driver; the system lets go however the process ends.
+
+        Raises:
+            ResumeError: another process holds it.
+        """
+        with (self.path / LOCK_FILE).open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                raise ResumeError(
+                    f"{self.path}: in use by {holder}; wait for it, or use --name for another sweep"
+                ) from None
+            lock.truncate(0)
+            lock.write(_this_process())
+            lock.flush()
+            yield
+
+    def _is_held(self) -> bool:
+        """Whether a driver holds the folder; by a shared lock, so that readers never collide."""
+        try:
+            with (self.path / LOCK_FILE).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"

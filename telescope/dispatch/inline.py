@@ -1,0 +1,17 @@
+"""Runs a sweep in this process, one trial after the other: for debugging, and as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from telescope.dispatch.queue import Queue, Trainer, attempt
+from telescope.records import Trial, TrialSource
+
+
+def run_inline(
+    source: TrialSource, trainer: Trainer, *, on_start: Callable[[Trial], None] | None = None
+) -> None:
+    """Run every trial that `source` asks for; returns when it asks for no more."""
+    queue = Queue(source, on_start=on_start)
+    while (trial := queue.take()) is not None:
+        queue.answer(attempt(trainer, trial))

@@ -1,0 +1,143 @@
+"""The results of a sweep in an Optuna storage: one study per stage, one transaction per trial.
+
+The driver is the only writer; readers are many. What is stored opens in optuna-dashboard as it is:
+complete trials are COMPLETE with their loss, diverged ones PRUNED without a value, failed ones
+FAIL. Curves are not kept here but in files of their own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.distributions import FloatDistribution
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from telescope.errors import ResumeError
+from telescope.records import Axis, Point, Result, Status, Trial
+
+STATES = {
+    Status.COMPLETE: TrialState.COMPLETE,
+    Status.DIVERGED: TrialState.PRUNED,
+    Status.FAILED: TrialState.FAIL,
+}
+LOCK_TIMEOUT = 30
+"""Seconds to wait for another process, a dashboard say, to let go of an SQLite file."""
+
+
+class Store:
+    """Reads and adds the results of one sweep.
+
+    Args:
+        url: an Optuna RDB URL.
+        sweep: the sweep's name, the first part of its studies' names.
+        axes: the spec's axes, for the ranges that a dashboard shows.
+
+    Raises:
+        ResumeError: the storage cannot be opened.
+    """
+
+    def __init__(self, url: str, sweep: str, axes: tuple[Axis, ...]) -> None:
+        """Open the storage, making its tables if it is new."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        arguments = {"timeout": LOCK_TIMEOUT} if url.startswith("sqlite") else {}
+        try:
+            self._storage = RDBStorage(url, engine_kwargs={"connect_args": arguments})
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ResumeError(
+                f"--storage {without_password(url)}: cannot be opened: {reason}"
+            ) from error
+        self._sweep = sweep
+        self._axes = axes
+        self._studies: dict[int, optuna.Study] = {}
+
+    def add(self, result: Result) -> None:
+        """Store one finished trial, in one transaction."""
+        trial = result.trial
+        self._study(trial.width).add_trial(
+            create_trial(
+                state=STATES[result.status],
+                value=result.loss,
+                params=dict(trial.point),
+                distributions={
+                    axis.name: _range(axis, trial.point[axis.name]) for axis in self._axes
+                },
+                user_attrs={
+                    "width": trial.width,
+                    "seed": trial.seed,
+                    "status": str(result.status),
+                    "reason": result.reason,
+                    "flops": result.flops,
+                    "seconds": result.seconds,
+                    "worker": result.worker,
+                },
+            )
+        )
+
+    def results(self) -> list[Result]:
+        """Everything stored of this sweep, in the order of storing within each width."""
+        prefix = f"{self._sweep}/width-"
+        summaries = optuna.get_all_study_names(self._storage)
+        names = sorted(name for name in summaries if name.startswith(prefix))
+        studies = (optuna.load_study(study_name=name, storage=self._storage) for name in names)
+        trials = (trial for study in studies for trial in study.get_trials(deepcopy=False))
+        return [_as_result(trial, self._axes) for trial in trials if "status" in trial.user_attrs]
+
+    def close(self) -> None:
+        """Let go of the database's connections."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def _study(self, width: int) -> optuna.Study:
+        if width not in self._studies:
+            self._studies[width] = optuna.create_study(
+                study_name=f"{self._sweep}/width-{width}",
+                storage=self._storage,
+                direction="minimize",
+                load_if_exists=True,
+            )
+        return self._studies[width]
+
+
+def _range(axis: Axis, value: float) -> FloatDistribution:
+    """The axis's range, stretched to a value outside it; a study's floats may have any."""
+    return FloatDistribution(min(axis.low, value), max(axis.high, value), log=not axis.is_fixed)
+
+
+def _as_result(trial: FrozenTrial, axes: tuple[Axis, ...]) -> Result:
+    """A stored trial as a record; the axes in the spec's order, which a database does not keep."""
+    attributes: dict[str, Any] = trial.user_attrs
+    order = [axis.name for axis in axes if axis.name in trial.params]
+    order += sorted(trial.params.keys() - set(order))
+    return Result(
+        Trial(
+            attributes["width"],
+            Point.of({name: trial.params[name] for name in order}),
+            attributes["seed"],
+        ),
+        Status(attributes["status"]),
+        loss=trial.value if trial.state is TrialState.COMPLETE else None,
+        reason=attributes["reason"],
+        flops=attributes["flops"],
+        seconds=attributes["seconds"],
+        worker=attributes["worker"],
+    )
+
+
+def sqlite_url(folder: Path) -> str:
+    """The URL of the store beside the results."""
+    return f"sqlite:///{(folder / 'trials.db').absolute()}"
+
+
+def without_password(url: str) -> str:
+    """A storage URL that may be written down; the password comes from the environment."""
+    full = sqlalchemy.make_url(url)
+    # Not `set(password=None)`: it leaves out what is None, and so leaves the password in.
+    bare = sqlalchemy.URL.create(
+        full.drivername, full.username, None, full.host, full.port, full.database, full.query
+    )
+    return bare.render_as_string(hide_password=False)

@@ -1,0 +1,46 @@
+"""Every error that a user can cause, as one tree.
+
+    TelescopeError            exit code 2 unless said otherwise
+    ├── SpecError             a key of the spec, an option, or a file it names (also ValueError)
+    ├── ModelError            a model file that cannot be built, tagged or trained as muP
+    ├── DataError             a corpus that is missing, empty, too short or changed
+    ├── ResumeError           a results folder that does not fit the spec, or is in use
+    ├── TrialError            a trial that was told to the wrong ladder, or twice
+    └── RefusedError          the answer is no: over budget, nothing to transfer (exit code 1)
+
+Messages say where, what was given, what is allowed and what to do, on one line.
+"""
+
+from __future__ import annotations
+
+
+class TelescopeError(Exception):
+    """Base of every error that is the input's fault, not the program's."""
+
+    exit_code = 2
+
+
+class SpecError(TelescopeError, ValueError):
+    """A key of the spec or an option has a value that is not allowed."""
+
+
+class ModelError(TelescopeError):
+    """The model file cannot be loaded, built, tagged by role or run."""
+
+
+class DataError(TelescopeError):
+    """The corpus is missing, empty, too short, or not the one that was fingerprinted."""
+
+
+class ResumeError(TelescopeError):
+    """The results folder holds another sweep, or another process holds the folder."""
+
+
+class TrialError(TelescopeError, ValueError):
+    """A result for a trial that the ladder never asked for, or a second, different one."""
+
+
+class RefusedError(TelescopeError):
+    """The question was understood and the answer is no."""
+
+    exit_code = 1

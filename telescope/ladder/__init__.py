@@ -1,0 +1,1 @@
+"""Decides: records and numbers in, decisions with reasons out. No clock, no files, no torch."""

@@ -1,0 +1,119 @@
+"""The decision of one stage: the point with the lowest loss, or why there is none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
+
+from telescope.records import Choice, Point, Result, Stage, Status
+
+FAILED_SHARE = 0.1
+"""A stage closes with failures up to this share of its trials. An assumption."""
+
+
+def choose(stage: Stage, results: Sequence[Result]) -> Choice:
+    """Pick the point with the lowest seed-mean held-out loss of one finished stage.
+
+    The order of `results` never matters. A point with a diverged or failed seed is not ranked; ties
+    break to the smaller value of the first axis that differs.
+
+    Args:
+        stage: the width and grid that the results belong to.
+        results: one per trial of `stage`, at least one point complete for every seed.
+
+    Source: arXiv 2505.02222 Algorithm 1 (argmin); seeds, ties and divergence are ours.
+    """
+    ranked = _ranked(results)
+    loss, point = ranked[0]
+    at_edge = _at_edge(stage, point)
+    return Choice(
+        width=stage.width,
+        point=point,
+        loss=loss,
+        intervals=dict.fromkeys(point),
+        at_edge=at_edge,
+        reason=_reason(ranked, at_edge),
+        counts=Counter(result.status for result in results),
+    )
+
+
+def _ranked(results: Sequence[Result]) -> list[tuple[float, Point]]:
+    """(seed-mean loss, point) of every point that completed with all its seeds, best first."""
+    losses: dict[Point, list[float]] = {}
+    unranked: set[Point] = set()
+    for result in results:
+        if result.loss is None:
+            unranked.add(result.trial.point)
+        else:
+            losses.setdefault(result.trial.point, []).append(result.loss)
+    # The sum of floats depends on their order; fmean adds exactly, so results may come in any.
+    means = [(fmean(values), point) for point, values in losses.items() if point not in unranked]
+    return sorted(means, key=lambda pair: (pair[0], tuple(pair[1].values())))
+
+
+def _at_edge(stage: Stage, point: Point) -> tuple[str, ...]:
+    """The axes with several values on whose first or last one the point lies."""
+    borders = {
+        axis: (values[0], values[-1]) for axis, values in stage.grid.items() if len(values) > 1
+    }
+    return tuple(axis for axis, border in borders.items() if point[axis] in border)
+
+
+def _reason(ranked: Sequence[tuple[float, Point]], at_edge: Sequence[str]) -> str:
+    """Why this point, in words."""
+    loss, _ = ranked[0]
+    if len(ranked) == 1:
+        return "the only point with a loss"
+    next_loss, runner_up = ranked[1]
+    reason = f"lowest loss of {len(ranked)} points, {next_loss - loss:.4f} below {runner_up}"
+    if at_edge:
+        reason += f"; on the grid's border in {' and '.join(at_edge)}: the optimum may lie outside"
+    return reason
+
+
+def stuck_reason(stage: Stage, results: Sequence[Result]) -> str | None:
+    """Why the stage cannot be decided, whatever its missing results will be; None if it can.
+
+    Failures are the machine's fault: a few may be missing, but not many and not beside the optimum.
+    """
+    failed = [result for result in results if result.status is Status.FAILED]
+    if len(failed) > FAILED_SHARE * len(stage.trials):
+        return (
+            f"width {stage.width}: {len(failed)} of {len(stage.trials)} trials failed, at most a "
+            f"tenth may; last reason: {_first_line(failed[-1].reason)}; run again to retry them"
+        )
+    if len(results) < len(stage.trials):
+        return None
+    ranked = _ranked(results)
+    if not ranked:
+        return _all_diverged(stage, len(failed))
+    neighbours = [r for r in failed if _is_beside(stage, r.trial.point, ranked[0][1])]
+    if neighbours:
+        return (
+            f"width {stage.width}: a trial beside the best point failed ({neighbours[0].trial}: "
+            f"{_first_line(neighbours[0].reason)}); run again to retry it"
+        )
+    return None
+
+
+def _first_line(reason: str) -> str:
+    return reason.splitlines()[0] if reason else "none given"
+
+
+def _all_diverged(stage: Stage, failed: int) -> str:
+    """The message for a stage without a single loss, naming the axis to change."""
+    lowest = stage.grid["lr"][0] if "lr" in stage.grid else min(v[0] for v in stage.grid.values())
+    but = f" or failed ({failed})" if failed else ""
+    return (
+        f"width {stage.width}: every point diverged{but}, down to lr {lowest:g}; lower "
+        "axes.lr.low, or lengthen train.warmup, and run again"
+    )
+
+
+def _is_beside(stage: Stage, point: Point, other: Point) -> bool:
+    """Whether two points of the grid are at most one value apart on every axis."""
+    return all(
+        abs(values.index(point[axis]) - values.index(other[axis])) <= 1
+        for axis, values in stage.grid.items()
+    )

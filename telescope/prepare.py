@@ -1,0 +1,231 @@
+"""From a validated spec to what a sweep needs: model and corpus checked, costs counted.
+
+Here torch comes in: the model file is executed, its keywords checked, its roles found and its FLOPs
+counted at every width and at the target, the corpus read and measured. All before a trial runs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from telescope.errors import SpecError
+from telescope.ladder.plan import StagePlan, plan_stages, sweep_cost, what_fits
+from telescope.records import LadderSpec
+from telescope.spec import Spec
+from telescope.train.config import ModelConfig, TrainConfig, TrialConfig
+from telescope.train.data import check_size, load_corpus
+from telescope.train.flops import StepCost, step_cost
+from telescope.train.loop import resolve_device
+from telescope.train.model import check_keywords
+
+ASSUMED_FLOP_RATE = 2e10
+"""FLOP/s of one CPU thread on small models. An assumption for `plan`; `--probe` measures."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A spec, checked against its model file and its corpus, with the costs."""
+
+    spec: Spec
+    trial_config: TrialConfig
+    costs: Mapping[int, StepCost]
+    """Width → cost of one step; the ladder's widths."""
+    target_cost: StepCost
+    """Cost of one step at the target, with the target's batch size."""
+
+    @property
+    def cost_per_trial(self) -> dict[int, float]:
+        """Width → FLOPs of one trial."""
+        steps = self.trial_config.train.steps
+        return {width: cost.total * steps for width, cost in self.costs.items()}
+
+    @property
+    def target_train(self) -> TrainConfig:
+        """[train] with the target's steps and batch size."""
+        return target_train(self.spec, self.trial_config.train)
+
+    @property
+    def target_flops(self) -> float:
+        """FLOPs of the target run."""
+        return self.target_cost.total * self.target_train.steps
+
+    @property
+    def over_target(self) -> float:
+        """The planned sweep's cost as a multiple of the target run's."""
+        return sweep_cost(self.spec.ladder_spec, self.cost_per_trial) / self.target_flops
+
+
+def target_train(spec: Spec, train: TrainConfig) -> TrainConfig:
+    """[train] as the target run has it."""
+    return replace(
+        train,
+        steps=spec.target.steps or train.steps,
+        batch_size=spec.target.batch_size or train.batch_size,
+    )
+
+
+def required_tables(spec: Spec) -> tuple[ModelConfig, TrainConfig]:
+    """The tables without which nothing can be trained.
+
+    Raises:
+        SpecError: one of them is missing.
+    """
+    model = spec.model_config_of_trials
+    if model is None or spec.train is None:
+        missing = "model" if model is None else "train"
+        raise SpecError(f"{missing}: missing; a table [{missing}] must be given to train models")
+    return model, spec.train
+
+
+def prepare(spec: Spec) -> Prepared:
+    """Check the model file and the corpus, and count the costs.
+
+    Raises:
+        SpecError: a keyword that the model file does not take, a device that is not there.
+        ModelError: the model file fails, or has a parameter without a clear role.
+        DataError: the corpus is missing, empty or too short.
+    """
+    model, train = required_tables(spec)
+    check_keywords(model)
+    _check_device(spec.compute.device)
+    target = target_train(spec, train)
+    costs = {
+        width: step_cost(model, train, spec.optimizer, width=width, base_width=spec.base_width)
+        for width in spec.ladder.widths
+    }
+    corpus = load_corpus(spec.data)
+    check_size(
+        corpus, spec.data, batch_size=train.batch_size, sequence_length=train.sequence_length
+    )
+    return Prepared(
+        spec=spec,
+        trial_config=TrialConfig(
+            model=model,
+            optimizer=spec.optimizer,
+            train=train,
+            data=spec.data,
+            base_width=spec.base_width,
+            corpus_digest=corpus.digest,
+            device=spec.compute.device,
+            threads=spec.compute.cpus,
+            flops_per_step={width: cost.total for width, cost in costs.items()},
+        ),
+        costs=costs,
+        target_cost=step_cost(
+            model, target, spec.optimizer, width=spec.target.width, base_width=spec.base_width
+        ),
+    )
+
+
+def _check_device(device: str) -> None:
+    """Check that torch knows the device's name; whether a worker has it, it finds out itself."""
+    try:
+        torch.device(resolve_device(device))
+    except RuntimeError as error:
+        raise SpecError(
+            f"compute.device: got {device!r}, must be a torch device such as cpu, cuda, or auto"
+        ) from error
+
+
+def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> int:
+    """How many trials run at once.
+
+    Args:
+        spec: the sweep.
+        asked: the command line's number, which wins; None if not given.
+        is_cluster: whether the trials run on another machine than this, so that "auto" cannot be
+            read off it.
+
+    Raises:
+        SpecError: "auto" on a cluster.
+    """
+    number = asked or spec.compute.workers
+    if number != "auto":
+        return number
+    if is_cluster:
+        raise SpecError("compute.workers: got 'auto', must be a number on a cluster; use --workers")
+    by_cpu = max(1, len(os.sched_getaffinity(0)) // spec.compute.cpus)
+    if not spec.compute.gpus:
+        return by_cpu
+    return max(1, math.floor(torch.cuda.device_count() / spec.compute.gpus))
+
+
+def over_budget(prepared: Prepared) -> str | None:
+    """Why the plan is refused, with what would fit; None when it is within the budget."""
+    limit = prepared.spec.budget.max_over_target
+    if prepared.over_target <= limit:
+        return None
+    ladder = prepared.spec.ladder_spec
+    fits = what_fits(ladder, prepared.cost_per_trial, limit * prepared.target_flops)
+    fits.append(f"budget.max_over_target = {math.ceil(prepared.over_target * 10) / 10:g}")
+    return (
+        f"the sweep would cost {prepared.over_target:.3g} target runs, budget.max_over_target is "
+        f"{limit:g}; any of these would fit: {'; '.join(fits)}"
+    )
+
+
+def plan_as_json(prepared: Prepared, seconds: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan in the keys of `telescope plan --json`.
+
+    Args:
+        prepared: the sweep.
+        seconds: {"estimate", "basis"}.
+    """
+    ladder = prepared.spec.ladder_spec
+    train, target = prepared.trial_config.train, prepared.target_train
+    by_parameters = {
+        width: float(cost.parameters) * train.tokens for width, cost in prepared.costs.items()
+    }
+    over = prepared.over_target
+    return {
+        "name": prepared.spec.name,
+        "stages": [_stage_as_json(prepared, stage) for stage in plan_stages(ladder)],
+        "target": {
+            "width": prepared.spec.target.width,
+            "parameters": prepared.target_cost.parameters,
+            "tokens": target.tokens,
+            "flops": prepared.target_flops,
+        },
+        "sweep_flops": sweep_cost(ladder, prepared.cost_per_trial),
+        "sweep_over_target": over,
+        "sweep_over_target_parameters": sweep_cost(ladder, by_parameters)
+        / (prepared.target_cost.parameters * target.tokens),
+        # Algorithm 1 asks for the same trials whatever their results are.
+        "range": {"best": over, "expected": over, "worst": over},
+        "seconds": dict(seconds),
+    }
+
+
+def _stage_as_json(prepared: Prepared, stage: StagePlan) -> dict[str, Any]:
+    """One stage of the plan; flops are of all its trials."""
+    cost, train = prepared.costs[stage.width], prepared.trial_config.train
+    steps = stage.trials * train.steps
+    return {
+        "width": stage.width,
+        "parameters": cost.parameters,
+        "points": dict(stage.points),
+        "trials": stage.trials,
+        "tokens": stage.trials * train.tokens,
+        "flops": {
+            "model": cost.model * steps,
+            "attention": cost.attention * steps,
+            "optimizer": cost.optimizer * steps,
+            "total": cost.total * steps,
+        },
+    }
+
+
+def estimate_seconds(
+    ladder: LadderSpec, seconds_per_trial: Mapping[int, float], number_of_workers: int
+) -> float:
+    """Wall time of the ladder: its stages one after the other, each spread over the workers."""
+    return sum(
+        math.ceil(stage.trials / number_of_workers) * seconds_per_trial[stage.width]
+        for stage in plan_stages(ladder)
+    )

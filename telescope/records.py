@@ -1,0 +1,212 @@
+"""The nouns of a sweep: frozen, hashable, JSON-able, standard library only.
+
+A *point* is one setting of the axes, a *trial* is one training run (width, point, seed), a
+*result* is what came of it. A *stage* is the set of trials of one width, a *choice* is what was
+decided from a closed stage, with its reason in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class Status(StrEnum):
+    """How a trial ended."""
+
+    COMPLETE = "complete"
+    """A finite held-out loss."""
+    DIVERGED = "diverged"
+    """The point's fault: ranks after every complete point, never retried."""
+    FAILED = "failed"
+    """The machine's fault: retried by the dispatcher, never ranked."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Point(Mapping[str, float]):
+    """An ordered mapping axis → value, in base-width units; identity is its content.
+
+    >>> point = Point.of(lr=0.05, weight_decay=0.1)
+    >>> point.lr, dict(point)
+    (0.05, {'lr': 0.05, 'weight_decay': 0.1})
+    """
+
+    axes: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, values: Mapping[str, float] | None = None, /, **named: float) -> Point:
+        """Build a point from a mapping or from keywords, in their order."""
+        return cls(tuple((name, float(v)) for name, v in {**(values or {}), **named}.items()))
+
+    def __getitem__(self, axis: str) -> float:
+        """The value of one axis."""
+        for name, value in self.axes:
+            if name == axis:
+                return value
+        raise KeyError(axis)
+
+    def __iter__(self) -> Iterator[str]:
+        """The axes' names, in the spec's order."""
+        return (name for name, _ in self.axes)
+
+    def __len__(self) -> int:
+        """How many axes there are, fixed ones included."""
+        return len(self.axes)
+
+    def __str__(self) -> str:
+        """The form that people read: ``lr 0.05, weight_decay 0.1``."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in self.axes)
+
+    def __repr__(self) -> str:
+        """The form that can be typed."""
+        return f"Point.of({', '.join(f'{name}={value!r}' for name, value in self.axes)})"
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate at base width."""
+        return self["lr"]
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled weight decay at base width, as torch takes it: a step decays by lr · wd."""
+        return self["weight_decay"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One training run. Two trials with the same content are the same trial."""
+
+    width: int
+    point: Point
+    seed: int
+
+    @property
+    def lr(self) -> float:
+        """The point's learning rate, for loops that need nothing else."""
+        return self.point.lr
+
+    @property
+    def weight_decay(self) -> float:
+        """The point's weight decay."""
+        return self.point.weight_decay
+
+    def __str__(self) -> str:
+        """The form that logs and file names use: ``width=32_lr=0.05_weight_decay=0.1_seed=0``."""
+        axes = "_".join(f"{name}={value:.6g}" for name, value in self.point.items())
+        return f"width={self.width}_{axes}_seed={self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One row of a training curve."""
+
+    step: int
+    """Optimizer steps taken when it was measured."""
+    train_loss: float | None
+    """Mean loss of the batches since the row before, nats per token."""
+    held_out_loss: float | None
+    """Loss on the held-out tokens, nats per token; None where it was not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of one trial."""
+
+    trial: Trial
+    status: Status
+    loss: float | None = None
+    """Held-out loss at the end, nats per token; finite when complete, else None."""
+    reason: str = ""
+    """Why it diverged or failed; empty when complete."""
+    flops: float = 0.0
+    """Floating-point operations spent, by count, not by measurement."""
+    seconds: float = 0.0
+    """Wall time of the training loop on its worker."""
+    worker: str = field(default="", compare=False)
+    """Where it ran, ``host:pid``; evidence that workers stay warm, no part of the answer."""
+    curve: tuple[CurvePoint, ...] = field(default=(), compare=False, repr=False)
+    """The training curve, for a file of its own."""
+
+    def __post_init__(self) -> None:
+        """Keep failures out of the numbers."""
+        finite = self.loss is not None and math.isfinite(self.loss)
+        if (self.status is Status.COMPLETE) != finite or (not finite and self.loss is not None):
+            raise ValueError(
+                f"a {self.status} result has loss {self.loss!r}; a complete one needs a finite "
+                "loss, a diverged or failed one none"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One swept hyperparameter: `points` values, log-spaced from `low` to `high`."""
+
+    name: str
+    low: float
+    high: float
+    points: int
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the axis has one value, and so is no part of the search."""
+        return self.points == 1
+
+
+@dataclass(frozen=True, slots=True)
+class LadderSpec:
+    """All that a ladder's decisions depend on, besides the results."""
+
+    axes: tuple[Axis, ...]
+    widths: tuple[int, ...]
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One width of the ladder: the grid and the trials that it asks for."""
+
+    width: int
+    grid: Mapping[str, tuple[float, ...]]
+    """Axis → its values in rising order; a fixed axis has one."""
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a closed stage decided, and why."""
+
+    width: int
+    point: Point
+    loss: float
+    """Seed-mean held-out loss of the chosen point, nats per token."""
+    intervals: Mapping[str, tuple[float, float] | None]
+    """Axis → the interval of its optimum; None where the policy makes none."""
+    at_edge: tuple[str, ...]
+    """Axes on whose border the choice lies."""
+    reason: str
+    counts: Mapping[Status, int]
+    """How the stage's trials ended."""
+
+
+class TrialSource(Protocol):
+    """What a dispatcher needs of a sweep: trials to run, and a place for their results."""
+
+    def ask(self) -> Sequence[Trial]:
+        """The open stage's trials that have no result yet; empty when there is nothing left."""
+        ...
+
+    def tell(self, result: Result, /) -> None:
+        """Take the final result of one trial; may open the next stage."""
+        ...
+
+
+def as_json(value: Any) -> Any:
+    """Turn records, and mappings and sequences of them, into what `json.dumps` takes."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return value

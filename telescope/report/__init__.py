@@ -1,0 +1,1 @@
+"""Shows: tables, figures, the live view."""

@@ -1,0 +1,80 @@
+"""Loss against each swept axis, one line per width, the choices marked."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from telescope.files import write_atomic
+from telescope.ladder.ladder import Ladder
+from telescope.records import Choice, Result, Stage, Status
+
+AXIS_LABELS = {
+    "lr": "learning rate (base-width units)",
+    "weight_decay": "weight decay (base-width units)",
+}
+
+
+def loss_figure(ladder: Ladder, title: str) -> Figure:
+    """Draw one panel per swept axis.
+
+    A line joins, for each value of the axis, the best loss over the other axes; single trials are
+    dots, diverged ones crosses at the top, the choice of each width a star.
+    """
+    axes = [axis for axis in ladder.spec.axes if not axis.is_fixed]
+    figure = Figure(figsize=(5.2 * len(axes), 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(1, len(axes), squeeze=False, sharey=True)[0]
+    choices = {choice.width: choice for choice in ladder.choices}
+    for axis, panel in zip(axes, panels, strict=True):
+        for number, stage in enumerate(ladder.stages):
+            _draw_stage(panel, axis.name, stage, ladder.results(stage), choices, f"C{number}")
+        panel.set_xscale("log")
+        panel.set_xlabel(AXIS_LABELS.get(axis.name, axis.name))
+        panel.grid(alpha=0.25, which="both")
+    panels[0].set_ylabel("held-out loss (nats per token)")
+    panels[0].legend(title="width (★ chosen, × diverged)", fontsize=9, title_fontsize=9)
+    return figure
+
+
+def _draw_stage(
+    panel: Axes,
+    axis: str,
+    stage: Stage,
+    results: Sequence[Result],
+    choices: Mapping[int, Choice],
+    colour: str,
+) -> None:
+    """One width in one panel."""
+    panel.plot([], [], color=colour, marker="o", ms=4, label=stage.width)
+    complete = [(r.trial.point[axis], r.loss) for r in results if r.loss is not None]
+    if complete:
+        xs, ys = zip(*complete, strict=True)
+        panel.scatter(xs, ys, s=9, color=colour, alpha=0.35, linewidths=0)
+        best: dict[float, float] = {}
+        for value, loss in complete:
+            best[value] = min(loss, best.get(value, loss))
+        values = sorted(best)
+        panel.plot(values, [best[v] for v in values], color=colour, marker="o", ms=4)
+    diverged = {r.trial.point[axis] for r in results if r.status is Status.DIVERGED}
+    if diverged:
+        panel.plot(
+            sorted(diverged),
+            [0.98] * len(diverged),
+            "x",
+            color=colour,
+            transform=panel.get_xaxis_transform(),
+        )
+    if choice := choices.get(stage.width):
+        panel.plot(choice.point[axis], choice.loss, "*", color=colour, ms=16, mec="black", mew=0.8)
+
+
+def write_loss_figure(path: Path, ladder: Ladder, title: str) -> None:
+    """Write the figure as a PNG, whole or not at all."""
+    image = io.BytesIO()
+    loss_figure(ladder, title).savefig(image, format="png", dpi=130)
+    write_atomic(path, image.getvalue())

@@ -1,0 +1,48 @@
+"""A sweep's trials as a table: `trials.csv`, and what `show --csv` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from telescope.files import write_atomic
+from telescope.ladder.ladder import Ladder
+from telescope.records import Result
+
+
+def trials_frame(ladder: Ladder, results: Sequence[Result]) -> pd.DataFrame:
+    """One row per answered trial, in the ladder's own order, whatever order results came in.
+
+    Columns: width, seed, one per axis in base-width units, loss (missing unless complete), status,
+    reason (its first line), flops, seconds. Trials that today's ladder does not ask for, because
+    the spec has changed since, come last.
+    """
+    asked = [result for stage in ladder.stages for result in ladder.results(stage)]
+    known = {result.trial for result in asked}
+    others = {result.trial: result for result in results if result.trial not in known}
+    rest = sorted(
+        others.values(), key=lambda r: (r.trial.width, tuple(r.trial.point.values()), r.trial.seed)
+    )
+    rows = [
+        {
+            "width": result.trial.width,
+            "seed": result.trial.seed,
+            **result.trial.point,
+            "loss": result.loss,
+            "status": str(result.status),
+            "reason": result.reason.split("\n")[0],
+            "flops": result.flops,
+            "seconds": round(result.seconds, 3),
+        }
+        for result in [*asked, *rest]
+    ]
+    axes = [axis.name for axis in ladder.spec.axes]
+    columns = ["width", "seed", *axes, "loss", "status", "reason", "flops", "seconds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def write_csv(path: Path, ladder: Ladder, results: Sequence[Result]) -> None:
+    """Write `trials.csv`, whole or not at all."""
+    write_atomic(path, trials_frame(ladder, results).to_csv(index=False))

@@ -1,0 +1,44 @@
+"""What `status` and `ls` say, from heartbeat files alone; standard library, to start at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from telescope.catalog import find_result, list_results
+from telescope.dispatch.folder import Folder
+
+KEYS = ("name", "state", "stage", "done", "total", "running", "eta_seconds")
+
+
+def read_status(sweep: str | Path, results: Path) -> dict[str, Any]:
+    """The heartbeat of a sweep in the keys of `status --json`; unknown ones are None.
+
+    Raises:
+        SpecError: there is no such sweep.
+    """
+    folder = Folder(find_result(sweep, results))
+    heartbeat = folder.read_status() or {"name": folder.path.name, "state": "interrupted"}
+    return {**dict.fromkeys(KEYS), **heartbeat}
+
+
+def describe_status(state: dict[str, Any]) -> str:
+    """One line for people."""
+    line = f"{state['name']}: {state['state']}"
+    if state["done"] is None:
+        return f"{line} before its first trial"
+    line += f", {state['done']} of {state['total']} trials"
+    if state["state"] in ("running", "interrupted"):
+        line += f", stage {state['stage'] + 1} of {state['stages']} (width {state['width']})"
+    if state["state"] == "running":
+        eta = state["eta_seconds"]
+        left = "unknown" if eta is None else f"about {eta:.0f} s"
+        line += f", {state['running']} running, time left {left}"
+    if state["state"] == "interrupted":
+        line += "; the same `telescope run` goes on"
+    return line
+
+
+def list_sweeps(results: Path) -> list[str]:
+    """One line per sweep under `results`."""
+    return [describe_status(read_status(path, results)) for path in list_results(results)]

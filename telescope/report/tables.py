@@ -1,0 +1,177 @@
+"""The tables that people read, and the same facts in the keys of `show --json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from telescope.records import Choice, Point, Status, as_json
+from telescope.report.live import describe_seconds
+
+if TYPE_CHECKING:
+    from telescope.sweep import Finished
+    from telescope.transfer.settings import Transfer
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        left = column in ("why", "role", "parameters of this shape", "grid", "trials")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    return table
+
+
+def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -> None:
+    """Print what a sweep will cost."""
+    table = _table("width", "parameters", "grid", "trials", "tokens", "FLOPs", "of which optimizer")
+    for stage in plan["stages"]:
+        flops = stage["flops"]
+        table.add_row(
+            str(stage["width"]),
+            f"{stage['parameters']:,}",
+            " × ".join(f"{count} {axis}" for axis, count in stage["points"].items() if count > 1)
+            or "1",
+            str(stage["trials"]),
+            f"{stage['tokens']:.3g}",
+            f"{flops['total']:.3g}",
+            f"{flops['optimizer'] / flops['total']:.0%}",
+        )
+    console.print(table)
+    target = plan["target"]
+    console.print(
+        f"target   width {target['width']}, {target['parameters']:,} parameters, "
+        f"{target['tokens']:.3g} tokens, {target['flops']:.3g} FLOPs",
+        highlight=False,
+    )
+    console.print(
+        f"cost     {plan['sweep_flops']:.3g} FLOPs: {plan['sweep_over_target']:.2f} target runs",
+        highlight=False,
+    )
+    seconds = plan["seconds"]
+    console.print(
+        f"time     about {describe_seconds(seconds['estimate'])} ({seconds['basis']})",
+        highlight=False,
+    )
+    if warning:
+        console.print(f"`run` would refuse: {warning}", style="yellow", highlight=False)
+
+
+def print_answer(console: Console, finished: Finished) -> None:
+    """Print the choice per width, the answer for the target, and what it cost."""
+    axes = [axis.name for axis in finished.spec.ladder_spec.axes]
+    table = _table("width", "trials", *axes, "loss", "why")
+    for choice in finished.ladder.choices:
+        values = [f"{choice.point[axis]:.4g}" for axis in axes]
+        table.add_row(
+            str(choice.width), _counts(choice), *values, f"{choice.loss:.4f}", choice.reason
+        )
+    console.print(table)
+    facts = show_as_json(finished)
+    console.print(f"answer   {_answer(finished, facts)}", highlight=False, soft_wrap=True)
+    cost = facts["cost"]
+    console.print(
+        f"cost     {cost['flops']:.3g} FLOPs, {cost['over_target']:.2f} target runs; "
+        f"{describe_seconds(cost['seconds'])} of training, all workers together",
+        highlight=False,
+    )
+    folder = finished.folder.path
+    console.print(
+        f"results  {folder} (loss.png, trials.csv, curves/)", highlight=False, soft_wrap=True
+    )
+    if finished.ladder.choices:
+        console.print(f"next     telescope transfer {folder}", highlight=False, soft_wrap=True)
+
+
+def _answer(finished: Finished, facts: Mapping[str, Any]) -> str:
+    """The answer for the target in a sentence, as sure as it is."""
+    ladder, target = finished.ladder, facts["target"]
+    if ladder.stuck:
+        return f"none: stuck: {ladder.stuck}"
+    if not ladder.choices:
+        return "none yet: no stage has finished"
+    text = f"width {target['width']}: {Point.of(target['point'])} (base-width units)"
+    if not ladder.is_finished:
+        width = ladder.choices[-1].width
+        return f"{text}, from width {width} alone so far: the sweep has not finished"
+    return f"{text}, not proven: policy {finished.spec.ladder.policy} gives no interval"
+
+
+def _counts(choice: Choice) -> str:
+    """How a stage's trials ended; what did not happen is not said."""
+    counts = [
+        f"{choice.counts.get(status, 0)} {status}" for status in Status if choice.counts.get(status)
+    ]
+    return ", ".join(counts)
+
+
+def show_as_json(finished: Finished) -> dict[str, Any]:
+    """The keys of `telescope show --json`."""
+    spec, ladder = finished.spec, finished.ladder
+    answer = ladder.choices[-1].point if ladder.choices else None
+    return {
+        "name": spec.name,
+        "policy": spec.ladder.policy,
+        "rule": spec.optimizer.rule,
+        "state": "stuck" if ladder.stuck else "finished" if ladder.is_finished else "unfinished",
+        "stuck": ladder.stuck,
+        "choices": [_choice_as_json(choice) for choice in ladder.choices],
+        "skipped": [],
+        "target": {
+            "width": spec.target.width,
+            "point": answer and dict(answer),
+            "lr": answer and answer.lr,
+            "weight_decay": answer and answer.weight_decay,
+            "certificate": None,
+        },
+        "cost": finished.cost(),
+    }
+
+
+def _choice_as_json(choice: Choice) -> dict[str, Any]:
+    return {
+        "width": choice.width,
+        "point": dict(choice.point),
+        "lr": choice.point.lr,
+        "weight_decay": choice.point.weight_decay,
+        "loss": choice.loss,
+        "intervals": as_json(choice.intervals),
+        "at_edge": list(choice.at_edge),
+        "reason": choice.reason,
+        "trials": {str(status): choice.counts.get(status, 0) for status in Status},
+    }
+
+
+def print_transfer(console: Console, settings: Transfer) -> None:
+    """Print the settings for the target run, one row per group."""
+    steps = f", {settings.steps} steps" if settings.steps else ""
+    console.print(
+        f"width {settings.width}{steps}: {settings.point} (base-width units)", highlight=False
+    )
+    if settings.groups is not None:
+        table = _table(
+            "role", "shape", "count", "optimizer", "lr", "weight_decay", "init std", "output ×"
+        )
+        for group in settings.groups:
+            table.add_row(
+                group["role"],
+                "×".join(map(str, group["shape"])),
+                str(group["count"]),
+                group["optimizer"] or "see note",
+                f"{group['lr']:.6g}",
+                f"{group['weight_decay']:.6g}",
+                f"{group['init_std']:.4g}",
+                f"{group['multiplier']:.4g}",
+            )
+        console.print(table)
+        notes = {g["note"]: g["role"] for g in settings.groups if g["optimizer"] is None}
+        for note, role in notes.items():
+            console.print(f"{role}: {note}", highlight=False, soft_wrap=True)
+    for note in settings.notes:
+        console.print(f"note  {note}", highlight=False, soft_wrap=True)
+    if settings.certificate is None:
+        console.print("note  not proven: no certificate", highlight=False)
+    console.print("`--json` has the names and all keyword arguments", highlight=False)

@@ -1,0 +1,301 @@
+"""One sweep from its spec to its answer: wires ladder, store, folder, dispatcher and view.
+
+`Recorder` is what a dispatcher sees as the source of trials: each result goes to its curve file, to
+the store in one transaction, to the ladder, then to the heartbeat and the screen. A crash between
+any two of these loses nothing that was stored, because the ladder is rebuilt from the store.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from telescope.catalog import find_result
+from telescope.dispatch.folder import Folder
+from telescope.dispatch.store import Store, sqlite_url, without_password
+from telescope.errors import RefusedError, ResumeError
+from telescope.ladder.ladder import Ladder, replay
+from telescope.ladder.plan import plan_stages
+from telescope.prepare import Prepared, over_budget, prepare, workers
+from telescope.records import Result, Status, Trial
+from telescope.report.figures import write_loss_figure
+from telescope.report.frames import write_csv
+from telescope.report.live import Progress, View
+from telescope.spec import Spec, fingerprint
+
+PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how a sweep runs; nothing here changes its answer."""
+
+    results: Path = Path("results")
+    workers: int | None = None
+    dispatcher: str = "ray"
+    ray_address: str | None = None
+    storage: str | None = None
+
+
+@dataclass
+class Recorder:
+    """The ladder as a dispatcher's source of trials, with every result kept and shown."""
+
+    ladder: Ladder
+    store: Store
+    folder: Folder
+    view: View
+    name: str
+    workers: int
+    cost_per_trial: Mapping[int, float]
+    known: list[Result]
+    """Results so far, those of earlier runs included."""
+    running: set[Trial] = field(default_factory=set)
+    started: float = field(default_factory=time.monotonic)
+
+    def ask(self) -> Sequence[Trial]:
+        """The open stage's trials without a result."""
+        return self.ladder.ask()
+
+    def on_start(self, trial: Trial) -> None:
+        """Note that a worker has taken a trial."""
+        self.running.add(trial)
+        self.view.update(self.beat("running"))
+
+    def tell(self, result: Result) -> None:
+        """Keep a result, then let the ladder decide."""
+        self.running.discard(result.trial)
+        if result.curve:
+            self.folder.write_curve(result)
+        self.store.add(result)
+        self.known.append(result)
+        closed = len(self.ladder.choices)
+        self.ladder.tell(result)
+        self.view.result(result, self.beat("running"))
+        for choice in self.ladder.choices[closed:]:
+            self.view.choice(choice)
+
+    def beat(self, state: str) -> Progress:
+        """Write the heartbeat; returns what it says."""
+        progress = self.progress(state)
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+        self.folder.write_status({**progress.as_dict(), **owner})
+        return progress
+
+    def progress(self, state: str) -> Progress:
+        """How far the sweep is."""
+        stage = self.ladder.stages[-1]
+        results = [result for s in self.ladder.stages for result in self.ladder.results(s)]
+        in_stage = self.ladder.results(stage)
+        complete = [result for result in in_stage if result.loss is not None]
+        return Progress(
+            name=self.name,
+            state=state,
+            stage=len(self.ladder.stages) - 1,
+            stages=len(self.ladder.spec.widths),
+            width=stage.width,
+            stage_done=len(in_stage),
+            stage_total=len(stage.trials),
+            done=len(results),
+            total=sum(plan.trials for plan in plan_stages(self.ladder.spec)),
+            running=len(self.running),
+            best=min(complete, key=lambda r: r.loss or 0.0, default=None),
+            seconds=time.monotonic() - self.started,
+            eta_seconds=self._eta_seconds(),
+        )
+
+    def _eta_seconds(self) -> float | None:
+        """Time left: what remains, at the seconds measured per width, spread over the workers."""
+        measured: dict[int, list[float]] = {}
+        for result in self.known:
+            if result.status is Status.COMPLETE:
+                measured.setdefault(result.trial.width, []).append(result.seconds)
+        if not measured:
+            return None
+        seconds = {width: sum(times) / len(times) for width, times in measured.items()}
+        widest = max(seconds)
+        rate = (
+            seconds[widest] / self.cost_per_trial[widest] if widest in self.cost_per_trial else 0.0
+        )
+        answered = {stage.width: len(self.ladder.results(stage)) for stage in self.ladder.stages}
+        left = 0.0
+        for plan in plan_stages(self.ladder.spec):
+            each = seconds.get(plan.width, rate * self.cost_per_trial[plan.width])
+            left += each * (plan.trials - answered.get(plan.width, 0))
+        return left / self.workers
+
+
+def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Folder, Ladder]:
+    """Run a sweep, or go on with it, until it has its answer or is stuck.
+
+    Returns:
+        The results folder, and the ladder, finished or stuck.
+
+    Raises:
+        RefusedError: the plan is over the budget.
+        ResumeError: the folder holds a sweep whose results would not be comparable, or is in use.
+        SpecError, ModelError, DataError: the spec, the model file or the corpus is wrong.
+        KeyboardInterrupt: as it came; what finished is kept.
+    """
+    prepared = prepare(spec)
+    if refusal := over_budget(prepared):
+        raise RefusedError(f"{spec.name}: {refusal}")
+    number = workers(spec, options.workers, is_cluster=options.ray_address is not None)
+    folder = Folder(options.results / spec.name)
+    _check_comparable(folder, prepared)
+    folder.create()
+    with (
+        folder.held(),
+        make_view() as view,
+        _recording(prepared, folder, options, view, number) as recorder,
+    ):
+        _dispatch(recorder, prepared, options, number)
+        title = (
+            f"{spec.name}: held-out loss, rule {spec.optimizer.rule}, policy {spec.ladder.policy}"
+        )
+        write_loss_figure(folder.path / "loss.png", recorder.ladder, title)
+        return folder, recorder.ladder
+
+
+@contextmanager
+def _recording(
+    prepared: Prepared, folder: Folder, options: Options, view: View, number: int
+) -> Iterator[Recorder]:
+    """Open the store, replay what it holds, and leave folder and heartbeat in a true state."""
+    spec = prepared.spec
+    storage = options.storage or _storage_of(folder) or sqlite_url(folder.path)
+    store = Store(storage, spec.name, spec.ladder_spec.axes)
+    folder.write_spec(_spec_record(prepared, options.storage), prepared.trial_config.model.text)
+    known = store.results()
+    recorder = Recorder(
+        ladder=replay(spec.ladder_spec, known, retry_failures=True),
+        store=store,
+        folder=folder,
+        view=view,
+        name=spec.name,
+        workers=number,
+        cost_per_trial=prepared.cost_per_trial,
+        known=known,
+    )
+    state = "interrupted"
+    try:
+        view.start(recorder.beat("running"))
+        yield recorder
+        state = "stuck" if recorder.ladder.stuck else "finished"
+    finally:
+        recorder.running.clear()
+        write_csv(folder.path / "trials.csv", recorder.ladder, recorder.known)
+        recorder.beat(state)
+        store.close()
+
+
+def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: int) -> None:
+    """Run what the ladder asks for; Ray is not even imported when there is nothing to run."""
+    if not recorder.ask():
+        return
+    from telescope.train.loop import TelescopeTrainer
+
+    trainer = TelescopeTrainer(prepared.trial_config)
+    if options.dispatcher == "inline":
+        from telescope.dispatch.inline import run_inline
+
+        run_inline(recorder, trainer, on_start=recorder.on_start)
+        return
+    from telescope.dispatch.ray_tune import run_ray
+
+    compute = prepared.spec.compute
+    run_ray(
+        recorder,
+        trainer,
+        workers=number,
+        cpus=compute.cpus,
+        gpus=compute.gpus,
+        address=options.ray_address,
+        on_start=recorder.on_start,
+    )
+
+
+def _spec_record(prepared: Prepared, storage: str | None) -> dict[str, Any]:
+    """What `spec.json` holds."""
+    fields = prepared.spec.strict_fields(prepared.trial_config.corpus_digest)
+    return {
+        "spec": prepared.spec.as_dict(),
+        "fingerprint": fingerprint(fields),
+        "comparable_if_equal": fields,
+        "storage": without_password(storage) if storage else None,
+        "target_flops": prepared.target_flops,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
+    }
+
+
+def _check_comparable(folder: Folder, prepared: Prepared) -> None:
+    """Refuse a folder whose results were made by other training than the spec's.
+
+    Raises:
+        ResumeError: naming the fields that differ, then and now.
+    """
+    if not folder.exists:
+        return
+    before = folder.read_spec()["comparable_if_equal"]
+    now = prepared.spec.strict_fields(prepared.trial_config.corpus_digest)
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if differing:
+        shown = ", ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in differing)
+        raise ResumeError(
+            f"{folder.path}: its results are not comparable with this spec: {shown}; undo the "
+            "change, or start another sweep with --name"
+        )
+
+
+def _storage_of(folder: Folder) -> str | None:
+    """The storage that an existing sweep named, so that the same command need not repeat it."""
+    url: str | None = folder.read_spec()["storage"] if folder.exists else None
+    return url
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A results folder, read and replayed."""
+
+    folder: Folder
+    spec: Spec
+    ladder: Ladder
+    results: list[Result]
+    target_flops: float
+
+    def cost(self) -> dict[str, float]:
+        """What all stored trials cost, in the keys of `show --json`."""
+        flops = sum(result.flops for result in self.results)
+        return {
+            "flops": flops,
+            "seconds": sum(result.seconds for result in self.results),
+            "over_target": flops / self.target_flops,
+        }
+
+
+def open_result(sweep: str | Path, results: Path) -> Finished:
+    """Read a sweep's folder and replay its store; safe while a driver is running.
+
+    Raises:
+        SpecError: there is no such sweep.
+        ResumeError: its files or its store cannot be read.
+    """
+    folder = Folder(find_result(sweep, results))
+    record = folder.read_spec()
+    spec = Spec.from_record(record["spec"], folder.path)
+    store = Store(record["storage"] or sqlite_url(folder.path), spec.name, spec.ladder_spec.axes)
+    try:
+        known = store.results()
+    finally:
+        store.close()
+    ladder = replay(spec.ladder_spec, known)
+    return Finished(folder, spec, ladder, known, record["target_flops"])

@@ -1,0 +1,168 @@
+"""What one training run is made of: the spec's tables as the trainer takes them.
+
+Plain dataclasses, so that the trainer runs where pydantic is not installed; `telescope.spec`
+fills and type-checks them. Ranges are checked here, in messages that start with the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from telescope.errors import SpecError
+
+ADAMW_RULES = ("mup", "standard")
+
+TRAINER_AXES = ("lr", "weight_decay", "warmup", "adamw_lr_ratio")
+"""The hyperparameters that the built-in trainer can sweep; the last two replace their key."""
+ADAMW_AXES = TRAINER_AXES[:3]
+"""Those that mean something when AdamW trains everything."""
+
+STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+"""How pydantic, where it is installed, reads these classes: no unknown key, no conversion."""
+
+
+def require(condition: bool, key: str, got: object, allowed: str) -> None:
+    """Raise a one-line `SpecError` naming the key, what was given and what is allowed."""
+    if not condition:
+        raise SpecError(f"{key}: got {got!r}, must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model file's text and the keyword arguments of its `build`."""
+
+    name: str
+    """The file's name, for messages: ``gpt.py``."""
+    text: str = field(repr=False)
+    """The file's whole source; part of the fingerprint, and what a worker executes."""
+    kwargs: Mapping[str, Any]
+    """Keyword arguments of `build` besides the width; `vocab_size` included."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text, 16 hex digits."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Table ``[optimizer]``."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: Literal["muon", "adamw"] = "muon"
+    """Which optimizer trains the hidden matrices; everything else is AdamW."""
+    rule: Literal["mup", "paper", "moonlight", "standard"] = "mup"
+    """How learning rate and decay follow the width: `parametrization.scaling`."""
+    adamw_lr_ratio: float = 1.0
+    """Muon only: AdamW's learning rate on what is not hidden, as a multiple of lr."""
+    momentum: float = 0.95
+    """Muon only. Source: arXiv 2502.16982."""
+    nesterov: bool = True
+    """Muon only."""
+    ns_steps: int = 5
+    """Muon only: Newton–Schulz steps. Source: `torch.optim.Muon`."""
+    ns_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Muon only: arithmetic of Newton–Schulz; torch's own is bf16."""
+    betas: tuple[float, float] = (0.95, 0.95)
+    """AdamW's averages. Source: arXiv 2505.02222, App. H."""
+    eps: float = 1e-8
+    """AdamW's denominator term."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that no key is set which this optimizer would ignore."""
+        if self.name == "adamw":
+            require(self.rule in ADAMW_RULES, "rule", self.rule, f"one of {ADAMW_RULES} for adamw")
+            muon_only = ("adamw_lr_ratio", "momentum", "nesterov", "ns_steps", "ns_dtype")
+            for item in fields(self):
+                if item.name in muon_only:
+                    value = getattr(self, item.name)
+                    require(value == item.default, item.name, value, "left out for adamw")
+        positive = math.isfinite(self.adamw_lr_ratio) and self.adamw_lr_ratio > 0
+        require(positive, "adamw_lr_ratio", self.adamw_lr_ratio, "a finite number > 0")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        require(1 <= self.ns_steps < 100, "ns_steps", self.ns_steps, "an integer from 1 to 99")
+        require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        require(0 < self.eps < 1, "eps", self.eps, "in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Table ``[train]``: the same at every width."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Sequences per step."""
+    sequence_length: int
+    """Tokens per sequence."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After warm-up: cosine to `final_lr`, constant, or constant then linear decay."""
+    warmup: float = 0.1
+    """Share of the steps with a linearly rising learning rate. An assumption."""
+    final_lr: float = 0.1
+    """The last learning rate as a share of the peak. Source: arXiv 2505.02222, App. H."""
+    decay: float = 0.2
+    """Schedule wsd only: share of the steps that decay at the end. An assumption."""
+    evals: int = 1
+    """How often the held-out loss is measured, evenly spaced; the last time is the end."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for key in ("steps", "batch_size", "sequence_length", "evals"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "an integer >= 1")
+        for key in ("warmup", "final_lr", "decay"):
+            require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "a share in [0, 1]")
+        require(self.evals <= self.steps, "evals", self.evals, f"at most steps ({self.steps})")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one batch."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one trial."""
+        return self.steps * self.tokens_per_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Table ``[data]``, its paths resolved."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    source: str | tuple[str, ...]
+    """``python-stdlib``, or paths and globs of text files."""
+    held_out: float = 0.05
+    """Share of the corpus, at its end, that is never trained on."""
+    eval_tokens: int = 16384
+    """How many held-out tokens a loss is measured on; the same ones every time."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(0 < self.held_out < 1, "held_out", self.held_out, "a share in (0, 1)")
+        require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig:
+    """Everything that a worker needs to train any trial of a sweep."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    data: DataConfig
+    base_width: int
+    corpus_digest: str
+    """SHA-256 of the driver's corpus; a worker that reads another one refuses."""
+    device: str = "auto"
+    threads: int = 1
+    flops_per_step: Mapping[int, float] = field(default_factory=dict)
+    """Width → floating-point operations of one step, as planned by the driver."""

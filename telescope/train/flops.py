@@ -1,0 +1,115 @@
+"""What a step costs: floating-point operations by count, split into model, attention, optimizer.
+
+The model is built on the meta device and torch's own counter watches one forward and backward
+pass, so a user's model is counted as ours is, and 4B parameters cost no memory. What the counter
+cannot see, Newton–Schulz, is added from its formula. Elementwise work is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
+from telescope.train.model import build_meta, check_forward
+from telescope.train.parametrization import Tag
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Parameters, and floating-point operations of one optimizer step."""
+
+    parameters: int
+    model: float
+    """Forward and backward, without attention's two products."""
+    attention: float
+    """Scaled-dot-product attention, forward and backward, in full: not halved for causality."""
+    optimizer: float
+    """Newton–Schulz."""
+
+    @property
+    def total(self) -> float:
+        """All three."""
+        return self.model + self.attention + self.optimizer
+
+
+class _AttentionCounter(TorchFunctionMode):
+    """Counts the two matrix products of every scaled_dot_product_attention call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            rows = query.numel() // query.shape[-1]
+            self.flops += 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def step_cost(
+    model: ModelConfig,
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    *,
+    width: int,
+    base_width: int,
+) -> StepCost:
+    """Count one step of one trial at `width`.
+
+    Raises:
+        ModelError: the model file fails or its forward pass gives the wrong shape.
+    """
+    tagged = build_meta(model, width=width, base_width=base_width)
+    check_forward(
+        model,
+        tagged.module,
+        sequence_length=train.sequence_length,
+        vocab_size=model.kwargs["vocab_size"],
+    )
+    tokens = torch.zeros(1, train.sequence_length, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter, _AttentionCounter() as attention_counter:
+        tagged.module(tokens).sum().backward()
+    # A backward pass has two products for each of the forward's.
+    attention = 3 * attention_counter.flops
+    return StepCost(
+        parameters=sum(p.numel() for p in tagged.module.parameters()),
+        model=float(counter.get_total_flops() - attention) * train.batch_size,
+        attention=float(attention) * train.batch_size,
+        optimizer=_optimizer_flops(tagged.tags, optimizer),
+    )
+
+
+def _optimizer_flops(tags: dict[str, Tag], config: OptimizerConfig) -> float:
+    """Newton–Schulz over every hidden matrix; AdamW has no matrix products."""
+    if config.name != "muon":
+        return 0.0
+    hidden = (tag.shape for tag in tags.values() if tag.role.is_hidden)
+    return sum(newton_schulz_flops(shape, config.ns_steps) for shape in hidden)
+
+
+def newton_schulz_flops(shape: tuple[int, ...], steps: int) -> float:
+    """Floating-point operations of orthogonalising one matrix, or a stack of them.
+
+    With n the smaller side and m the larger, a step is X·Xᵀ (2n²m), its square (2n³) and the
+    product with X (2n²m): 4n²m + 2n³.
+
+    >>> newton_schulz_flops((16, 16), steps=5) == 5 * 6 * 16**3
+    True
+    """
+    n, m = sorted(shape[-2:])
+    return float(math.prod(shape[:-2]) * steps * (4 * n**2 * m + 2 * n**3))

@@ -1,0 +1,186 @@
+"""One trial, from its seed to its held-out loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from telescope.errors import DataError
+from telescope.records import CurvePoint, Result, Status, Trial
+from telescope.train.config import TrainConfig, TrialConfig
+from telescope.train.data import Batches, held_out_batch, load_corpus
+from telescope.train.model import build_model
+from telescope.train.optim import build_optimizers, parameter_groups, schedule, set_lr
+
+DIVERGED_ABOVE = 2.0
+"""A batch loss above this multiple of the first one ends the trial. An assumption: a zero readout
+starts at ln(vocabulary), and a healthy trial never comes near twice that."""
+CURVE_ROWS = 50
+"""About how many rows a training curve has."""
+
+
+@dataclass(frozen=True)
+class TelescopeTrainer:
+    """The built-in trainer: muP models with Muon. Picklable; call it once per trial."""
+
+    config: TrialConfig
+
+    def __call__(self, trial: Trial) -> Result:
+        """Train one trial to its end, or to where it diverges.
+
+        Raises:
+            DataError: this machine's corpus is not the driver's.
+            ModelError: the model file fails.
+        """
+        torch.set_num_threads(self.config.threads)
+        return train(self.config, trial)
+
+
+def train(config: TrialConfig, trial: Trial) -> Result:
+    """Train `trial` as `config` says; see `TelescopeTrainer`."""
+    start = time.perf_counter()
+    setup = set_up(config, trial)
+    curve: list[CurvePoint] = []
+    steps_done, reason = _run_steps(setup, curve)
+    loss = None if reason else curve[-1].held_out_loss
+    if loss is not None and not math.isfinite(loss):
+        loss, reason = None, f"held-out loss {loss} after {steps_done} steps"
+    return Result(
+        trial,
+        Status.DIVERGED if reason else Status.COMPLETE,
+        loss=loss,
+        reason=reason,
+        flops=steps_done * config.flops_per_step.get(trial.width, 0.0),
+        seconds=time.perf_counter() - start,
+        curve=tuple(curve),
+    )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the loop steps over."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    batches: Batches
+    held_out: tuple[Tensor, ...]
+    train: TrainConfig
+    device: str
+
+
+def set_up(config: TrialConfig, trial: Trial) -> Setup:
+    """Build what a trial steps over; see `TelescopeTrainer` for what it raises."""
+    device = resolve_device(config.device)
+    corpus = load_corpus(config.data)
+    if corpus.digest != config.corpus_digest:
+        raise DataError(
+            f"data.source: this worker reads a corpus with hash {corpus.digest[:12]}, the driver's "
+            f"is {config.corpus_digest[:12]}; use the same files, and for python-stdlib the same "
+            "Python version, on every machine"
+        )
+    torch.manual_seed(trial.seed)
+    tagged = build_model(
+        config.model,
+        width=trial.width,
+        base_width=config.base_width,
+        seed=trial.seed,
+        optimizer=config.optimizer.name,
+        rule=config.optimizer.rule,
+        device=device,
+    )
+    groups = parameter_groups(tagged.tags, trial.point, config.optimizer)
+    length = config.train.sequence_length
+    held_out = held_out_batch(corpus.held_out_tokens, count=config.data.eval_tokens, length=length)
+    return Setup(
+        model=tagged.module,
+        optimizers=build_optimizers(tagged.module, groups, config.optimizer),
+        batches=Batches(
+            corpus.train_tokens, batch_size=config.train.batch_size, length=length, seed=trial.seed
+        ),
+        held_out=tuple(t.to(device) for t in held_out),
+        # A grid around a long warm-up may reach past 1: then it lasts the whole run.
+        train=replace(
+            config.train, warmup=min(1.0, trial.point.get("warmup", config.train.warmup))
+        ),
+        device=device,
+    )
+
+
+def _run_steps(setup: Setup, curve: list[CurvePoint]) -> tuple[int, str]:
+    """Take every step, filling `curve`; returns steps taken and why it diverged, or ""."""
+    steps, evals = setup.train.steps, setup.train.evals
+    eval_steps = {round(steps * (i + 1) / evals) for i in range(evals)}
+    row_steps = {round(steps * (i + 1) / CURVE_ROWS) for i in range(CURVE_ROWS)} | eval_steps
+    first_loss, recent = None, []
+    for step in range(steps):
+        loss = take_step(
+            setup.model, setup.optimizers, setup.batches, setup.train, step, setup.device
+        )
+        first_loss = loss if first_loss is None else first_loss
+        if not math.isfinite(loss) or loss > DIVERGED_ABOVE * first_loss:
+            curve.append(CurvePoint(step + 1, loss if math.isfinite(loss) else None, None))
+            return step + 1, f"loss {loss:.4g} at step {step + 1} of {steps}, from {first_loss:.4g}"
+        recent.append(loss)
+        if step + 1 in row_steps:
+            held_out = None
+            if step + 1 in eval_steps:
+                held_out = held_out_loss(setup.model, setup.held_out, setup.train.batch_size)
+            curve.append(CurvePoint(step + 1, sum(recent) / len(recent), held_out))
+            recent = []
+    return steps, ""
+
+
+def take_step(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    batches: Batches,
+    config: TrainConfig,
+    step: int,
+    device: str,
+) -> float:
+    """One optimizer step; returns the batch's loss before it, nats per token."""
+    inputs, targets = batches.at(step)
+    loss = token_loss(model, inputs.to(device), targets.to(device))
+    loss.backward()  # type: ignore[no-untyped-call]
+    set_lr(optimizers, schedule(step, config))
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of (batch, sequence) tokens, nats per token."""
+    logits = model(inputs)
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, held_out: tuple[Tensor, ...], batch_size: int) -> float:
+    """Mean loss over the held-out sequences, in chunks of the training batch's size."""
+    model.eval()
+    total = 0.0
+    for inputs, targets in zip(*(torch.split(t, batch_size) for t in held_out), strict=True):
+        total += token_loss(model, inputs, targets).item() * inputs.numel()
+    model.train()
+    return total / held_out[0].numel()
+
+
+def resolve_device(device: str) -> str:
+    """The device that "auto" means on this machine: an accelerator where torch finds one.
+
+    Raises:
+        DataError: never; an unavailable device fails in torch with its own message.
+    """
+    if device != "auto":
+        return device
+    return (
+        str(torch.accelerator.current_accelerator() or "cpu")
+        if torch.accelerator.is_available()
+        else "cpu"
+    )

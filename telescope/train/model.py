@@ -1,0 +1,177 @@
+"""From a model file's text to a model at any width: loaded, checked, tagged, initialised."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from telescope.errors import ModelError, SpecError, TelescopeError
+from telescope.train.config import ModelConfig
+from telescope.train.parametrization import Tag, initialise, set_multipliers, tag
+
+
+@dataclass(frozen=True)
+class TaggedModel:
+    """A model with base shapes set, and what each parameter is to the width rules."""
+
+    module: nn.Module = field(repr=False)
+    tags: dict[str, Tag]
+
+
+@functools.lru_cache(maxsize=16)
+def load_model_file(name: str, text: str, digest: str) -> ModuleType:
+    """Execute a model file's text as a module whose file name carries its hash.
+
+    Nothing is written to disk: the text is handed to `linecache`, which tracebacks and
+    `inspect.getsource` read. Loaded once per process and text.
+
+    Raises:
+        ModelError: the file has an error, or defines no `build`.
+    """
+    stem = PurePath(name).stem
+    module = ModuleType(f"telescope_model_{stem}_{digest}")
+    module.__file__ = f"<{stem}-{digest}.py>"
+    linecache.cache[module.__file__] = (
+        len(text),
+        None,
+        text.splitlines(keepends=True),
+        module.__file__,
+    )
+    # Registered before it runs: dataclasses and torch look a class's module up by name.
+    sys.modules[module.__name__] = module
+    with _blamed_on(name, module.__file__):
+        exec(compile(text, module.__file__, "exec"), module.__dict__)
+    if not callable(getattr(module, "build", None)):
+        raise ModelError(f"{name}: defines no function build(width, *, vocab_size, ...)")
+    return module
+
+
+@contextmanager
+def _blamed_on(name: str, filename: str) -> Iterator[None]:
+    """Turn whatever a model file raises into a ModelError that names the file and the line."""
+    try:
+        yield
+    except TelescopeError:
+        raise
+    except Exception as error:
+        line = error.lineno if isinstance(error, SyntaxError) else _last_line(error, filename)
+        message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        where = f"{name}:{line}" if line else name
+        raise ModelError(f"{where}: {type(error).__name__}: {message}") from error
+
+
+def _last_line(error: Exception, filename: str) -> int | None:
+    """The deepest line of the model file in an exception's traceback."""
+    line, trace = None, error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == filename:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def check_keywords(config: ModelConfig) -> None:
+    """Check that the model file's `build` takes the spec's keywords, and gets those it needs.
+
+    Raises:
+        SpecError: naming the keyword and those that `build` takes.
+        ModelError: the file cannot be loaded.
+    """
+    parameters = inspect.signature(_build_function(config)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    taken = [name for name in parameters if name != "width"]
+    for key in config.kwargs:
+        if key not in taken:
+            raise SpecError(
+                f"model.{key}: {config.name} takes no such keyword; it takes {', '.join(taken)}"
+            )
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in {"width", *config.kwargs}:
+            raise SpecError(f"model.{key}: missing; {config.name} needs it to build a model")
+
+
+def _build_function(config: ModelConfig) -> Callable[..., nn.Module]:
+    module = load_model_file(config.name, config.text, config.digest)
+    build: Callable[..., nn.Module] = module.build
+    return build
+
+
+def _build(config: ModelConfig, width: int, device: str) -> nn.Module:
+    build = _build_function(config)
+    filename = str(build.__code__.co_filename) if hasattr(build, "__code__") else config.name
+    with _blamed_on(config.name, filename), torch.device(device):
+        model = build(width, **config.kwargs)
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{config.name}: build returned {type(model).__name__}, not a torch module"
+        )
+    return model
+
+
+def build_meta(config: ModelConfig, *, width: int, base_width: int) -> TaggedModel:
+    """The model's shapes and roles at `width`: on the meta device, no memory, no weights.
+
+    Raises:
+        ModelError: the file fails, or a parameter has no clear role.
+    """
+    return _tagged(config, _build(config, width, "meta"), base_width)
+
+
+def _tagged(config: ModelConfig, model: nn.Module, base_width: int) -> TaggedModel:
+    base, delta = (_build(config, w, "meta") for w in (base_width, 2 * base_width))
+    try:
+        return TaggedModel(model, tag(model, base, delta))
+    except ModelError as error:
+        raise ModelError(f"{config.name}: {error}") from error
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    width: int,
+    base_width: int,
+    seed: int,
+    optimizer: str,
+    rule: str,
+    device: str,
+) -> TaggedModel:
+    """The model at `width`, initialised and with its readout multipliers set, on `device`.
+
+    Raises:
+        ModelError: the file fails, or a parameter has no clear role.
+    """
+    tagged = _tagged(config, _build(config, width, device), base_width)
+    initialise(tagged.module, tagged.tags, seed=seed)
+    set_multipliers(tagged.module, tagged.tags, optimizer=optimizer, rule=rule)
+    return tagged
+
+
+def check_forward(
+    config: ModelConfig, model: Any, *, sequence_length: int, vocab_size: int
+) -> None:
+    """Check on the meta device that tokens (1, T) give logits (1, T, vocab_size).
+
+    Raises:
+        ModelError: the forward pass fails or gives another shape.
+    """
+    filename = f"<{PurePath(config.name).stem}-{config.digest}.py>"
+    with _blamed_on(config.name, filename):
+        logits = model(torch.zeros(1, sequence_length, dtype=torch.int64, device="meta"))
+    shape, wanted = tuple(getattr(logits, "shape", ())), (1, sequence_length, vocab_size)
+    if shape != wanted:
+        raise ModelError(
+            f"{config.name}: forward gave shape {shape} for tokens (1, {sequence_length}), must be "
+            f"(batch, sequence, vocab_size) = {wanted}"
+        )

@@ -1,0 +1,255 @@
+"""muP for Muon: each parameter's role, and the one table of width rules.
+
+A parameter's *role* comes from what grows when the width does (mup's `infshape`) and from the
+module that holds it. Its *scaling* is a pure function of role, shape, shape at base width and rule,
+written so that it can be checked line by line against the literature named beside each line.
+
+r is the matrix's fan-in over its fan-in at base width. Every rule is the same at r = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import mup
+import torch
+from torch import Tensor, nn
+
+from telescope.errors import ModelError
+
+RMS_MATCH = 0.2
+"""Muon's update has this RMS per unit of lr, as AdamW's has. Source: arXiv 2502.16982 §2.2."""
+TIED_STD = 0.02
+"""A tied embedding also reads out: at std 1 its logits shrink with width (slope -0.37)."""
+
+
+class Role(StrEnum):
+    """What a parameter is to the width rules."""
+
+    HIDDEN = "hidden"
+    """A matrix, or a stack of them, with both sides growing."""
+    RESIDUAL = "residual"
+    """A hidden matrix that ends a residual branch; starts at zero."""
+    EMBEDDING = "embedding"
+    """A lookup table from a fixed vocabulary to the width."""
+    READOUT = "readout"
+    """mup's MuReadout: from the width to something fixed."""
+    TIED = "tied"
+    """An embedding shared with a MuSharedReadout."""
+    VECTOR = "vector"
+    """One growing dimension: norm gains and biases."""
+    FINITE = "finite"
+    """A vector that does not grow, such as the QK-norm gains of a fixed head_dim."""
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether Muon trains it."""
+        return self in (Role.HIDDEN, Role.RESIDUAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """One parameter as the width rules see it."""
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What a rule says of one parameter."""
+
+    lr: float
+    """Step length per unit of lr: Muon's factor of O, AdamW's factor of its unit step."""
+    decay: float
+    """Factor of lr · weight_decay that a step takes off."""
+    init_std: float
+    """Standard deviation at the start; 0 is zeros (norm gains: ones)."""
+    multiplier: float
+    """Factor of the module's output, 1 but for readouts."""
+
+
+def scaling(
+    role: Role,
+    shape: tuple[int, ...],
+    base_shape: tuple[int, ...],
+    *,
+    optimizer: str,
+    rule: str,
+) -> Scaling:
+    """The table of width rules.
+
+    Args:
+        role: the parameter's role.
+        shape: (…, out, in) for matrices; an embedding is (vocabulary, width).
+        base_shape: the same parameter's shape at base width.
+        optimizer: "muon" or "adamw".
+        rule: "mup", "paper", "moonlight" or "standard"; adamw knows the first and the last.
+
+    Source: mup, arXiv 2512.05620 App. G; paper, arXiv 2505.02222 §3; moonlight, arXiv 2502.16982
+    §2.2; AdamW, arXiv 2203.03466 Table 8. Residual outputs at zero: arXiv 2512.05620.
+
+    >>> scaling(Role.HIDDEN, (64, 64), (16, 16), optimizer="muon", rule="mup").lr  # 0.2 · sqrt(16)
+    0.8
+    """
+    init = _init_std(role, shape)
+    if role in (Role.READOUT, Role.TIED):
+        r = shape[-1] / base_shape[-1]
+        return Scaling(1.0, 1.0, init, 1.0 if rule == "standard" else 1 / r)
+    if not role.is_hidden:
+        return Scaling(1.0, 1.0, init, 1.0)
+    (out, in_), (out0, in0) = shape[-2:], base_shape[-2:]
+    r = in_ / in0
+    match optimizer, rule:
+        case "muon", "mup":
+            lr = RMS_MATCH * math.sqrt(max(out0, in0)) * math.sqrt((out / in_) / (out0 / in0))
+            decay = 1.0
+        case "muon", "paper":
+            lr = RMS_MATCH * math.sqrt(max(out, in_)) / r
+            decay = 1 / r
+        case "muon", "moonlight" | "standard":
+            lr = RMS_MATCH * math.sqrt(max(out, in_))
+            decay = 1.0
+        case "adamw", "mup":
+            lr, decay = 1 / r, 1.0
+        case "adamw", "standard":
+            lr, decay = 1.0, 1.0
+        case _:
+            raise ValueError(f"no rule {rule!r} for {optimizer!r}")
+    return Scaling(lr, decay, init, 1.0)
+
+
+def _init_std(role: Role, shape: tuple[int, ...]) -> float:
+    """Standard deviation at the start: one initialisation for all rules."""
+    match role:
+        case Role.HIDDEN:
+            return 1 / math.sqrt(shape[-1])
+        case Role.EMBEDDING:
+            return 1.0
+        case Role.TIED:
+            return TIED_STD
+        case _:
+            return 0.0
+
+
+def tag(model: nn.Module, base: nn.Module, delta: nn.Module) -> dict[str, Tag]:
+    """Set mup's base shapes on `model` and find every parameter's role.
+
+    Args:
+        model: the model to be trained, or its shape on the meta device.
+        base: the same model at base width; only its shapes are read.
+        delta: the same model at another width, which tells what grows.
+
+    Returns:
+        name → tag, in the order of `named_parameters`.
+
+    Raises:
+        ModelError: a parameter without a clear role, and what to change in the model file.
+    """
+    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, base, delta)]
+    if not shapes[0].keys() == shapes[1].keys() == shapes[2].keys():
+        everywhere = shapes[0].keys() & shapes[1].keys() & shapes[2].keys()
+        odd = sorted({name for names in shapes for name in names} - everywhere)
+        raise ModelError(f"{odd[0]}: exists at one width only; every width needs the same layers")
+    mup.set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
+    owners = _owners(model)
+    return {
+        name: Tag(name, _role(name, p, owners[id(p)]), shapes[0][name], shapes[1][name])
+        for name, p in model.named_parameters()
+    }
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Parameter identity → the modules that hold it; more than one where weights are tied."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return owners
+
+
+def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
+    """The role of one tagged parameter; see `tag`."""
+    grows = [dimension.isinf() for dimension in parameter.infshape]  # type: ignore[attr-defined]
+    shared = any(isinstance(owner, mup.MuSharedReadout) for owner in owners)
+    readout = any(isinstance(owner, mup.MuReadout) for owner in owners)
+    embedding = any(isinstance(owner, nn.Embedding) for owner in owners)
+    if parameter.ndim <= 1:
+        if shared:
+            raise ModelError(
+                f"{name}: MuSharedReadout takes bias=False; its bias has the wrong size"
+            )
+        return Role.VECTOR if any(grows) else Role.FINITE
+    if embedding and len(owners) > 1:
+        if not shared:
+            raise ModelError(f"{name}: an embedding that is tied needs mup.MuSharedReadout")
+        return Role.TIED
+    if readout or embedding:
+        if grows != [False, True]:
+            raise ModelError(
+                f"{name}: shape {tuple(parameter.shape)} must grow with the width in its last "
+                f"dimension alone, for {'a readout' if readout else 'an embedding'}"
+            )
+        return Role.READOUT if readout else Role.EMBEDDING
+    if grows[-2:] == [True, True] and not any(grows[:-2]):
+        ends_branch = any(getattr(owner, "residual_output", False) for owner in owners)
+        return Role.RESIDUAL if ends_branch else Role.HIDDEN
+    raise ModelError(_unclear(name, parameter, grows))
+
+
+def _unclear(name: str, parameter: Tensor, grows: list[bool]) -> str:
+    """Why a matrix has no role, and what to change."""
+    shape = tuple(parameter.shape)
+    if grows[-2:] == [False, True]:
+        return (
+            f"{name}: shape (out, in) = {shape} grows in its input alone; an output layer must be "
+            "mup.MuReadout, a hidden layer's output must grow with the width too"
+        )
+    if grows[-2:] == [True, False]:
+        return (
+            f"{name}: shape (out, in) = {shape} grows in its output alone; a lookup table must be "
+            "nn.Embedding, a hidden layer's input must grow with the width too"
+        )
+    return (
+        f"{name}: shape {shape} has no clear role (growing dimensions: {grows}); the last two of a "
+        "matrix or a stack of matrices must grow with the width, and no others"
+    )
+
+
+def initialise(model: nn.Module, tags: dict[str, Tag], *, seed: int) -> None:
+    """Initialise every parameter by its role, whatever the model file did.
+
+    Drawn on the CPU from one generator in the order of the names, so that a seed means the same
+    on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tag = tags[name]
+            std = _init_std(tag.role, tag.shape)
+            if tag.role in (Role.VECTOR, Role.FINITE):
+                parameter.fill_(0.0 if name.rsplit(".", 1)[-1] == "bias" else 1.0)
+            elif std == 0:
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.randn(tag.shape, generator=generator) * std)
+
+
+def set_multipliers(model: nn.Module, tags: dict[str, Tag], *, optimizer: str, rule: str) -> None:
+    """Make every readout's multiplier the rule's; mup's own forward divides by r."""
+    for module, tag in _readouts(model, tags):
+        wanted = scaling(tag.role, tag.shape, tag.base_shape, optimizer=optimizer, rule=rule)
+        module.output_mult *= wanted.multiplier * module.width_mult()
+
+
+def _readouts(model: nn.Module, tags: dict[str, Tag]) -> Iterator[tuple[mup.MuReadout, Tag]]:
+    """Every MuReadout with its weight's tag; a tied weight is named after its embedding."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, mup.MuReadout):
+            yield module, tags[names[id(module.weight)]]

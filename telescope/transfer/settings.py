@@ -1,0 +1,166 @@
+"""A point at any width as drop-in settings: one group per (role, shape).
+
+The groups are those that the program's own training loop is built from, so plain
+`torch.optim.Muon` and `torch.optim.AdamW` with these settings train as the sweep did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from telescope.records import Point, as_json
+from telescope.train.config import OptimizerConfig, TrainConfig
+from telescope.train.model import TaggedModel
+from telescope.train.optim import Group, parameter_groups
+from telescope.train.parametrization import Role
+
+HORIZON_NOTE = (
+    "weight_decay is rescaled so that lr · weight_decay · steps stays as in the sweep, lr is kept: "
+    "an assumption, the sweep did not vary the steps (arXiv 2405.13698, 2510.19093)"
+)
+CONVENTION_NOTE = (
+    "rule {rule}; a step decays by lr · weight_decay of its own group, as torch.optim does; lr is "
+    "the schedule's peak; what other libraries call these rules is in the README's table"
+)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What to use at a width; the attributes are the keys of `telescope transfer --json`."""
+
+    width: int
+    point: Point
+    """In base-width units, the weight decay rescaled for another number of steps."""
+    steps: int | None
+    groups: tuple[dict[str, Any], ...] | None
+    """One per (role, shape); None where the spec names no model file."""
+    schedule: dict[str, Any] | None
+    notes: tuple[str, ...]
+    certificate: dict[str, Any] | None = field(default=None)
+    """None until a policy that makes one has run."""
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate in base-width units."""
+        return self.point.lr
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay in base-width units."""
+        return self.point.weight_decay
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON's keys, in its order."""
+        return {
+            "width": self.width,
+            "point": dict(self.point),
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "steps": self.steps,
+            "schedule": self.schedule,
+            "groups": as_json(self.groups),
+            "certificate": self.certificate,
+            "notes": list(self.notes),
+        }
+
+
+def rescale_horizon(point: Point, *, sweep_steps: int, steps: int) -> Point:
+    """Keep lr · weight_decay · steps for a run of another length; lr stays.
+
+    >>> rescale_horizon(Point.of(lr=0.1, weight_decay=0.2), sweep_steps=100, steps=400).weight_decay
+    0.05
+    """
+    return Point.of({**point, "weight_decay": point.weight_decay * sweep_steps / steps})
+
+
+def transfer_point(
+    point: Point, *, width: int, steps: int | None, sweep_steps: int | None
+) -> Transfer:
+    """The point alone, for a sweep whose spec names no model file.
+
+    Args:
+        point: the chosen point, in base-width units.
+        width: the target's width.
+        steps: the target's optimizer steps, None if not given.
+        sweep_steps: the sweep's, None if the spec does not say.
+    """
+    notes: tuple[str, ...] = ()
+    if steps and sweep_steps and steps != sweep_steps:
+        point, notes = rescale_horizon(point, sweep_steps=sweep_steps, steps=steps), (HORIZON_NOTE,)
+    return Transfer(width, point, steps or sweep_steps, groups=None, schedule=None, notes=notes)
+
+
+def transfer_settings(
+    point: Point,
+    *,
+    width: int,
+    steps: int,
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    tagged: TaggedModel,
+) -> Transfer:
+    """The settings of `point` at `width`.
+
+    Args:
+        point: the chosen point, in base-width units.
+        width: the target's width; any that the model file can build.
+        steps: the target's optimizer steps.
+        train: the sweep's training, for its steps and its schedule.
+        optimizer: the sweep's optimizer.
+        tagged: the model's shapes and roles at `width`.
+    """
+    notes = [CONVENTION_NOTE.format(rule=optimizer.rule)]
+    if steps != train.steps:
+        point = rescale_horizon(point, sweep_steps=train.steps, steps=steps)
+        notes.append(HORIZON_NOTE)
+    groups = parameter_groups(tagged.tags, point, optimizer)
+    return Transfer(
+        width=width,
+        point=point,
+        steps=steps,
+        groups=tuple(_as_dict(group, optimizer) for group in groups),
+        schedule={
+            "name": train.schedule,
+            "warmup_steps": round(min(1.0, point.get("warmup", train.warmup)) * steps),
+            "final_lr": 1.0 if train.schedule == "constant" else train.final_lr,
+        }
+        | ({"decay_steps": round(train.decay * steps)} if train.schedule == "wsd" else {}),
+        notes=tuple(notes),
+    )
+
+
+def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
+    """One group in the JSON's keys; `optimizer` is None where torch has no equivalent."""
+    name: str | None = "Muon" if group.is_muon else "AdamW"
+    notes = [_init_note(group)]
+    if group.is_muon and optimizer.ns_dtype != "bf16":
+        name = None
+        notes.append("needs a Muon with fp32 Newton–Schulz; torch.optim.Muon computes in bf16")
+    if group.is_muon and len(group.shape) > 2:
+        name = None
+        notes.append(
+            "needs a Muon that orthogonalises each matrix of a stack; torch's takes 2-D only"
+        )
+    if group.role in (Role.READOUT, Role.TIED) and group.multiplier != 1:
+        notes.append(f"the logits are multiplied by {group.multiplier:g}, as mup's readout does")
+    return {
+        "role": str(group.role),
+        "shape": list(group.shape),
+        "names": list(group.names),
+        "count": len(group.names),
+        "optimizer": name,
+        "kwargs": as_json(group.kwargs),
+        "lr": group.lr,
+        "weight_decay": group.weight_decay,
+        "init_std": group.init_std,
+        "multiplier": group.multiplier,
+        "note": "; ".join(note for note in notes if note),
+    }
+
+
+def _init_note(group: Group) -> str:
+    """How the parameter starts, where its standard deviation does not say it."""
+    if group.role in (Role.VECTOR, Role.FINITE):
+        return "gains start at 1, biases at 0"
+    return "starts at zero" if group.init_std == 0 else ""

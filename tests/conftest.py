@@ -1,0 +1,88 @@
+"""What several test files share: a corpus of a few kilobytes, and a sweep of seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from telescope.train.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrialConfig,
+)
+from telescope.train.data import load_corpus
+
+ROOT = Path(__file__).parent.parent
+GPT = ROOT / "models" / "gpt.py"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few kilobytes of text that a model can learn something from."""
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    return path
+
+
+def tiny_spec(corpus: Path, **tables: Any) -> dict[str, Any]:
+    """A sweep that trains in seconds: two widths, 3 × 2 points, a few steps."""
+    spec: dict[str, Any] = {
+        "name": "tiny",
+        "ladder": {"widths": [16, 32], "policy": "paper"},
+        "target": {"width": 64},
+        "axes": {
+            "lr": {"low": 0.01, "high": 0.16, "points": 3},
+            "weight_decay": {"low": 0.05, "high": 0.2, "points": 2},
+        },
+        "model": {"file": str(GPT), "depth": 1, "head_dim": 8},
+        "train": {"steps": 4, "batch_size": 4, "sequence_length": 16},
+        "data": {"source": str(corpus), "eval_tokens": 64},
+        "budget": {"max_over_target": 20.0},
+    }
+    for name, table in tables.items():
+        merges = isinstance(table, dict) and isinstance(spec.get(name), dict)
+        spec[name] = {**spec[name], **table} if merges else table
+    return spec
+
+
+def as_toml(table: dict[str, Any], prefix: str = "") -> str:
+    """Nested dicts as TOML; Python's and TOML's literals agree on what specs hold."""
+    lines = [f"{key} = {value!r}" for key, value in table.items() if not isinstance(value, dict)]
+    text = "\n".join(lines).replace("True", "true").replace("False", "false") + "\n"
+    for key, value in table.items():
+        if isinstance(value, dict):
+            text += f"\n[{prefix}{key}]\n" + as_toml(value, f"{prefix}{key}.")
+    return text
+
+
+def gpt_config(**kwargs: Any) -> ModelConfig:
+    """The bundled model, small, unless `kwargs` say otherwise."""
+    defaults = {"vocab_size": 256, "depth": 1, "head_dim": 8}
+    return ModelConfig(name="gpt.py", text=GPT.read_text(), kwargs={**defaults, **kwargs})
+
+
+def trial_config(
+    corpus: Path,
+    *,
+    model: ModelConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    **train: Any,
+) -> TrialConfig:
+    """One trial's configuration at base width 16."""
+    data = DataConfig(source=(str(corpus),), eval_tokens=64)
+    settings = {"steps": 6, "batch_size": 4, "sequence_length": 16, **train}
+    return TrialConfig(
+        model=model or gpt_config(),
+        optimizer=optimizer or OptimizerConfig(),
+        train=TrainConfig(**settings),
+        data=data,
+        base_width=16,
+        corpus_digest=load_corpus(data).digest,
+    )

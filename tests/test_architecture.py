@@ -1,0 +1,126 @@
+"""Nothing imports upward, and what must start at once stays light.
+
+Imports are read from the source with `ast`, those inside functions too: a late import hides a
+direction, it does not change it.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "telescope"
+COMMON = {"records", "errors"}
+ROOMS = {
+    # room: what of telescope it may import besides itself
+    "ladder": COMMON,
+    "train": COMMON,
+    "dispatch": COMMON | {"files", "catalog", "train"},
+    "transfer": COMMON | {"train"},
+    "report": COMMON | {"files", "catalog", "ladder", "dispatch"},
+}
+LIBRARIES = {
+    # library: the only files that may import it
+    "ray": {"dispatch/ray_tune.py"},
+    "optuna": {"dispatch/store.py"},
+    "sqlalchemy": {"dispatch/store.py"},
+    "pydantic": {"spec.py"},
+    "typer": {"cli.py"},
+    "pandas": {"report/frames.py"},
+    "matplotlib": {"report/figures.py"},
+    "mup": {"train/parametrization.py"},
+}
+STANDARD_ONLY = ["records.py", "errors.py", "files.py", "dispatch/folder.py", "report/status.py"]
+
+
+def imports(path: Path, *, typing_too: bool = False) -> set[str]:
+    """Dotted names that a file imports; those under TYPE_CHECKING only when asked."""
+    tree = ast.parse(path.read_text())
+    if not typing_too:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            names |= {
+                f"{module}.{alias.name}" if module == "telescope" else module
+                for alias in node.names
+            }
+    return names
+
+
+def inner(path: Path) -> set[str]:
+    """The first part below telescope of everything a file imports from it."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("telescope.")}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downward(room: str) -> None:
+    for path in (PACKAGE / room).glob("*.py"):
+        upward = inner(path) - ROOMS[room] - {room}
+        if path.name == "tables.py":
+            upward -= {"sweep", "transfer"}
+        assert not upward, f"{path.relative_to(ROOT)} imports {upward}"
+
+
+def test_each_library_has_its_place() -> None:
+    for path in FILES:
+        name = path.relative_to(PACKAGE).as_posix()
+        for library in {n.split(".")[0] for n in imports(path)} & LIBRARIES.keys():
+            assert name in LIBRARIES[library], f"{name} imports {library}"
+
+
+def test_train_needs_torch_numpy_and_mup_alone() -> None:
+    allowed = {"torch", "numpy", "mup", "telescope"} | set(sys.stdlib_module_names)
+    for path in (PACKAGE / "train").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= allowed, path
+
+
+def test_the_ladder_is_pure() -> None:
+    impure = {"os", "time", "random", "pathlib", "io", "socket", "datetime", "subprocess"}
+    allowed = {"numpy", "scipy", "telescope"} | set(sys.stdlib_module_names) - impure
+    for path in (PACKAGE / "ladder").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= allowed, path
+
+
+@pytest.mark.parametrize("name", STANDARD_ONLY)
+def test_what_starts_at_once_is_standard_library(name: str) -> None:
+    allowed = {"telescope"} | set(sys.stdlib_module_names)
+    assert {n.split(".")[0] for n in imports(PACKAGE / name)} <= allowed
+
+
+@pytest.mark.parametrize("command", [["--help"], ["ls"], ["run", "--help"]])
+def test_the_light_verbs_load_nothing_heavy(command: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from telescope.cli import main; sys.argv[1:] = sys.argv[2:]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'optuna', 'pandas', 'matplotlib', 'numpy'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "x", *command], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_a_contract() -> None:
+    import telescope
+
+    assert telescope.__all__ == ["Choice", "Ladder", "Point", "Result", "Spec", "Status", "Trial"]
+    for name in telescope.__all__:
+        assert getattr(telescope, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        telescope.__getattr__("Nothing")

@@ -1,0 +1,317 @@
+"""The command line as people and scripts meet it: keys, exit codes, one-line errors.
+
+One sweep is run for the whole file. What concerns processes is tested with processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+from conftest import ROOT, as_toml, tiny_spec
+
+from telescope.cli import main
+
+STABLE_OPTIONS = {
+    # The surface that others' scripts use: additions are fine, removals are not.
+    "init": set(),
+    "plan": {"--set", "--probe", "--json"},
+    "run": {
+        "--results",
+        "--name",
+        "--workers",
+        "--dispatcher",
+        "--ray-address",
+        "--storage",
+        "--set",
+    },
+    "status": {"--json"},
+    "show": {"--json", "--csv"},
+    "transfer": {"--width", "--steps", "--json", "--out"},
+    "ls": {"--results"},
+}
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def telescope(*arguments: str | Path, cwd: Path) -> Done:
+    """Run the command line in this process, which has torch loaded already."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(cwd))
+        stack.enter_context(mock.patch.object(sys, "argv", ["telescope", *map(str, arguments)]))
+        stack.enter_context(mock.patch.dict(os.environ, COLUMNS="200"))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        stopped = stack.enter_context(pytest.raises(SystemExit))
+        main()
+    return Done(int(stopped.value.code or 0), out.getvalue(), errors.getvalue())
+
+
+def from_json(*arguments: str | Path, cwd: Path) -> dict[str, Any]:
+    done = telescope(*arguments, "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    data: dict[str, Any] = json.loads(done.stdout)
+    return data
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
+    """A user's folder with a spec and a finished sweep."""
+    path = tmp_path_factory.mktemp("place")
+    (path / "tiny.toml").write_text(as_toml(tiny_spec(corpus_file)))
+    done = telescope("run", "tiny.toml", "--dispatcher", "inline", cwd=path)
+    assert done.returncode == 0, done.stderr
+    (path / "stdout").write_text(done.stdout)
+    return path
+
+
+@pytest.mark.parametrize("verb", STABLE_OPTIONS)
+def test_the_surface_is_there(verb: str, tmp_path: Path) -> None:
+    done = telescope(verb, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    missing = {option for option in STABLE_OPTIONS[verb] if option not in done.stdout}
+    assert not missing
+
+
+def test_run_ends_with_choices_answer_cost_and_place(place: Path) -> None:
+    out = (place / "stdout").read_text()
+    assert "[9/9] width 32" in out
+    assert "width 16: chose lr" in out
+    assert "answer   width 64: lr" in out
+    assert "not proven" in out
+    assert "target runs" in out
+    assert "results/tiny" in out
+
+
+def test_plan_keys(place: Path) -> None:
+    plan = from_json("plan", "tiny.toml", "--set", "axes.lr.points=5", cwd=place)
+    assert list(plan) == [
+        *("name", "stages", "target", "sweep_flops", "sweep_over_target"),
+        *("sweep_over_target_parameters", "range", "seconds"),
+    ]
+    stage = plan["stages"][0]
+    assert list(stage) == ["width", "parameters", "points", "trials", "tokens", "flops"]
+    assert list(stage["flops"]) == ["model", "attention", "optimizer", "total"]
+    assert [s["trials"] for s in plan["stages"]] == [10, 3]
+    assert list(plan["target"]) == ["width", "parameters", "tokens", "flops"]
+    total = sum(s["flops"]["total"] for s in plan["stages"])
+    assert plan["sweep_flops"] == pytest.approx(total)
+    assert plan["sweep_over_target"] == pytest.approx(total / plan["target"]["flops"])
+    assert list(plan["range"]) == ["best", "expected", "worst"]
+    assert plan["seconds"]["estimate"] > 0
+    assert "assumed" in plan["seconds"]["basis"]
+
+
+def test_probe_measures(place: Path) -> None:
+    seconds = from_json("plan", "tiny.toml", "--probe", cwd=place)["seconds"]
+    assert seconds["basis"].startswith("measured")
+    assert 0 < seconds["estimate"] < 60
+    assert not (place / "results" / "tiny-probe").exists()
+
+
+def test_status_keys_of_a_finished_sweep(place: Path) -> None:
+    status = from_json("status", "tiny", cwd=place)
+    expected = {
+        "name": "tiny",
+        "state": "finished",
+        "stage": 1,
+        "done": 9,
+        "total": 9,
+        "running": 0,
+    }
+    assert expected.items() <= status.items()
+    assert "eta_seconds" in status
+    assert telescope("ls", cwd=place).stdout == "tiny: finished, 9 of 9 trials\n"
+
+
+def test_show_keys(place: Path) -> None:
+    show = from_json("show", "tiny", cwd=place)
+    assert {"name", "policy", "rule", "choices", "skipped", "target", "cost"} <= show.keys()
+    assert [choice["width"] for choice in show["choices"]] == [16, 32]
+    choice = show["choices"][0]
+    assert {
+        *(
+            "width",
+            "point",
+            "lr",
+            "weight_decay",
+            "loss",
+            "intervals",
+            "at_edge",
+            "reason",
+            "trials",
+        )
+    } <= choice.keys()
+    assert choice["point"] == {"lr": choice["lr"], "weight_decay": choice["weight_decay"]}
+    assert choice["intervals"] == {"lr": None, "weight_decay": None}
+    assert choice["trials"] == {"complete": 6, "diverged": 0, "failed": 0}
+    last = show["choices"][-1]
+    assert show["target"] == {
+        **{"width": 64, "point": last["point"], "lr": last["lr"]},
+        **{"weight_decay": last["weight_decay"], "certificate": None},
+    }
+    plan = from_json("plan", "tiny.toml", cwd=place)
+    assert show["cost"]["over_target"] == pytest.approx(plan["sweep_over_target"])
+
+
+def test_show_csv_is_trials_csv(place: Path) -> None:
+    done = telescope("show", "tiny", "--csv", cwd=place)
+    assert done.stdout == (place / "results" / "tiny" / "trials.csv").read_text()
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert len(rows) == 9
+    assert {row["status"] for row in rows} == {"complete"}
+
+
+def test_show_by_path_and_from_elsewhere(place: Path, tmp_path: Path) -> None:
+    path = place / "results" / "tiny"
+    assert from_json("show", path, cwd=tmp_path) == from_json("show", "tiny", cwd=place)
+
+
+def test_transfer_keys_and_out(place: Path) -> None:
+    done = telescope(
+        "transfer", "tiny", "--width", "128", "--steps", "8", "--out", "t.json", cwd=place
+    )
+    assert done.stdout == "wrote t.json\n"
+    transfer = json.loads((place / "t.json").read_text())
+    assert {
+        "width",
+        "point",
+        "lr",
+        "weight_decay",
+        "steps",
+        "groups",
+        "certificate",
+    } <= transfer.keys()
+    assert (transfer["width"], transfer["steps"], transfer["certificate"]) == (128, 8, None)
+    assert {
+        *("role", "shape", "names", "count", "optimizer", "kwargs"),
+        *("lr", "weight_decay", "init_std", "multiplier", "note"),
+    } <= transfer["groups"][0].keys()
+    plain = from_json("transfer", "tiny", cwd=place)
+    assert plain["weight_decay"] == pytest.approx(2 * transfer["weight_decay"])
+    human = telescope("transfer", "tiny", cwd=place)
+    assert "not proven" in human.stdout
+    assert "residual" in human.stdout
+
+
+def test_running_again_under_another_name_is_another_sweep(place: Path) -> None:
+    override = ("--set", "ladder.widths=[16]")
+    done = telescope(
+        "run", "tiny.toml", "--name", "again", "--dispatcher", "inline", *override, cwd=place
+    )
+    assert done.returncode == 0
+    assert from_json("status", "again", cwd=place)["total"] == 6
+
+
+def test_init_writes_a_spec_that_plans(tmp_path: Path) -> None:
+    assert telescope("init", "mine/first.toml", cwd=tmp_path).returncode == 0
+    plan = from_json("plan", "mine/first.toml", cwd=tmp_path)
+    assert plan["name"] == "first"
+    again = telescope("init", "mine/first.toml", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "nothing"], 2, "nothing: no such file, nor a bundled sweep"),
+        (["run", "tiny.toml", "--set", "train.stepz=3"], 2, "train.stepz: unknown key"),
+        (
+            ["run", "tiny.toml", "--set", "model.deep=3"],
+            2,
+            "model.deep: gpt.py takes no such keyword",
+        ),
+        (["run", "tiny.toml", "--set", "data.source='none.txt'"], 2, "no file matches"),
+        (["run", "tiny.toml", "--set", "data.eval_tokens=99999"], 2, "data.held_out: "),
+        (["run", "tiny.toml", "--set", "train.steps=5"], 2, "train.steps was 4, now 5"),
+        (["run", "tiny.toml", "--dispatcher", "slurm"], 2, "--dispatcher: got 'slurm'"),
+        (["run", "tiny.toml", "--set", "compute.device=tpuu"], 2, "compute.device: got 'tpuu'"),
+        (["run", "tiny.toml", "--set", "budget.max_over_target=0.1"], 1, "any of these would fit"),
+        (["run"], 2, "Missing argument 'SPEC'"),
+        (["run", "tiny.toml", "--workers", "0"], 2, "--workers"),
+        (["fly"], 2, "No such command 'fly'"),
+        (["plan", "tiny.toml", "--set", "model.vocab_size=100"], 2, "model.vocab_size: got 100"),
+        (["show", "nothing"], 2, "nothing: no sweep of that name under results (there: "),
+        (["status", "nothing"], 2, "nothing: no sweep"),
+        (["transfer", "tiny", "--width", "60"], 2, "width 60"),
+    ],
+)
+def test_errors_are_one_line(place: Path, arguments: list[str], code: int, message: str) -> None:
+    done = telescope(*arguments, cwd=place)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("telescope: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(place: Path) -> None:
+    command = [sys.executable, "-m", "telescope", "run", "nothing", "--debug"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_plan_over_budget_is_still_a_plan(place: Path) -> None:
+    done = telescope("plan", "tiny.toml", "--set", "budget.max_over_target=0.1", cwd=place)
+    assert done.returncode == 0
+    assert "`run` would refuse" in done.stdout
+
+
+def test_status_sees_a_running_sweep_and_ctrl_c_keeps_what_finished(place: Path) -> None:
+    """Another process watches a sweep; SIGINT ends it with 130 within seconds."""
+    long = ("--set", "train.steps=300", "--name", "long", "--dispatcher", "inline")
+    command = [sys.executable, "-m", "telescope", "run", "tiny.toml", *long]
+    driver = subprocess.Popen(
+        command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    heartbeat = place / "results" / "long" / "status.json"
+    state: dict[str, Any] = {"done": 0}
+    deadline = time.monotonic() + 90
+    while state["done"] < 1 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        if heartbeat.exists():
+            state = from_json("status", "long", cwd=place)
+    assert {"state": "running", "running": 1}.items() <= state.items()
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=10)
+    assert driver.returncode == 130
+    assert errors == "long: interrupted; the same command goes on where it stopped\n"
+    after = from_json("status", "long", cwd=place)
+    assert after["state"] == "interrupted"
+    assert after["done"] >= state["done"]
+    assert len(from_json("show", "long", cwd=place)["choices"]) <= 1
+
+
+def test_the_readmes_commands_are_real() -> None:
+    """Every `telescope VERB` and `make TARGET` in the README exists."""
+    words = (ROOT / "README.md").read_text().split()
+    pairs = list(itertools.pairwise(words))
+    verbs = {b.strip("`.,;:)") for a, b in pairs if a.strip("`($") == "telescope"}
+    verbs = {verb for verb in verbs if verb.isalpha() and verb.islower()}
+    assert verbs & STABLE_OPTIONS.keys()
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {b.strip("`.,;:)") for a, b in pairs if a.strip("`($") == "make"}
+    assert {"quickstart", "test"} <= targets
+    for target in targets:
+        assert f"\n{target}:" in makefile, target

@@ -1,0 +1,106 @@
+"""Corpora and batches: nothing held out is trained on, a batch depends on (seed, step) alone."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from telescope.errors import DataError
+from telescope.train.config import DataConfig
+from telescope.train.data import (
+    STDLIB,
+    STDLIB_BYTES,
+    Batches,
+    check_size,
+    held_out_batch,
+    load_corpus,
+)
+
+TOKENS = np.arange(251, dtype=np.uint8)  # a prime number of different tokens: a window is its start
+
+
+def test_python_stdlib_is_this_interpreters_source() -> None:
+    corpus = load_corpus(DataConfig(source=STDLIB))
+    assert 1_000_000 < len(corpus.tokens) <= STDLIB_BYTES
+    text = corpus.tokens.tobytes()
+    assert corpus.digest == hashlib.sha256(text).hexdigest()
+    assert Path(hashlib.__file__).read_bytes() in text
+    assert Path(pytest.__file__).read_bytes() not in text
+
+
+def test_files_and_globs_are_read_in_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    source = (str(tmp_path / "*.txt"), str(tmp_path / "c.md"))
+    assert load_corpus(DataConfig(source=source)).tokens.tobytes() == b"a.txtb.txtc.md"
+
+
+def test_no_file_and_no_text_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file matches .*nix\.txt"):
+        load_corpus(DataConfig(source=str(tmp_path / "nix.txt")))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="holds no text"):
+        load_corpus(DataConfig(source=(str(tmp_path / "empty.txt"),)))
+
+
+def test_the_held_out_end_is_apart(corpus_file: Path) -> None:
+    corpus = load_corpus(DataConfig(source=str(corpus_file), held_out=0.1))
+    assert len(corpus.held_out_tokens) == round(0.1 * len(corpus.tokens))
+    both = np.concatenate([corpus.train_tokens, corpus.held_out_tokens])
+    assert np.array_equal(both, corpus.tokens)
+
+
+@pytest.mark.parametrize(
+    ("key", "data", "batch_size"),
+    [
+        ("data.held_out", {"held_out": 0.001}, 4),
+        ("data.held_out", {"eval_tokens": 10**6}, 4),
+        ("data.source", {"eval_tokens": 16}, 10**6),
+    ],
+)
+def test_a_corpus_too_short_is_an_error(
+    corpus_file: Path, key: str, data: dict[str, float], batch_size: int
+) -> None:
+    config = DataConfig(source=str(corpus_file), **data)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=rf"^{key}: .*need(s|ed) "):
+        check_size(load_corpus(config), config, batch_size=batch_size, sequence_length=16)
+
+
+def batches(seed: int = 0, length: int = 10) -> Batches:
+    return Batches(TOKENS, batch_size=4, length=length, seed=seed)
+
+
+def test_targets_are_the_next_tokens() -> None:
+    inputs, targets = batches().at(3)
+    assert inputs.shape == targets.shape == (4, 10)
+    assert inputs.dtype == torch.int64
+    assert torch.equal(inputs + 1, targets)
+
+
+def test_a_pass_reads_every_sequence_once() -> None:
+    source = batches()
+    starts = torch.cat([source.at(step)[0][:, 0] for step in range(25)]).tolist()  # 4 passes of 25
+    for number in range(4):
+        assert sorted(starts[25 * number : 25 * (number + 1)]) == list(range(0, 250, 10))
+    assert starts[:25] != starts[25:50]
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    forward, backward = batches(), batches()
+    there = [forward.at(step)[0] for step in range(30)]
+    back = [backward.at(step)[0] for step in reversed(range(30))]
+    assert all(torch.equal(a, b) for a, b in zip(there, reversed(back), strict=True))
+    assert not torch.equal(batches(seed=1).at(0)[0], there[0])
+
+
+def test_held_out_sequences_are_spread_and_fixed() -> None:
+    inputs, targets = held_out_batch(TOKENS, count=35, length=10)
+    assert inputs.shape == (4, 10)
+    assert torch.equal(inputs + 1, targets)
+    assert inputs[0, 0] == 0
+    assert targets[-1, -1] == 250
+    assert torch.equal(held_out_batch(TOKENS, count=35, length=10)[0], inputs)

@@ -1,0 +1,122 @@
+"""One trial: it learns, a seed means the same everywhere, divergence is no number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import gpt_config, trial_config
+
+from telescope.errors import DataError
+from telescope.records import Point, Result, Status, Trial
+from telescope.train.config import ModelConfig
+from telescope.train.loop import TelescopeTrainer, held_out_loss, set_up, train
+
+GOOD = Point.of(lr=0.05, weight_decay=0.1)
+
+
+def run(
+    corpus: Path, point: Point = GOOD, *, width: int = 16, seed: int = 0, steps: int = 6
+) -> Result:
+    return train(trial_config(corpus, steps=steps), Trial(width, point, seed))
+
+
+def test_a_model_learns(corpus_file: Path) -> None:
+    result = run(corpus_file, steps=60)
+    assert result.status is Status.COMPLETE
+    assert result.loss is not None
+    assert result.loss < 2.0 < math.log(256)
+    assert result.curve[0].train_loss == pytest.approx(math.log(256), rel=0.05)  # a zero readout
+    assert result.curve[-1].held_out_loss == result.loss
+
+
+def test_a_trial_is_bit_equal_to_itself(corpus_file: Path) -> None:
+    one, other = run(corpus_file), run(corpus_file)
+    assert one.loss == other.loss
+    assert one.curve == other.curve
+    assert run(corpus_file, seed=1).loss != one.loss
+
+
+def test_a_seed_gives_every_point_the_same_start(corpus_file: Path) -> None:
+    other = Point.of(lr=0.01, weight_decay=0.3)
+    assert run(corpus_file).curve[0].train_loss == run(corpus_file, other).curve[0].train_loss
+
+
+def test_weight_decay_and_lr_reach_the_training(corpus_file: Path) -> None:
+    losses = {
+        run(corpus_file, Point.of(lr=lr, weight_decay=decay), steps=20).loss
+        for lr in (0.01, 0.05)
+        for decay in (0.0, 0.5)
+    }
+    assert len(losses) == 4
+
+
+def test_a_swept_warmup_is_used(corpus_file: Path) -> None:
+    plain = run(corpus_file, steps=20).loss
+    longer = run(corpus_file, Point.of({**GOOD, "warmup": 0.5}), steps=20).loss
+    whole = run(corpus_file, Point.of({**GOOD, "warmup": 3.0}), steps=20).loss
+    assert len({plain, longer, whole}) == 3
+
+
+def test_divergence_ends_early_with_its_reason(corpus_file: Path) -> None:
+    result = run(corpus_file, Point.of(lr=1e4, weight_decay=0.1), steps=50)
+    assert result.status is Status.DIVERGED
+    assert result.loss is None
+    assert len(result.curve) < 20
+    assert "at step" in result.reason
+
+
+def test_nan_is_divergence(corpus_file: Path) -> None:
+    text = gpt_config().text.replace(
+        "return self.readout(self.norm(x_BTD))", "return self.readout(self.norm(x_BTD)) / 0 * 0"
+    )
+    config = trial_config(
+        corpus_file, model=ModelConfig(name="nan.py", text=text, kwargs=gpt_config().kwargs)
+    )
+    result = train(config, Trial(16, GOOD, 0))
+    assert result.status is Status.DIVERGED
+    assert "nan at step 1 " in result.reason
+    assert result.curve[-1].train_loss is None
+
+
+def test_held_out_losses_are_measured_along_the_way(corpus_file: Path) -> None:
+    config = trial_config(corpus_file, steps=12, evals=3)
+    curve = train(config, Trial(16, GOOD, 0)).curve
+    assert [row.step for row in curve if row.held_out_loss is not None] == [4, 8, 12]
+
+
+def test_the_held_out_loss_is_plain_cross_entropy(corpus_file: Path) -> None:
+    setup = set_up(trial_config(corpus_file), Trial(16, GOOD, 0))
+    with torch.no_grad():
+        for parameter in setup.model.parameters():
+            parameter.normal_(std=0.3)
+        inputs, targets = setup.held_out
+        log_p = torch.log_softmax(setup.model(inputs), dim=-1)
+        by_hand = -log_p.gather(-1, targets[..., None]).mean().item()
+    assert held_out_loss(setup.model, setup.held_out, batch_size=3) == pytest.approx(
+        by_hand, rel=1e-5
+    )
+
+
+def test_another_corpus_is_refused(corpus_file: Path) -> None:
+    config = replace(trial_config(corpus_file), corpus_digest="0" * 64)
+    with pytest.raises(DataError, match="the driver's is 000000000000"):
+        train(config, Trial(16, GOOD, 0))
+
+
+def test_flops_are_those_of_the_steps_taken(corpus_file: Path) -> None:
+    config = replace(trial_config(corpus_file), flops_per_step={16: 1e6})
+    assert train(config, Trial(16, GOOD, 0)).flops == 6e6
+    early = train(config, Trial(16, Point.of(lr=1e4, weight_decay=0.1), 0))
+    assert early.flops == len(early.curve) * 1e6
+
+
+def test_the_trainer_computes_with_its_threads(corpus_file: Path) -> None:
+    try:
+        TelescopeTrainer(replace(trial_config(corpus_file), threads=2))(Trial(16, GOOD, 0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

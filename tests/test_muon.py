@@ -1,0 +1,148 @@
+"""Muon against the SVD, against a plain reference written here, and against torch.optim.Muon."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from telescope.train.muon import Muon, orthogonalize
+
+SHAPES = [(16, 16), (32, 8), (8, 32), (96, 96), (80, 160)]  # both sides of the batching threshold
+
+
+def reference_newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The textbook iteration, in float64, written out."""
+    x = matrix.double()
+    tall = x.size(0) > x.size(1)
+    if tall:
+        x = x.T
+    x = x / x.norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x.T if tall else x  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp32_is_the_textbook_iteration(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    got = orthogonalize(matrix, steps=5, dtype=torch.float32)
+    torch.testing.assert_close(got.double(), reference_newton_schulz(matrix), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_singular_vectors_stay_and_values_come_near_one(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    # Singular values from 0.1 to 1: the iteration leaves smaller ones below its band.
+    generator = torch.Generator().manual_seed(1)
+    u, _, vt = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    matrix = u @ torch.diag(torch.linspace(0.1, 1, min(shape))) @ vt
+    got = orthogonalize(matrix, steps=5, dtype=dtype).float()
+    values = torch.linalg.svdvals(got)
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+    mixed = u.T @ got @ vt.T
+    off_diagonal = mixed - torch.diag(torch.diag(mixed))
+    assert off_diagonal.abs().max() < (0.03 if dtype is torch.bfloat16 else 1e-4)
+
+
+def test_a_batch_is_its_matrices() -> None:
+    batch = torch.randn(3, 2, 12, 20, generator=torch.Generator().manual_seed(2))
+    got = orthogonalize(batch, steps=5, dtype=torch.float32)
+    for i in range(3):
+        for j in range(2):
+            alone = orthogonalize(batch[i, j], steps=5, dtype=torch.float32)
+            torch.testing.assert_close(got[i, j], alone, atol=1e-5, rtol=0)
+
+
+def test_a_zero_gradient_gives_a_zero_step() -> None:
+    assert not orthogonalize(torch.zeros(8, 8), steps=5, dtype=torch.float32).any()
+
+
+def make(
+    shape: tuple[int, ...], *, nesterov: bool = True, dtype: str = "bf16", copies: int = 2
+) -> Muon:
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(copies)]
+    group = {"params": params, "lr": 0.03, "weight_decay": 0.2}
+    return Muon([group], momentum=0.9, nesterov=nesterov, ns_steps=5, ns_dtype=dtype)
+
+
+def take_steps(optimizers: list[torch.optim.Optimizer], steps: int = 8) -> None:
+    """The same gradients for every optimizer's parameters."""
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(steps):
+        first = optimizers[0].param_groups[0]["params"]
+        grads = [torch.randn(p.shape, generator=generator) for p in first]
+        for optimizer in optimizers:
+            for p, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+                p.grad = grad.clone()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_agrees_with_torch(shape: tuple[int, int], nesterov: bool) -> None:
+    ours = make(shape, nesterov=nesterov)
+    starts = [p.detach().clone() for p in ours.param_groups[0]["params"]]
+    copies = [torch.nn.Parameter(p.clone()) for p in starts]
+    torchs = torch.optim.Muon(
+        copies,
+        lr=0.03,
+        weight_decay=0.2,
+        momentum=0.9,
+        nesterov=nesterov,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    take_steps([ours, torchs])
+    for start, p, q in zip(starts, ours.param_groups[0]["params"], copies, strict=True):
+        # Both round to bf16; batched products may round in another order.
+        assert (p - q).norm() < 5e-3 * (q - start).norm()
+
+
+def test_a_step_is_the_formula() -> None:
+    """p(1 − lr·wd) − lr · 0.2 · √max(out, in) · O of the looked-ahead momentum, by hand."""
+    optimizer = make((24, 12), dtype="fp32", copies=1)
+    (p,) = optimizer.param_groups[0]["params"]
+    start, momentum = p.detach().double(), torch.zeros(24, 12, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        grad = torch.randn(24, 12, generator=generator)
+        p.grad = grad.clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * grad
+        update = reference_newton_schulz(0.1 * grad + 0.9 * momentum)
+        start = start * (1 - 0.03 * 0.2) - 0.03 * 0.2 * math.sqrt(24) * update
+    torch.testing.assert_close(p.double(), start, atol=1e-5, rtol=0)
+
+
+def test_a_stack_trains_as_its_matrices() -> None:
+    stack, alone = make((5, 8, 16), dtype="fp32", copies=1), make((8, 16), dtype="fp32", copies=5)
+    with torch.no_grad():
+        for i, p in enumerate(alone.param_groups[0]["params"]):
+            p.copy_(stack.param_groups[0]["params"][0][i])
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(3):
+        grad = torch.randn(5, 8, 16, generator=generator)
+        stack.param_groups[0]["params"][0].grad = grad
+        for i, p in enumerate(alone.param_groups[0]["params"]):
+            p.grad = grad[i].clone()
+        stack.step()
+        alone.step()
+    for i, p in enumerate(alone.param_groups[0]["params"]):
+        torch.testing.assert_close(stack.param_groups[0]["params"][0][i], p, atol=1e-6, rtol=0)
+
+
+def test_a_parameter_without_a_gradient_stays() -> None:
+    optimizer = make((8, 8))
+    with_grad, without = optimizer.param_groups[0]["params"]
+    before = without.detach().clone()
+    with_grad.grad = torch.ones(8, 8)
+    optimizer.step()
+    assert torch.equal(without, before)
+    assert not torch.equal(with_grad, before)

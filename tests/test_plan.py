@@ -1,0 +1,29 @@
+"""Plans against sums written out by hand."""
+
+from __future__ import annotations
+
+from telescope.ladder.plan import plan_stages, sweep_cost, what_fits
+from telescope.records import Axis, LadderSpec
+
+SPEC = LadderSpec(
+    (Axis("lr", 0.001, 1.0, 7), Axis("weight_decay", 0.01, 1.0, 3)), (32, 64, 128), seeds=(0, 1)
+)
+COST = {32: 1.0, 64: 4.0, 128: 16.0}
+
+
+def test_stages_and_cost() -> None:
+    assert [stage.trials for stage in plan_stages(SPEC)] == [7 * 3 * 2, 5 * 3 * 2, 3 * 1 * 2]
+    assert sweep_cost(SPEC, COST) == 42 * 1 + 30 * 4 + 6 * 16
+
+
+def test_what_fits_really_fits_and_is_the_largest() -> None:
+    # Two widths cost 162, one seed half of 258, 5 × 3 points: 30 + 18·4 + 6·16 = 198.
+    assert what_fits(SPEC, COST, budget=200) == [
+        "ladder.widths = [32, 64]",
+        "axes.lr.points = 5",
+        "ladder.seeds = [0]",
+    ]
+
+
+def test_nothing_fits_a_budget_of_nothing() -> None:
+    assert what_fits(SPEC, COST, budget=1) == []

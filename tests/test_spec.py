@@ -1,0 +1,250 @@
+"""Every wrong spec is one line that names the key, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, as_toml, tiny_spec
+
+from telescope.errors import SpecError
+from telescope.spec import (
+    BudgetTable,
+    ComputeTable,
+    LadderTable,
+    ModelTable,
+    Spec,
+    TargetTable,
+    fingerprint,
+)
+from telescope.train.config import DataConfig, OptimizerConfig, TrainConfig
+
+WRONG = [
+    # (override, the key that the message starts with, what it says is allowed)
+    ("train.stepz=3", "train.stepz: unknown key", "did you mean steps?"),
+    ("nix=3", "nix: unknown key", "name, ladder, target"),
+    ("axes.lr.pints=3", "axes.lr.pints: unknown key", "low, high, points, value"),
+    ("ladder.width=[32]", "ladder.width: unknown key", "did you mean widths?"),
+    ("train.steps='a'", "train.steps: got 'a'", "an integer"),
+    ("train.steps=true", "train.steps: got True", "an integer"),
+    ("train.steps=1.5", "train.steps: got 1.5", "an integer"),
+    ("train.steps=0", "train.steps: got 0", "an integer >= 1"),
+    ("train.warmup=nan", "train.warmup: got nan", "a share in [0, 1]"),
+    ("train.evals=101", "train.evals: got 101", "at most steps (100)"),
+    ("train=3", "train: got 3", "a table [train]"),
+    ("axes.lr.low=0.5", "axes.lr.low: got 0.5", "less than high (0.5)"),
+    ("axes.lr.low=0.0", "axes.lr.low: got 0.0", "log-spaced"),
+    ("axes.lr.low=nan", "axes.lr.low: got nan", "a finite number"),
+    ("axes.lr.high=inf", "axes.lr.high: got inf", "a finite number"),
+    ("axes.lr.points=1", "axes.lr.points: got 1", "from 2 to 1000"),
+    ("axes.lr.value=3.0", "axes.lr.low: got 0.004", "left out beside value"),
+    ("axes.beta.value=3.0", "axes.beta: got 'beta'", "one of lr, weight_decay"),
+    ("axes.lr=3", "axes.lr: got 3", "a table [axes.lr]"),
+    ("ladder.widths=[]", "ladder.widths: got []", "one positive width or more"),
+    ("ladder.widths=32", "ladder.widths: got 32", "a list"),
+    ("ladder.widths=[64,32]", "ladder.widths: got [64, 32]", "rising"),
+    ("ladder.widths=[32,32]", "ladder.widths: got [32, 32]", "rising"),
+    ("ladder.widths=[32,80]", "ladder.widths: got [32, 80]", "at most double the one before"),
+    ("ladder.seeds=[0,0]", "ladder.seeds: got [0, 0]", "each once"),
+    ("ladder.seeds=[-1]", "ladder.seeds.0: got -1", ">= 0"),
+    ("ladder.policy=best", "ladder.policy: got 'best'", "'paper'"),
+    ("target.width=64", "target.width: got 64", "at least 128"),
+    ("model.head_dim=24", "ladder.widths: got 32", "divisible by model.head_dim (24)"),
+    ("target.width=264", "target.width: got 264", "divisible by model.head_dim (16)"),
+    ("model.file=nope.py", "model.file: cannot read", "relative to the sweep file"),
+    ("name='../x'", "name: got '../x'", "no path"),
+    ("name='a/b'", "name: got 'a/b'", "no path"),
+    ("name=''", "name: got ''", "no path"),
+    ("optimizer.name=sgd", "optimizer.name: got 'sgd'", "'muon' or 'adamw'"),
+    ("optimizer.rule=spectral", "optimizer.rule: got 'spectral'", "'mup', 'paper'"),
+    ("optimizer.betas=[0.1,2.0]", "optimizer.betas: got (0.1, 2.0)", "in [0, 1)"),
+    ("optimizer.ns_steps=0", "optimizer.ns_steps: got 0", "from 1 to 99"),
+    ("data.held_out=0", "data.held_out: got 0.0", "a share in (0, 1)"),
+    ("data.source=3", "data.source: got 3", "a string or a list"),
+    ("compute.workers=0", "compute.workers: got 0", ">= 1 or 'auto'"),
+    ("compute.gpus=-1", "compute.gpus: got -1", ">= 0"),
+    ("budget.max_over_target=nan", "budget.max_over_target: got nan", "a finite number"),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "allowed"), WRONG, ids=[w[0] for w in WRONG])
+def test_wrong_values_say_where_what_and_what_is_allowed(
+    override: str, key: str, allowed: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        Spec.load("quickstart", [override])
+    message = str(caught.value)
+    assert message.startswith(f"quickstart.toml: {key}")
+    assert allowed in message
+    assert "\n" not in message
+
+
+def without(path: str) -> dict[str, Any]:
+    data = tomllib.loads((ROOT / "sweeps" / "quickstart.toml").read_text())
+    table, key = path.rsplit(".", 1) if "." in path else ("", path)
+    owner = data
+    for part in filter(None, table.split(".")):
+        owner = owner[part]
+    del owner[key]
+    return data
+
+
+@pytest.mark.parametrize(
+    "key", ["name", "ladder", "target", "axes", "ladder.widths", "target.width", "train.steps"]
+)
+def test_missing_keys_are_named(key: str) -> None:
+    with pytest.raises(SpecError, match=rf"^{key}: missing"):
+        Spec.from_dict(without(key), folder=ROOT / "sweeps")
+
+
+@pytest.mark.parametrize("axis", ["lr", "weight_decay"])
+def test_both_axes_must_be_given(axis: str) -> None:
+    with pytest.raises(SpecError, match=rf"^axes.{axis}: got None, must be given"):
+        Spec.from_dict(without(f"axes.{axis}"), folder=ROOT / "sweeps")
+
+
+@pytest.mark.parametrize("key", ["momentum=0.9", "nesterov=false", "ns_dtype=fp32", "rule=paper"])
+def test_adamw_refuses_keys_that_it_would_ignore(key: str) -> None:
+    with pytest.raises(SpecError, match=key.split("=")[0]):
+        Spec.load("quickstart", ["optimizer.name=adamw", f"optimizer.{key}"])
+    Spec.load("quickstart", ["optimizer.name=adamw"])
+
+
+def test_adamw_refuses_an_axis_that_it_would_ignore() -> None:
+    ratio = "axes.adamw_lr_ratio={ low = 0.1, high = 1.0, points = 3 }"
+    assert "adamw_lr_ratio" in Spec.load("quickstart", [ratio]).axes
+    with pytest.raises(SpecError, match=r"axes\.adamw_lr_ratio"):
+        Spec.load("quickstart", [ratio, "optimizer.name=adamw"])
+
+
+@pytest.mark.parametrize("text", ["name = 'x'\nname = 'y'", "= 3", "name = [", "\x00"])
+def test_broken_toml_names_file_and_place(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text(text)
+    with pytest.raises(
+        SpecError, match=r"broken.toml: not valid TOML: .*(line \d|end of document)"
+    ):
+        Spec.load(path)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "bytes.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(SpecError, match="cannot be read"):
+        Spec.load(path)
+
+
+@pytest.mark.parametrize("override", ["axes.lr.points", "=3", "axes..points=3", "name.x=3"])
+def test_malformed_overrides(override: str) -> None:
+    with pytest.raises(SpecError, match="--set"):
+        Spec.load("quickstart", [override])
+
+
+def test_overrides_take_toml_values_and_bare_words() -> None:
+    spec = Spec.load(
+        "quickstart", ["axes.lr.points=5", "train.schedule=wsd", "ladder.seeds=[1, 2]", "name='x'"]
+    )
+    assert spec.axes["lr"].points == 5
+    assert spec.train is not None
+    assert spec.train.schedule == "wsd"
+    assert spec.ladder.seeds == (1, 2)
+    assert spec.name == "x"
+
+
+def test_unknown_sweep_names_the_bundled_ones() -> None:
+    with pytest.raises(SpecError, match=r"nor a bundled sweep .*quickstart"):
+        Spec.load("quickstat")
+
+
+def test_toml_and_dict_agree(tmp_path: Path, corpus_file: Path) -> None:
+    data = tiny_spec(corpus_file)
+    path = tmp_path / "tiny.toml"
+    path.write_text(as_toml(data))
+    assert Spec.load(path) == Spec.from_dict(data)
+
+
+def test_a_record_gives_the_spec_back(tmp_path: Path, corpus_file: Path) -> None:
+    spec = Spec.from_dict(tiny_spec(corpus_file))
+    (tmp_path / "model.py").write_text((ROOT / "models" / "gpt.py").read_text())
+    again = Spec.from_record(spec.as_dict(), tmp_path)
+    assert again.strict_fields("x") == spec.strict_fields("x")
+    assert again.ladder_spec == spec.ladder_spec
+
+
+COMPARABLE = [
+    "ladder.widths=[32,64,128,256]",
+    "ladder.seeds=[0,1]",
+    "target.width=512",
+    "axes.lr.points=9",
+    "axes.lr.low=0.001",
+    "compute.workers=7",
+    "budget.max_over_target=9.0",
+]
+INCOMPARABLE = [
+    "ladder.widths=[64,128]",
+    "model.depth=3",
+    "model.tied=true",
+    "optimizer.rule=paper",
+    "optimizer.ns_dtype=fp32",
+    "optimizer.momentum=0.9",
+    "train.steps=101",
+    "train.schedule=constant",
+    "train.evals=2",
+    "data.held_out=0.1",
+    "data.eval_tokens=1024",
+]
+
+
+@pytest.mark.parametrize("override", COMPARABLE)
+def test_loose_changes_keep_the_fingerprint(override: str) -> None:
+    assert _fingerprint(override) == _fingerprint()
+
+
+@pytest.mark.parametrize("override", INCOMPARABLE)
+def test_strict_changes_change_the_fingerprint(override: str) -> None:
+    assert _fingerprint(override) != _fingerprint()
+
+
+def test_another_corpus_or_model_text_changes_the_fingerprint(
+    tmp_path: Path, corpus_file: Path
+) -> None:
+    model = tmp_path / "gpt.py"
+    model.write_text((ROOT / "models" / "gpt.py").read_text() + "\n")
+    plain = Spec.from_dict(tiny_spec(corpus_file))
+    other = Spec.from_dict(tiny_spec(corpus_file, model={"file": str(model)}))
+    assert plain.strict_fields("a") != plain.strict_fields("b")
+    assert plain.strict_fields("a") != other.strict_fields("a")
+
+
+def _fingerprint(*overrides: str) -> str:
+    return fingerprint(Spec.load("quickstart", overrides).strict_fields("corpus"))
+
+
+def test_the_starter_explains_every_key() -> None:
+    """Each key of every table stands in the starter, given or commented out, below a comment."""
+    lines = (ROOT / "telescope" / "starter.toml").read_text().splitlines()
+    table, seen, explained = "", set(), False
+    for line in lines:
+        if line.startswith("["):
+            table, explained = line.strip("[]"), False
+        key = line.removeprefix("# ").split(" = ")[0]
+        if " = " in line and key.isidentifier():
+            seen.add(f"{table}.{key}".lstrip("."))
+            assert explained or table.startswith("axes"), line
+        explained = line.startswith("#") or (explained and bool(line))
+    tables = {
+        "ladder": set(LadderTable.model_fields),
+        "target": set(TargetTable.model_fields),
+        "axes.weight_decay": {"low", "high", "points"},
+        "model": set(ModelTable.model_fields),
+        "optimizer": {field.name for field in fields(OptimizerConfig)},
+        "train": {field.name for field in fields(TrainConfig)},
+        "data": {field.name for field in fields(DataConfig)},
+        "compute": set(ComputeTable.model_fields),
+        "budget": set(BudgetTable.model_fields),
+    }
+    expected = {f"{table}.{key}" for table, keys in tables.items() for key in keys} | {"name"}
+    assert expected <= seen

@@ -1,0 +1,218 @@
+"""A whole sweep on real parts in this process: resumed, refused, interrupted, stuck and retried.
+
+The trainer is real but tiny. Resumes are compared with an undisturbed sweep, file by file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import GPT, tiny_spec
+from rich.console import Console
+
+from telescope import Spec
+from telescope.dispatch.folder import Folder
+from telescope.errors import RefusedError, ResumeError
+from telescope.ladder.ladder import Ladder
+from telescope.records import Result, Trial
+from telescope.report.live import View, make_view
+from telescope.report.tables import show_as_json
+from telescope.sweep import Options, open_result, run
+from telescope.train import loop
+
+TRIALS = 3 * 2 + 3 * 1  # 3 → 3/2 → 3 and 2 → 1 → 1
+
+
+def quiet() -> View:
+    return make_view(Console(quiet=True))
+
+
+def sweep(results: Path, data: dict[str, Any]) -> tuple[Folder, Ladder]:
+    return run(Spec.from_dict(data), Options(results=results, dispatcher="inline"), quiet)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
+    """Every trial that is really trained, in order."""
+    calls: list[Trial] = []
+    train = loop.train
+
+    def counting(config: Any, trial: Trial) -> Result:
+        calls.append(trial)
+        return train(config, trial)
+
+    monkeypatch.setattr(loop, "train", counting)
+    return calls
+
+
+def answers(folder: Folder) -> dict[str, Any]:
+    """What must not depend on how often a sweep was disturbed."""
+    facts = show_as_json(open_result(folder.path, folder.path.parent))
+    del facts["cost"]["seconds"]
+    table = pd.read_csv(folder.path / "trials.csv").drop(columns="seconds")
+    curves = {path.name: path.read_text() for path in (folder.path / "curves").iterdir()}
+    return {"show": facts, "table": table.to_csv(), "curves": curves}
+
+
+def test_a_sweep_leaves_everything_behind(
+    tmp_path: Path, corpus_file: Path, trained: list[Trial]
+) -> None:
+    folder, ladder = sweep(tmp_path, tiny_spec(corpus_file))
+    assert ladder.is_finished
+    assert len(trained) == len(set(trained)) == TRIALS
+    table = pd.read_csv(folder.path / "trials.csv")
+    assert list(table.columns) == (
+        ["width", "seed", "lr", "weight_decay", "loss", "status", "reason", "flops", "seconds"]
+    )
+    assert len(table) == TRIALS
+    assert table[table.width == 16].loss.min() == ladder.choices[0].loss
+    assert (folder.path / "model.py").read_text() == GPT.read_text()
+    assert (folder.path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((folder.path / "curves").iterdir())) == TRIALS
+    record = json.loads((folder.path / "spec.json").read_text())
+    assert record["spec"]["train"]["schedule"] == "cosine"  # resolved: a default filled in
+    assert record["versions"]["torch"]
+    status = folder.read_status()
+    assert status is not None
+    assert (status["state"], status["done"], status["total"]) == ("finished", TRIALS, TRIALS)
+
+
+def test_the_same_command_again_trains_nothing(
+    tmp_path: Path, corpus_file: Path, trained: list[Trial]
+) -> None:
+    folder, _ = sweep(tmp_path, tiny_spec(corpus_file))
+    before = answers(folder)
+    trained.clear()
+    sweep(tmp_path, tiny_spec(corpus_file))
+    assert trained == []
+    assert answers(folder) == before
+
+
+def test_interrupted_at_every_trial_it_ends_the_same(
+    tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, _ = sweep(tmp_path / "undisturbed", tiny_spec(corpus_file))
+    train = loop.train
+    finished: list[Trial] = []
+
+    def once_more(config: Any, trial: Trial) -> Result:
+        if len(finished) == allowed:
+            raise KeyboardInterrupt
+        finished.append(trial)
+        return train(config, trial)
+
+    monkeypatch.setattr(loop, "train", once_more)
+    for allowed in range(TRIALS):
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path / "disturbed", tiny_spec(corpus_file))
+        status = Folder(tmp_path / "disturbed" / "tiny").read_status()
+        assert status is not None
+        assert (status["state"], status["done"]) == ("interrupted", allowed)
+    allowed = TRIALS
+    folder, _ = sweep(tmp_path / "disturbed", tiny_spec(corpus_file))
+    assert len(finished) == len(set(finished)) == TRIALS
+    assert answers(folder) == answers(undisturbed)
+
+
+def test_appended_widths_and_moved_axes_reuse_trials(
+    tmp_path: Path, corpus_file: Path, trained: list[Trial]
+) -> None:
+    sweep(tmp_path, tiny_spec(corpus_file, ladder={"widths": [16]}))
+    first = set(trained)
+    trained.clear()
+    sweep(tmp_path, tiny_spec(corpus_file))
+    assert {trial.width for trial in trained} == {32}
+    trained.clear()
+    # From 0.01 to 0.64 with 4 points: 0.01, 0.04, 0.16 are known, 0.64 is new.
+    sweep(
+        tmp_path,
+        tiny_spec(
+            corpus_file,
+            axes={
+                "lr": {"low": 0.01, "high": 0.64, "points": 4},
+                "weight_decay": {"low": 0.05, "high": 0.2, "points": 2},
+            },
+        ),
+    )
+    assert {t.lr for t in trained if t.width == 16} == {0.64}
+    assert not first & set(trained)
+
+
+@pytest.mark.parametrize(
+    ("tables", "field"),
+    [
+        ({"train": {"steps": 5}}, "train.steps was 4, now 5"),
+        ({"optimizer": {"rule": "paper"}}, "optimizer.rule was mup, now paper"),
+        ({"model": {"depth": 2}}, "model.depth was 1, now 2"),
+        ({"ladder": {"widths": [32]}}, "ladder.widths[0] was 16, now 32"),
+    ],
+)
+def test_incomparable_changes_are_refused_with_the_fields(
+    tmp_path: Path, corpus_file: Path, tables: dict[str, Any], field: str
+) -> None:
+    folder = Folder(tmp_path / "tiny")
+    if not folder.exists:
+        sweep(tmp_path, tiny_spec(corpus_file, ladder={"widths": [16]}))
+    before = answers(folder)
+    with pytest.raises(ResumeError, match="not comparable") as caught:
+        sweep(tmp_path, tiny_spec(corpus_file, **tables))
+    assert field in str(caught.value)
+    assert answers(folder) == before
+
+
+def test_over_budget_is_refused_before_anything_is_written(
+    tmp_path: Path, corpus_file: Path
+) -> None:
+    data = tiny_spec(corpus_file, budget={"max_over_target": 0.2})
+    with pytest.raises(
+        RefusedError, match=r"would cost [\d.]+ target runs.*any of these would fit"
+    ):
+        sweep(tmp_path, data)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_diverged_is_stuck_and_a_wider_range_goes_on(
+    tmp_path: Path, corpus_file: Path, trained: list[Trial]
+) -> None:
+    high = {"low": 1e4, "high": 1e5, "points": 2}
+    decay = {"value": 0.1}
+    folder, ladder = sweep(
+        tmp_path, tiny_spec(corpus_file, axes={"lr": high, "weight_decay": decay})
+    )
+    assert ladder.stuck is not None
+    assert "lower axes.lr.low" in ladder.stuck
+    status = folder.read_status()
+    assert status is not None
+    assert status["state"] == "stuck"
+    assert (folder.path / "loss.png").exists()
+    low = {"low": 0.01, "high": 0.1, "points": 2}
+    _, ladder = sweep(tmp_path, tiny_spec(corpus_file, axes={"lr": low, "weight_decay": decay}))
+    assert ladder.is_finished
+
+
+def test_failures_are_tried_again_by_the_same_command(
+    tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+
+        def fail(config: Any, trial: Trial) -> Result:
+            raise OSError("the disk is full")
+
+        broken.setattr(loop, "train", fail)
+        folder, ladder = sweep(tmp_path, tiny_spec(corpus_file))
+        assert ladder.stuck is not None
+        assert "the disk is full" in ladder.stuck
+    folder, ladder = sweep(tmp_path, tiny_spec(corpus_file))
+    assert ladder.is_finished
+    undisturbed, _ = sweep(tmp_path / "other", tiny_spec(corpus_file))
+    assert answers(folder)["show"]["choices"] == answers(undisturbed)["show"]["choices"]
+
+
+def test_two_drivers_of_one_sweep(tmp_path: Path, corpus_file: Path) -> None:
+    folder, _ = sweep(tmp_path, tiny_spec(corpus_file))
+    with folder.held(), pytest.raises(ResumeError, match="in use by process"):
+        sweep(tmp_path, tiny_spec(corpus_file))

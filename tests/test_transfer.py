@@ -1,0 +1,155 @@
+"""The acceptance test of a transfer: plain torch optimizers with the exported JSON train as we do.
+
+At a width that was never swept, for 20 steps, from the same start on the same batches; parameters
+agree to 1e-3 of the distance moved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import gpt_config, tiny_spec, trial_config
+from torch import nn
+
+from telescope import Ladder, Spec
+from telescope.errors import RefusedError
+from telescope.records import Point, Trial
+from telescope.train.config import OptimizerConfig, TrialConfig
+from telescope.train.loop import set_up, take_step, token_loss
+from telescope.train.model import build_meta
+from telescope.transfer.settings import transfer_settings
+
+POINT = Point.of(lr=0.05, weight_decay=0.3)
+WIDTH = 48  # base 16; a ladder would have swept 16, 32, 64
+STEPS = 20
+
+
+def exported(config: TrialConfig, width: int = WIDTH) -> dict[str, Any]:
+    tagged = build_meta(config.model, width=width, base_width=16)
+    settings = transfer_settings(
+        POINT,
+        width=width,
+        steps=STEPS,
+        train=config.train,
+        optimizer=config.optimizer,
+        tagged=tagged,
+    )
+    data: dict[str, Any] = json.loads(json.dumps(settings.as_dict()))
+    return data
+
+
+def plain_optimizers(model: nn.Module, export: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    """What a reader of the JSON would write."""
+    parameters = dict(model.named_parameters())
+    optimizers = []
+    for group in export["groups"]:
+        make = getattr(torch.optim, group["optimizer"])
+        tensors = [parameters[name] for name in group["names"]]
+        settings = {"lr": group["lr"], "weight_decay": group["weight_decay"], **group["kwargs"]}
+        optimizers.append(make(tensors, **settings))
+    return optimizers
+
+
+def plain_schedule(export: dict[str, Any], step: int) -> float:
+    """Linear warm-up, then a cosine to final_lr."""
+    schedule, steps = export["schedule"], export["steps"]
+    warm = schedule["warmup_steps"]
+    if step < warm:
+        return float((step + 1) / warm)
+    share = (1 + math.cos(math.pi * (step - warm + 1) / (steps - warm))) / 2
+    return float(schedule["final_lr"] + (1 - schedule["final_lr"]) * share)
+
+
+def gap(config: TrialConfig, export: dict[str, Any]) -> float:
+    """The largest difference of a parameter after 20 steps, as a share of the distance it moved."""
+    trial = Trial(export["width"], POINT, 0)
+    ours, plain = set_up(config, trial), set_up(config, trial)
+    start = [p.detach().clone() for p in ours.model.parameters()]
+    optimizers = plain_optimizers(plain.model, export)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    for step in range(STEPS):
+        take_step(ours.model, ours.optimizers, ours.batches, ours.train, step, "cpu")
+        token_loss(plain.model, *plain.batches.at(step)).backward()  # type: ignore[no-untyped-call]
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * plain_schedule(export, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    pairs = zip(start, ours.model.parameters(), plain.model.parameters(), strict=True)
+    return max(float((p - q).norm() / (p - before).norm()) for before, p, q in pairs)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_plain_torch_reproduces_the_training_loop(corpus_file: Path, tied: bool, name: Any) -> None:
+    model = gpt_config(tied=tied, depth=2)
+    optimizer = OptimizerConfig(name=name, ns_dtype="bf16")
+    config = trial_config(corpus_file, model=model, optimizer=optimizer, steps=STEPS)
+    assert gap(config, exported(config)) <= 1e-3
+
+
+def test_one_lr_for_all_does_not_reproduce_it(corpus_file: Path) -> None:
+    """What people hand over without a transfer, at r = 4: off by much of the step."""
+    config = trial_config(corpus_file, steps=STEPS)
+    export = exported(config, width=64)
+    for group in export["groups"]:
+        group |= {"lr": POINT.lr, "weight_decay": POINT.weight_decay}
+    assert gap(config, export) > 0.3
+
+
+def test_groups_say_how_parameters_start_and_count(corpus_file: Path) -> None:
+    config = trial_config(corpus_file)
+    groups = exported(config)["groups"]
+    assert sum(group["count"] for group in groups) == len(
+        build_meta(config.model, width=WIDTH, base_width=16).tags
+    )
+    by_role = {group["role"]: group for group in groups}
+    assert by_role["readout"]["multiplier"] == pytest.approx(1 / 3)
+    assert by_role["readout"]["init_std"] == 0
+    assert by_role["hidden"]["init_std"] == pytest.approx(WIDTH**-0.5)
+    assert by_role["embedding"]["optimizer"] == "AdamW"
+    assert "gains start at 1" in by_role["vector"]["note"]
+
+
+def test_where_torch_has_no_equivalent_the_note_says_so(corpus_file: Path) -> None:
+    config = trial_config(corpus_file, optimizer=OptimizerConfig(ns_dtype="fp32"))
+    for group in exported(config)["groups"]:
+        if group["role"] in ("hidden", "residual"):
+            assert group["optimizer"] is None
+            assert "fp32" in group["note"]
+
+
+def finished_ladder(spec: Spec) -> Ladder:
+    ladder = Ladder(spec)
+    while trials := ladder.ask():
+        for trial in trials:
+            ladder.tell(trial, loss=(trial.lr - 0.04) ** 2 + (trial.weight_decay - 0.1) ** 2)
+    return ladder
+
+
+def test_a_longer_run_keeps_lr_times_decay_times_steps(corpus_file: Path) -> None:
+    ladder = finished_ladder(Spec.from_dict(tiny_spec(corpus_file)))
+    short, long = ladder.transfer(), ladder.transfer(width=128, steps=40)
+    assert (short.width, short.steps) == (64, 4)
+    assert long.lr == short.lr
+    assert long.weight_decay == pytest.approx(short.weight_decay / 10)
+    assert not any("assumption" in note for note in short.notes)
+    assert any("assumption" in note for note in long.notes)
+    assert long.certificate is None
+
+
+def test_without_a_model_file_the_point_alone_is_handed_over(corpus_file: Path) -> None:
+    data = {k: v for k, v in tiny_spec(corpus_file).items() if k not in ("model", "train", "data")}
+    answer = finished_ladder(Spec.from_dict(data)).transfer(width=4096)
+    assert answer.width == 4096
+    assert answer.groups is None
+    assert answer.lr == answer.point.lr
+
+
+def test_nothing_to_transfer_before_the_first_choice(corpus_file: Path) -> None:
+    with pytest.raises(RefusedError, match="no stage has finished yet"):
+        Ladder(Spec.from_dict(tiny_spec(corpus_file))).transfer()
