@@ -61,6 +61,10 @@ class Recorder:
     running: set[Trial] = field(default_factory=set)
     started: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        """Plan once; progress is asked for twice per trial."""
+        self._plan = {plan.width: plan.trials for plan in plan_stages(self.ladder.spec)}
+
     def ask(self) -> Sequence[Trial]:
         """The open stage's trials without a result."""
         return self.ladder.ask()
@@ -105,7 +109,7 @@ class Recorder:
             stage_done=len(in_stage),
             stage_total=len(stage.trials),
             done=len(results),
-            total=sum(plan.trials for plan in plan_stages(self.ladder.spec)),
+            total=sum(self._plan.values()),
             running=len(self.running),
             best=min(complete, key=lambda r: r.loss or 0.0, default=None),
             seconds=time.monotonic() - self.started,
@@ -127,9 +131,9 @@ class Recorder:
         )
         answered = {stage.width: len(self.ladder.results(stage)) for stage in self.ladder.stages}
         left = 0.0
-        for plan in plan_stages(self.ladder.spec):
-            each = seconds.get(plan.width, rate * self.cost_per_trial[plan.width])
-            left += each * (plan.trials - answered.get(plan.width, 0))
+        for width, trials in self._plan.items():
+            each = seconds.get(width, rate * self.cost_per_trial[width])
+            left += each * (trials - answered.get(width, 0))
         return left / self.workers
 
 

@@ -66,15 +66,7 @@ class Store:
                 distributions={
                     axis.name: _range(axis, trial.point[axis.name]) for axis in self._axes
                 },
-                user_attrs={
-                    "width": trial.width,
-                    "seed": trial.seed,
-                    "status": str(result.status),
-                    "reason": result.reason,
-                    "flops": result.flops,
-                    "seconds": result.seconds,
-                    "worker": result.worker,
-                },
+                user_attrs=_attributes(result),
             )
         )
 
@@ -108,23 +100,31 @@ def _range(axis: Axis, value: float) -> FloatDistribution:
     return FloatDistribution(min(axis.low, value), max(axis.high, value), log=not axis.is_fixed)
 
 
+def _attributes(result: Result) -> dict[str, Any]:
+    """What of a result is no parameter and no value. Each attribute costs a few queries: few."""
+    run = {"width": result.trial.width, "seed": result.trial.seed, "worker": result.worker}
+    cost = {"flops": result.flops, "seconds": result.seconds}
+    reason = {"reason": result.reason} if result.reason else {}
+    return {"status": str(result.status), **reason, "run": {**run, **cost}}
+
+
 def _as_result(trial: FrozenTrial, axes: tuple[Axis, ...]) -> Result:
     """A stored trial as a record; the axes in the spec's order, which a database does not keep."""
-    attributes: dict[str, Any] = trial.user_attrs
+    run: dict[str, Any] = trial.user_attrs["run"]
     order = [axis.name for axis in axes if axis.name in trial.params]
     order += sorted(trial.params.keys() - set(order))
     return Result(
         Trial(
-            attributes["width"],
+            run["width"],
             Point.of({name: trial.params[name] for name in order}),
-            attributes["seed"],
+            run["seed"],
         ),
-        Status(attributes["status"]),
+        Status(trial.user_attrs["status"]),
         loss=trial.value if trial.state is TrialState.COMPLETE else None,
-        reason=attributes["reason"],
-        flops=attributes["flops"],
-        seconds=attributes["seconds"],
-        worker=attributes["worker"],
+        reason=trial.user_attrs.get("reason", ""),
+        flops=run["flops"],
+        seconds=run["seconds"],
+        worker=run["worker"],
     )
 
 

@@ -80,7 +80,7 @@ def describe_seconds(seconds: float | None) -> str:
     """A duration as people say it.
 
     >>> describe_seconds(75.4), describe_seconds(4000), describe_seconds(None)
-    ('1 min 15 s', '1 h 07 min', 'unknown')
+    ('1 min 15 s', '1 h 06 min', 'unknown')
     """
     if seconds is None:
         return "unknown"

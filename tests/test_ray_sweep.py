@@ -1,0 +1,34 @@
+"""A real sweep on local Ray gives bit for bit what it gives inline, on workers that stay warm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import tiny_spec
+from rich.console import Console
+
+from telescope import Spec
+from telescope.report.live import make_view
+from telescope.sweep import Options, open_result, run
+
+pytestmark = pytest.mark.ray
+
+
+def test_ray_and_inline_agree(tmp_path: Path, corpus_file: Path) -> None:
+    spec = Spec.from_dict(tiny_spec(corpus_file))
+    tables, curves = [], []
+    for dispatcher in ("ray", "inline"):
+        options = Options(results=tmp_path / dispatcher, workers=2, dispatcher=dispatcher)
+        folder, ladder = run(spec, options, lambda: make_view(Console(quiet=True)))
+        assert ladder.is_finished
+        tables.append(pd.read_csv(folder.path / "trials.csv").drop(columns="seconds"))
+        curves.append({p.name: p.read_text() for p in (folder.path / "curves").iterdir()})
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert curves[0] == curves[1]
+    by_width: dict[int, set[str]] = {}
+    for result in open_result("tiny", tmp_path / "ray").results:
+        by_width.setdefault(result.trial.width, set()).add(result.worker)
+    assert len(by_width[16]) == 2
+    assert by_width[32] <= by_width[16]
