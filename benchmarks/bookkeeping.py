@@ -10,19 +10,21 @@ each, in the same run: what the disk and its file system cost anyone.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sqlite3
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 from rich.console import Console
 
-from telescope.dispatch import inline
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.report.live import make_view
 from telescope.spec import Spec
 from telescope.sweep import Options, run
+from telescope.train import loop
+from telescope.train.config import TrialConfig
 
 CURVE = tuple(CurvePoint(step, 3.0, None) for step in range(50))
 
@@ -31,16 +33,16 @@ def sweep_seconds(folder: Path, trials: int) -> list[float]:
     """Seconds from one answer to the next of a sweep whose trainer takes no time."""
     stamps: list[float] = []
 
-    def instant(_: Any, trial: Trial) -> Result:
+    def instant(_: TrialConfig, trial: Trial) -> Result:
         stamps.append(time.perf_counter())
         return Result(trial, Status.COMPLETE, loss=2.0 + trial.lr, curve=CURVE)
 
-    inline.attempt = instant
     overrides = ["ladder.widths=[32]", f"axes.lr.points={trials}", "axes.weight_decay.points=2"]
     spec = Spec.load("quickstart", [*overrides, "budget.max_over_target=1e9"])
     view = make_view(Console(file=(folder / "log").open("w")))
-    run(spec, Options(results=folder, dispatcher="inline"), lambda: view)
-    return [later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)]
+    with mock.patch.object(loop, "train", instant):
+        run(spec, Options(results=folder, dispatcher="inline"), lambda: view)
+    return [later - earlier for earlier, later in itertools.pairwise(stamps)]
 
 
 def sqlite_seconds(folder: Path, trials: int) -> list[float]:

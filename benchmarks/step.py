@@ -1,6 +1,6 @@
 """One training step of the program against a hand-written minimal loop of the same model.
 
-    python benchmarks/step.py [--width 64] [--steps 40] [--rounds 7]
+    python benchmarks/step.py [--widths 32 64 128] [--steps 20] [--rounds 7]
 
 Both train `models/gpt.py` at the quickstart's sizes, from the same start on the same batches, one
 thread, in turns; the minimal loop uses `torch.optim.Muon` and `torch.optim.AdamW` as they are. The
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -42,7 +43,8 @@ def minimal_step(config: TrialConfig, width: int) -> Callable[[int], None]:
     setup = set_up(config, Trial(width, POINT, 0))
     parameters = dict(setup.model.named_parameters())
     tags = build_meta(config.model, width=width, base_width=config.base_width).tags
-    matrices, rest = [], []
+    matrices: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
     for group in parameter_groups(tags, POINT, config.optimizer):
         members = [parameters[name] for name in group.names]
         settings = {"params": members, "lr": group.lr, "weight_decay": group.weight_decay}
@@ -55,7 +57,7 @@ def minimal_step(config: TrialConfig, width: int) -> Callable[[int], None]:
         logits = setup.model(inputs)
         loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
-        muon.step()
+        muon.step()  # type: ignore[no-untyped-call]
         adamw.step()
         muon.zero_grad()
         adamw.zero_grad()

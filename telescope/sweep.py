@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from telescope.catalog import find_result
@@ -62,8 +63,15 @@ class Recorder:
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        """Plan once; progress is asked for twice per trial."""
+        """Prepare what progress needs, which is asked for twice per trial."""
         self._plan = {plan.width: plan.trials for plan in plan_stages(self.ladder.spec)}
+        self._seconds: dict[int, list[float]] = {}
+        for result in self.known:
+            self._note_seconds(result)
+
+    def _note_seconds(self, result: Result) -> None:
+        if result.status is Status.COMPLETE:
+            self._seconds.setdefault(result.trial.width, []).append(result.seconds)
 
     def ask(self) -> Sequence[Trial]:
         """The open stage's trials without a result."""
@@ -81,6 +89,7 @@ class Recorder:
             self.folder.write_curve(result)
         self.store.add(result)
         self.known.append(result)
+        self._note_seconds(result)
         closed = len(self.ladder.choices)
         self.ladder.tell(result)
         self.view.result(result, self.beat("running"))
@@ -97,9 +106,9 @@ class Recorder:
     def progress(self, state: str) -> Progress:
         """How far the sweep is."""
         stage = self.ladder.stages[-1]
-        results = [result for s in self.ladder.stages for result in self.ladder.results(s)]
         in_stage = self.ladder.results(stage)
         complete = [result for result in in_stage if result.loss is not None]
+        closed = sum(len(s.trials) for s in self.ladder.stages[:-1])
         return Progress(
             name=self.name,
             state=state,
@@ -108,32 +117,30 @@ class Recorder:
             width=stage.width,
             stage_done=len(in_stage),
             stage_total=len(stage.trials),
-            done=len(results),
+            done=closed + len(in_stage),
             total=sum(self._plan.values()),
             running=len(self.running),
             best=min(complete, key=lambda r: r.loss or 0.0, default=None),
             seconds=time.monotonic() - self.started,
-            eta_seconds=self._eta_seconds(),
+            eta_seconds=self._eta_seconds(len(in_stage)),
         )
 
-    def _eta_seconds(self) -> float | None:
+    def _eta_seconds(self, done_in_stage: int) -> float | None:
         """Time left: what remains, at the seconds measured per width, spread over the workers."""
-        measured: dict[int, list[float]] = {}
-        for result in self.known:
-            if result.status is Status.COMPLETE:
-                measured.setdefault(result.trial.width, []).append(result.seconds)
-        if not measured:
+        if not self._seconds:
             return None
-        seconds = {width: sum(times) / len(times) for width, times in measured.items()}
+        seconds = {width: fmean(times) for width, times in self._seconds.items()}
         widest = max(seconds)
         rate = (
             seconds[widest] / self.cost_per_trial[widest] if widest in self.cost_per_trial else 0.0
         )
-        answered = {stage.width: len(self.ladder.results(stage)) for stage in self.ladder.stages}
-        left = 0.0
+        open_width, left = self.ladder.stages[-1].width, 0.0
         for width, trials in self._plan.items():
             each = seconds.get(width, rate * self.cost_per_trial[width])
-            left += each * (trials - answered.get(width, 0))
+            if width > open_width:
+                left += each * trials
+            elif width == open_width:
+                left += each * (trials - done_in_stage)
         return left / self.workers
 
 

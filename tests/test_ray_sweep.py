@@ -25,7 +25,7 @@ def test_ray_and_inline_agree(tmp_path: Path, corpus_file: Path) -> None:
         assert ladder.is_finished
         tables.append(pd.read_csv(folder.path / "trials.csv").drop(columns="seconds"))
         curves.append({p.name: p.read_text() for p in (folder.path / "curves").iterdir()})
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)
     assert curves[0] == curves[1]
     by_width: dict[int, set[str]] = {}
     for result in open_result("tiny", tmp_path / "ray").results:

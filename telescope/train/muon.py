@@ -19,8 +19,9 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic with a steep slope at zero. Source: Keller Jordan's Muon, as in torch."""
 NS_EPS = 1e-7
 """Lower bound of the norm that is divided by, as in torch."""
-BATCHED_SIDE = 64
-"""On a CPU, batching pays up to this smaller side (3.7x at 32, 1.4x at 64; measured)."""
+BATCHED_SIDE = {torch.bfloat16: 192, torch.float32: 64}
+"""On a CPU, batching same shapes pays up to this smaller side. Measured, one thread, 8 squares:
+bf16 5.8x at 32, 3.1x at 128, 1.8x at 192; fp32 2.7x at 32, 1.4x at 64, 0.8x at 128."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -115,7 +116,7 @@ def _orthogonalize_all(
 ) -> list[Tensor]:
     """Orthogonalise same-shape matrices, as one batch where that is faster."""
     first = matrices[0]
-    if len(matrices) > 1 and (first.is_cuda or min(first.shape[-2:]) <= BATCHED_SIDE):
+    if len(matrices) > 1 and (first.is_cuda or min(first.shape[-2:]) <= BATCHED_SIDE[dtype]):
         batch = orthogonalize(torch.stack(list(matrices)), steps=steps, dtype=dtype)
         return list(batch.to(first.dtype).unbind())
     return [orthogonalize(m, steps=steps, dtype=dtype).to(m.dtype) for m in matrices]
