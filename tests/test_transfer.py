@@ -80,7 +80,7 @@ def gap(config: TrialConfig, export: dict[str, Any]) -> float:
             optimizer.step()
             optimizer.zero_grad()
     pairs = zip(start, ours.model.parameters(), plain.model.parameters(), strict=True)
-    gaps = [((p - q).norm() / (p - before).norm()).item() for before, p, q in pairs]
+    gaps = [float(((p - q).norm() / (p - before).norm()).item()) for before, p, q in pairs]
     return max(gaps)
 
 
