@@ -115,6 +115,7 @@ def run(
     """Run a telescoping sweep, or go on with it where it stopped."""
     if dispatcher not in ("ray", "inline"):
         raise SpecError(f"--dispatcher: got {dispatcher!r}, must be 'ray' or 'inline'")
+    from telescope.api import transfer as transfer_ladder
     from telescope.report.live import make_view
     from telescope.report.tables import print_answer
     from telescope.spec import Spec
@@ -135,7 +136,8 @@ def run(
     if ladder.stuck:
         typer.echo(f"telescope: {loaded.name}: stuck: {ladder.stuck}", err=True)
         raise typer.Exit(1)
-    print_answer(console, open_result(folder.path, results))
+    settings = transfer_ladder(loaded, ladder, width=None, steps=None)
+    print_answer(console, open_result(folder.path, results), settings)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -60,8 +60,14 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         console.print(f"`run` would refuse: {warning}", style="yellow", highlight=False)
 
 
-def print_answer(console: Console, finished: Finished) -> None:
-    """Print the choice per width, the answer for the target, and what it cost."""
+def print_answer(console: Console, finished: Finished, settings: Transfer | None = None) -> None:
+    """Print the choice per width, the answer for the target, and what it cost.
+
+    Args:
+        console: where to.
+        finished: the sweep.
+        settings: the answer as torch settings, printed too when given.
+    """
     axes = [axis.name for axis in finished.spec.ladder_spec.axes]
     table = _table("width", "trials", *axes, "loss", "why")
     for choice in finished.ladder.choices:
@@ -70,6 +76,9 @@ def print_answer(console: Console, finished: Finished) -> None:
             str(choice.width), _counts(choice), *values, f"{choice.loss:.4f}", choice.reason
         )
     console.print(table)
+    if settings and settings.groups is not None:
+        console.print(f"for torch.optim at width {settings.width}:", highlight=False)
+        console.print(_groups_table(settings.groups))
     facts = show_as_json(finished)
     console.print(f"answer   {_answer(finished, facts)}", highlight=False, soft_wrap=True)
     cost = facts["cost"]
@@ -146,27 +155,13 @@ def _choice_as_json(choice: Choice) -> dict[str, Any]:
 
 
 def print_transfer(console: Console, settings: Transfer) -> None:
-    """Print the settings for the target run, one row per group."""
+    """Print the settings for the target run, with what to know about them."""
     steps = f", {settings.steps} steps" if settings.steps else ""
     console.print(
         f"width {settings.width}{steps}: {settings.point} (base-width units)", highlight=False
     )
     if settings.groups is not None:
-        table = _table(
-            "role", "shape", "count", "optimizer", "lr", "weight_decay", "init std", "output ×"
-        )
-        for group in settings.groups:
-            table.add_row(
-                group["role"],
-                "×".join(map(str, group["shape"])),
-                str(group["count"]),
-                group["optimizer"] or "see note",
-                f"{group['lr']:.6g}",
-                f"{group['weight_decay']:.6g}",
-                f"{group['init_std']:.4g}",
-                f"{group['multiplier']:.4g}",
-            )
-        console.print(table)
+        console.print(_groups_table(settings.groups))
         notes = {g["note"]: g["role"] for g in settings.groups if g["optimizer"] is None}
         for note, role in notes.items():
             console.print(f"{role}: {note}", highlight=False, soft_wrap=True)
@@ -175,3 +170,22 @@ def print_transfer(console: Console, settings: Transfer) -> None:
     if settings.certificate is None:
         console.print("note  not proven: no certificate", highlight=False)
     console.print("`--json` has the names and all keyword arguments", highlight=False)
+
+
+def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per (role, shape)."""
+    table = _table(
+        "role", "shape", "count", "optimizer", "lr", "weight_decay", "init std", "output ×"
+    )
+    for group in groups:
+        table.add_row(
+            group["role"],
+            "×".join(map(str, group["shape"])),
+            str(group["count"]),
+            group["optimizer"] or "see note",
+            f"{group['lr']:.6g}",
+            f"{group['weight_decay']:.6g}",
+            "ones" if group["role"] in ("vector", "finite") else f"{group['init_std']:.4g}",
+            f"{group['multiplier']:.4g}",
+        )
+    return table
