@@ -103,7 +103,7 @@ def transfer(spec: Spec, ladder: PureLadder, *, width: int | None, steps: int | 
 
     width = width or spec.target.width
     point = ladder.choices[-1].point
-    model = spec.model_config_of_trials
+    model = spec.resolved_model
     if model is None or spec.train is None:
         sweep_steps = spec.train.steps if spec.train else None
         return transfer_point(point, width=width, steps=steps, sweep_steps=sweep_steps)

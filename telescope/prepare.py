@@ -76,7 +76,7 @@ def required_tables(spec: Spec) -> tuple[ModelConfig, TrainConfig]:
     Raises:
         SpecError: one of them is missing.
     """
-    model = spec.model_config_of_trials
+    model = spec.resolved_model
     if model is None or spec.train is None:
         missing = "model" if model is None else "train"
         raise SpecError(f"{missing}: missing; a table [{missing}] must be given to train models")

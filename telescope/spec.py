@@ -275,7 +275,7 @@ class Spec(Table):
         return LadderSpec(axes, self.ladder.widths, self.ladder.seeds)
 
     @property
-    def model_config_of_trials(self) -> ModelConfig | None:
+    def resolved_model(self) -> ModelConfig | None:
         """The model file's text with the keywords of `build`; vocab_size defaults to the bytes'."""
         if self.model is None or self._model_source is None:
             return None
@@ -294,7 +294,7 @@ class Spec(Table):
 
     def strict_fields(self, corpus_digest: str) -> dict[str, Any]:
         """Dotted key → value of everything that makes losses incomparable when it differs."""
-        model = self.model_config_of_trials
+        model = self.resolved_model
         data = self.as_dict()
         fields: dict[str, Any] = {"ladder.widths[0]": self.base_width, "data (hash)": corpus_digest}
         for table in ("optimizer", "train"):

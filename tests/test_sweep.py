@@ -18,6 +18,7 @@ from telescope import Spec
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError, ResumeError
 from telescope.ladder.ladder import Ladder
+from telescope.prepare import prepare
 from telescope.records import Result, Trial
 from telescope.report.live import View, make_view
 from telescope.report.tables import show_as_json
@@ -216,3 +217,26 @@ def test_two_drivers_of_one_sweep(tmp_path: Path, corpus_file: Path) -> None:
     folder, _ = sweep(tmp_path, tiny_spec(corpus_file))
     with folder.held(), pytest.raises(ResumeError, match="in use by process"):
         sweep(tmp_path, tiny_spec(corpus_file))
+
+
+def test_results_in_a_storage_elsewhere(
+    tmp_path: Path, corpus_file: Path, trained: list[Trial]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'team.db'}"
+    spec = Spec.from_dict(tiny_spec(corpus_file))
+    folder, _ = run(spec, Options(tmp_path, dispatcher="inline", storage=url), quiet)
+    assert not (folder.path / "trials.db").exists()
+    assert len(open_result("tiny", tmp_path).results) == TRIALS
+    trained.clear()
+    sweep(tmp_path, tiny_spec(corpus_file))  # the folder remembers where
+    assert trained == []
+
+
+def test_compute_reaches_the_trainer(tmp_path: Path, corpus_file: Path) -> None:
+    data = tiny_spec(corpus_file, compute={"device": "cpu:0", "cpus": 2})
+    config = prepare(Spec.from_dict(data)).trial_config
+    assert (config.device, config.threads) == ("cpu:0", 2)
+    data = tiny_spec(corpus_file, compute={"device": "cuda:63"})
+    _, ladder = sweep(tmp_path, data)
+    assert ladder.stuck is not None
+    assert "cuda" in ladder.stuck.lower()
