@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from telescope.errors import RefusedError, TrialError
@@ -32,10 +33,11 @@ class Ladder:
 
         Args:
             spec: the sweep.
-            results: results of an earlier ladder of the same spec; those asked for are reused.
+            results: results of an earlier ladder of the same spec; those asked for are reused,
+                and failures that left it stuck are asked for again.
         """
         self.spec = spec
-        self._ladder = replay(spec.ladder_spec, results)
+        self._ladder = replay(spec.ladder_spec, results, retry_failures=True)
 
     def ask(self) -> list[Trial]:
         """The open stage's trials still unanswered; [] when the ladder is finished or stuck."""
@@ -69,6 +71,12 @@ class Ladder:
         self._ladder.tell(result)
 
     @property
+    def results(self) -> tuple[Result, ...]:
+        """Every answer so far, for a later `Ladder` to go on from."""
+        stages = self._ladder.stages
+        return tuple(result for stage in stages for result in self._ladder.results(stage))
+
+    @property
     def choices(self) -> tuple[Choice, ...]:
         """One per finished stage."""
         return tuple(self._ladder.choices)
@@ -87,7 +95,7 @@ class Ladder:
                 sweep's rescales the weight decay.
 
         Raises:
-            RefusedError: no stage has finished yet.
+            RefusedError: no stage has finished yet, or the ladder is stuck.
             ModelError: the model file cannot be built at this width.
         """
         return transfer(self.spec, self._ladder, width=width, steps=steps)
@@ -95,23 +103,31 @@ class Ladder:
 
 def transfer(spec: Spec, ladder: PureLadder, *, width: int | None, steps: int | None) -> Transfer:
     """The last choice of a ladder, handed over at a width; see `Ladder.transfer`."""
-    if not ladder.choices:
+    if ladder.stuck or not ladder.choices:
         why = ladder.stuck or "no stage has finished yet; go on with `telescope run`"
         raise RefusedError(f"{spec.name}: nothing to transfer: {why}")
     from telescope.train.model import build_meta
-    from telescope.transfer.settings import transfer_point, transfer_settings
+    from telescope.transfer.settings import BATCH_NOTE, transfer_settings
 
     width = width or spec.target.width
-    point = ladder.choices[-1].point
+    last = ladder.choices[-1]
+    steps = steps or spec.target.steps or (spec.train.steps if spec.train else None)
     model = spec.resolved_model
-    if model is None or spec.train is None:
-        sweep_steps = spec.train.steps if spec.train else None
-        return transfer_point(point, width=width, steps=steps, sweep_steps=sweep_steps)
-    return transfer_settings(
-        point,
+    tagged = build_meta(model, width=width, base_width=spec.base_width) if model else None
+    answer = transfer_settings(
+        last.point,
         width=width,
-        steps=steps or spec.target.steps or spec.train.steps,
+        steps=steps,
         train=spec.train,
         optimizer=spec.optimizer,
-        tagged=build_meta(model, width=width, base_width=spec.base_width),
+        tagged=tagged,
     )
+    notes = list(answer.notes)
+    batch_size = spec.target.batch_size
+    if spec.train and batch_size and batch_size != spec.train.batch_size:
+        notes.append(BATCH_NOTE)
+    if not ladder.is_finished:
+        notes.insert(
+            0, f"the sweep has NOT finished: this is the choice of width {last.width} alone"
+        )
+    return replace(answer, notes=tuple(notes))

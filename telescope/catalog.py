@@ -38,6 +38,8 @@ def find_sweep(sweep: str | Path) -> Path:
     path = Path(sweep)
     if path.is_file():
         return path
+    if path.is_dir():
+        raise SpecError(f"{sweep}: is a folder; name a TOML file")
     inside = bundled() / "sweeps" / f"{sweep}.toml"
     if path.name == str(sweep) and inside.is_file():
         return inside

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from telescope.errors import SpecError, TelescopeError
+
+if TYPE_CHECKING:
+    from telescope.sweep import Finished
 
 app = typer.Typer(
     name="telescope",
@@ -57,18 +63,20 @@ def init(
     """Write a commented starter spec, and the bundled model file beside it."""
     from telescope.catalog import bundled
 
-    model = path.parent / "gpt.py"
-    for file in (path, model):
-        if file.exists():
-            raise SpecError(f"{file}: exists already; give another path, it is not overwritten")
+    model, bundled_model = path.parent / "gpt.py", bundled() / "models" / "gpt.py"
+    if path.exists() or path == model:
+        raise SpecError(f"{path}: exists already, or is the model's name; give another path")
+    if model.exists() and model.read_bytes() != bundled_model.read_bytes():
+        raise SpecError(f"{model}: is there already and is another file; use another folder")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "sweep"
     starter = (Path(__file__).parent / "starter.toml").read_text(encoding="utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(starter.replace("STARTER_NAME", path.stem), encoding="utf-8")
-        shutil.copyfile(bundled() / "models" / "gpt.py", model)
+        path.write_text(starter.replace("STARTER_NAME", name), encoding="utf-8")
+        shutil.copyfile(bundled_model, model)
     except OSError as error:
         raise SpecError(f"{path}: cannot be written: {error.strerror}") from error
-    typer.echo(f"wrote {path} and {model}; next: telescope plan {path}")
+    typer.echo(f"wrote {path} and {model}; next: telescope plan {shlex.quote(str(path))}")
 
 
 @app.command()
@@ -81,12 +89,14 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a sweep will cost: trials, parameters, FLOPs, time, share of the target run."""
-    from telescope.planning import make_plan
     from telescope.spec import Spec
 
-    plan, warning = make_plan(Spec.load(spec, overrides or ()), probe=probe)
+    loaded = Spec.load(spec, overrides or ())
+    from telescope.planning import make_plan
+
+    plan, warning = make_plan(loaded, probe=probe)
     if as_json:
-        _print_json(plan)
+        _print_json({**plan, "refused": warning})
         return
     from telescope.report.tables import print_plan
 
@@ -115,17 +125,22 @@ def run(
     """Run a telescoping sweep, or go on with it where it stopped."""
     if dispatcher not in ("ray", "inline"):
         raise SpecError(f"--dispatcher: got {dispatcher!r}, must be 'ray' or 'inline'")
-    from telescope.api import transfer as transfer_ladder
-    from telescope.report.live import make_view
-    from telescope.report.tables import print_answer
     from telescope.spec import Spec
-    from telescope.sweep import Options, open_result
-    from telescope.sweep import run as run_sweep
 
     named = [f"name={json.dumps(name)}"] if name else []
     loaded = Spec.load(spec, [*(overrides or ()), *named])
-    options = Options(results, workers, dispatcher, ray_address, storage)
     console = _console()
+    if console.is_terminal:
+        console.print(f"{loaded.name}: checking the model and the corpus …", style="dim")
+    # A batch system ends a job with SIGTERM: leave as on Ctrl-C, with everything kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from telescope.api import transfer as transfer_ladder
+    from telescope.report.live import make_view
+    from telescope.report.tables import print_answer
+    from telescope.sweep import Options, open_result
+    from telescope.sweep import run as run_sweep
+
+    options = Options(results, workers, dispatcher, ray_address, storage)
     try:
         folder, ladder = run_sweep(loaded, options, lambda: make_view(console))
     except KeyboardInterrupt:
@@ -162,9 +177,7 @@ def show(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print every trial as CSV.")] = False,
 ) -> None:
     """Show the choice per width and why, and the answer for the target."""
-    from telescope.sweep import open_result
-
-    finished = open_result(sweep, results)
+    finished = _open(sweep, results)
     if as_csv:
         from telescope.report.frames import trials_frame
 
@@ -192,10 +205,9 @@ def transfer(
     out: Annotated[Path | None, typer.Option(help="Write the JSON to a file.")] = None,
 ) -> None:
     """Give the target run's settings: one group per (role, shape), drop-in for torch.optim."""
+    finished = _open(sweep, results)
     from telescope.api import transfer as transfer_ladder
-    from telescope.sweep import open_result
 
-    finished = open_result(sweep, results)
     settings = transfer_ladder(finished.spec, finished.ladder, width=width, steps=steps)
     if out:
         from telescope.files import write_json
@@ -225,6 +237,16 @@ def ls(results: ResultsOption = RESULTS) -> None:
         typer.echo(line)
 
 
+def _open(sweep: str, results: Path) -> Finished:
+    """A sweep's results; a name that is not there is said before anything heavy is imported."""
+    from telescope.catalog import find_result
+
+    folder = find_result(sweep, results)
+    from telescope.sweep import open_result
+
+    return open_result(folder, results)
+
+
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, allow_nan=False))
 
@@ -233,7 +255,9 @@ def _console() -> Any:
     """Where text for people goes: as wide as the terminal, and a fixed width in a pipe."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=110, soft_wrap=False)
+    # What is printed is data, such as a model file's error; brackets in it are no markup.
+    width = None if sys.stdout.isatty() else 110
+    return Console(width=width, markup=False, highlight=False)
 
 
 def main() -> None:
@@ -254,12 +278,18 @@ def main() -> None:
         code = 0
     except KeyboardInterrupt:
         code = 130
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"telescope: {where}{error.strerror or error}; --debug shows where", err=True)
+        code = 2
     except Exception as error:
         # typer's usage errors are in a private module; they alone can format themselves.
         message = getattr(error, "format_message", None)
         if debug or message is None:
             raise
-        problem = message().rstrip(".")
-        typer.echo(f"telescope: {problem}; see telescope --help", err=True)
+        if problem := message().rstrip("."):  # empty where the help has been shown instead
+            typer.echo(f"telescope: {problem}; see telescope --help", err=True)
         code = 2
     sys.exit(code or 0)

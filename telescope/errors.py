@@ -5,7 +5,7 @@
     ├── ModelError            a model file that cannot be built, tagged or trained as muP
     ├── DataError             a corpus that is missing, empty, too short or changed
     ├── ResumeError           a results folder that does not fit the spec, or is in use
-    ├── TrialError            a trial that was told to the wrong ladder, or twice
+    ├── TrialError            a trial that was told to a ladder that did not ask for it
     └── RefusedError          the answer is no: over budget, nothing to transfer (exit code 1)
 
 Messages say where, what was given, what is allowed and what to do, on one line.
@@ -37,7 +37,7 @@ class ResumeError(TelescopeError):
 
 
 class TrialError(TelescopeError, ValueError):
-    """A result for a trial that the ladder never asked for, or a second, different one."""
+    """A result for a trial that the ladder never asked for, or that makes no sense."""
 
 
 class RefusedError(TelescopeError):

@@ -133,6 +133,26 @@ def _check_device(device: str) -> None:
         ) from error
 
 
+def check_this_machine(spec: Spec) -> None:
+    """Check that this machine has what a trial asks for; a cluster's machines may differ.
+
+    Raises:
+        SpecError: naming the key and what there is.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    if spec.compute.cpus > cpus:
+        raise SpecError(f"compute.cpus: got {spec.compute.cpus}, this machine has {cpus}; lower it")
+    device = torch.device(resolve_device(spec.compute.device))
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError(
+            f"compute.device: got {spec.compute.device!r}, which this machine cannot use "
+            f"({reason}); use auto or cpu"
+        ) from error
+
+
 def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> int:
     """How many trials run at once.
 

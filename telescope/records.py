@@ -122,7 +122,7 @@ class Result:
     reason: str = ""
     """Why it diverged or failed; empty when complete."""
     flops: float = 0.0
-    """Floating-point operations spent, by count, not by measurement."""
+    """Floating-point operations of the training steps, by count; evaluation is not in it."""
     seconds: float = 0.0
     """Wall time of the training loop on its worker."""
     worker: str = field(default="", compare=False)

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from telescope.errors import SpecError
 from telescope.records import Axis, LadderSpec
 from telescope.train.config import (
     ADAMW_AXES,
+    PYTHON_STDLIB,
     TRAINER_AXES,
     DataConfig,
     ModelConfig,
@@ -37,7 +39,6 @@ from telescope.train.config import (
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MAX_POINTS = 1000
 BYTE_VOCABULARY = 256
-PYTHON_STDLIB = "python-stdlib"
 
 
 class Table(pydantic.BaseModel):
@@ -155,6 +156,13 @@ class ModelTable(pydantic.BaseModel):
     file: str
     """Path of the model file, relative to the sweep file."""
 
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        for key, value in (self.model_extra or {}).items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            require(finite, key, value, "a finite number")
+        return self
+
 
 class Spec(Table):
     """A validated sweep. Make one with `Spec.load` or `Spec.from_dict`."""
@@ -260,6 +268,9 @@ class Spec(Table):
                 require(name in known, f"axes.{name}", name, f"one of {', '.join(known)}")
             if name == "lr":
                 require(axis.value != 0, "axes.lr.value", axis.value, "> 0")
+            if name == "warmup":
+                top = axis.high if axis.value is None else axis.value
+                require(top is not None and top <= 1, "axes.warmup", top, "a share, at most 1")
         swept = [name for name, axis in self.axes.items() if axis.value is None]
         require(bool(swept), "axes", list(self.axes), "at least one range (low, high, points)")
 
@@ -387,7 +398,8 @@ def _shown(value: Any) -> str:
 def _unknown_key(location: Sequence[str]) -> str:
     """The message for a key that no table has, with the keys that there are and the nearest one."""
     *tables, key = location
-    owner = AxisTable if tables[:1] == ["axes"] else _TABLES[tables[0]] if tables else Spec
+    owner = AxisTable if tables[:1] == ["axes"] else Spec
+    owner = _TABLES.get(tables[0], owner) if tables else owner
     known = [f.name for f in fields(owner)] if is_dataclass(owner) else list(owner.model_fields)
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

@@ -21,16 +21,17 @@ from typing import Any
 
 from telescope.catalog import find_result
 from telescope.dispatch.folder import Folder
-from telescope.dispatch.store import Store, sqlite_url, without_password
+from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.ladder.plan import plan_stages
-from telescope.prepare import Prepared, over_budget, prepare, workers
-from telescope.records import Result, Status, Trial
+from telescope.prepare import Prepared, check_this_machine, over_budget, prepare, workers
+from telescope.records import Point, Result, Status, Trial
 from telescope.report.figures import write_loss_figure
 from telescope.report.frames import write_csv
 from telescope.report.live import Progress, View
 from telescope.spec import Spec, fingerprint
+from telescope.transfer.settings import rescale_horizon
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
 
@@ -95,6 +96,12 @@ class Recorder:
         self.view.result(result, self.beat("running"))
         for choice in self.ladder.choices[closed:]:
             self.view.choice(choice)
+        if len(self.ladder.choices) > closed:
+            self.write_table()
+
+    def write_table(self) -> None:
+        """Write `trials.csv`."""
+        write_csv(self.folder.path / "trials.csv", self.ladder, self.known)
 
     def beat(self, state: str) -> Progress:
         """Write the heartbeat; returns what it says."""
@@ -159,9 +166,11 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
     prepared = prepare(spec)
     if refusal := over_budget(prepared):
         raise RefusedError(f"{spec.name}: {refusal}")
-    number = workers(spec, options.workers, is_cluster=options.ray_address is not None)
+    is_cluster = options.ray_address is not None
+    number = workers(spec, options.workers, is_cluster=is_cluster)
+    if not is_cluster:
+        check_this_machine(spec)
     folder = Folder(options.results / spec.name)
-    _check_comparable(folder, prepared)
     folder.create()
     with (
         folder.held(),
@@ -182,17 +191,20 @@ def _recording(
 ) -> Iterator[Recorder]:
     """Open the store, replay what it holds, and leave folder and heartbeat in a true state."""
     spec = prepared.spec
-    storage = options.storage or _storage_of(folder) or sqlite_url(folder.path)
-    store = Store(storage, spec.name, spec.ladder_spec.axes)
-    folder.write_spec(_spec_record(prepared, options.storage), prepared.trial_config.model.text)
+    _check_comparable(folder, prepared)
+    storage = _chosen_storage(folder, options.storage)
+    record = _spec_record(prepared, storage)
+    url = storage or sqlite_url(folder.path)
+    store = Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"])
     known = store.results()
+    folder.write_spec(record, prepared.trial_config.model.text)
     recorder = Recorder(
         ladder=replay(spec.ladder_spec, known, retry_failures=True),
         store=store,
         folder=folder,
         view=view,
         name=spec.name,
-        workers=number,
+        workers=1 if options.dispatcher == "inline" else number,
         cost_per_trial=prepared.cost_per_trial,
         known=known,
     )
@@ -203,7 +215,7 @@ def _recording(
         state = "stuck" if recorder.ladder.stuck else "finished"
     finally:
         recorder.running.clear()
-        write_csv(folder.path / "trials.csv", recorder.ladder, recorder.known)
+        recorder.write_table()
         recorder.beat(state)
         store.close()
 
@@ -267,10 +279,21 @@ def _check_comparable(folder: Folder, prepared: Prepared) -> None:
         )
 
 
-def _storage_of(folder: Folder) -> str | None:
-    """The storage that an existing sweep named, so that the same command need not repeat it."""
-    url: str | None = folder.read_spec()["storage"] if folder.exists else None
-    return url
+def _chosen_storage(folder: Folder, asked: str | None) -> str | None:
+    """The storage asked for, or the one that an existing sweep named; None is beside the results.
+
+    Raises:
+        ResumeError: the sweep's results are in another storage than the one asked for.
+    """
+    if not folder.exists:
+        return asked
+    before: str | None = folder.read_spec()["storage"]
+    if asked and without_password(asked) != before:
+        raise ResumeError(
+            f"--storage {without_password(asked)}: this sweep's results are in "
+            f"{before or folder.path / 'trials.db'}; leave --storage out, or use --name"
+        )
+    return asked or before
 
 
 @dataclass(frozen=True)
@@ -282,6 +305,16 @@ class Finished:
     ladder: Ladder
     results: list[Result]
     target_flops: float
+
+    def target_point(self) -> Point | None:
+        """The last choice, its weight decay rescaled if the target has other steps; or None."""
+        if not self.ladder.choices:
+            return None
+        point, train = self.ladder.choices[-1].point, self.spec.train
+        steps = self.spec.target.steps
+        if train and steps and steps != train.steps:
+            return rescale_horizon(point, sweep_steps=train.steps, steps=steps)
+        return point
 
     def cost(self) -> dict[str, float]:
         """What all stored trials cost, in the keys of `show --json`."""
@@ -303,7 +336,9 @@ def open_result(sweep: str | Path, results: Path) -> Finished:
     folder = Folder(find_result(sweep, results))
     record = folder.read_spec()
     spec = Spec.from_record(record["spec"], folder.path)
-    store = Store(record["storage"] or sqlite_url(folder.path), spec.name, spec.ladder_spec.axes)
+    url = record["storage"] or sqlite_url(folder.path)
+    check_exists(url)
+    store = Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"])
     try:
         known = store.results()
     finally:

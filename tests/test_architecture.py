@@ -71,8 +71,6 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def test_rooms_import_downward(room: str) -> None:
     for path in (PACKAGE / room).glob("*.py"):
         upward = inner(path) - ROOMS[room] - {room}
-        if path.name == "tables.py":
-            upward -= {"sweep", "transfer"}
         assert not upward, f"{path.relative_to(ROOT)} imports {upward}"
 
 

@@ -106,7 +106,7 @@ def test_plan_keys(place: Path) -> None:
     plan = from_json("plan", "tiny.toml", "--set", "axes.lr.points=5", cwd=place)
     assert list(plan) == [
         *("name", "stages", "target", "sweep_flops", "sweep_over_target"),
-        *("sweep_over_target_parameters", "range", "seconds"),
+        *("sweep_over_target_parameters", "range", "seconds", "refused"),
     ]
     stage = plan["stages"][0]
     assert list(stage) == ["width", "parameters", "points", "trials", "tokens", "flops"]
@@ -245,6 +245,8 @@ def test_init_writes_a_spec_that_plans(tmp_path: Path) -> None:
         (["run", "tiny.toml", "--set", "data.eval_tokens=99999"], 2, "data.held_out: "),
         (["run", "tiny.toml", "--set", "train.steps=5"], 2, "train.steps was 4, now 5"),
         (["run", "tiny.toml", "--dispatcher", "slurm"], 2, "--dispatcher: got 'slurm'"),
+        (["run", "tiny.toml", "--name", "x", "--storage", "foo"], 2, "--storage foo: cannot be"),
+        (["plan", "."], 2, ".: is a folder; name a TOML file"),
         (["run", "tiny.toml", "--set", "compute.device=tpuu"], 2, "compute.device: got 'tpuu'"),
         (["run", "tiny.toml", "--set", "budget.max_over_target=0.1"], 1, "any of these would fit"),
         (["run"], 2, "Missing argument 'SPEC'"),
@@ -270,6 +272,47 @@ def test_debug_shows_the_traceback(place: Path) -> None:
     done = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+def test_no_arguments_show_the_help(tmp_path: Path) -> None:
+    done = telescope(cwd=tmp_path)
+    assert "Commands" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_folder_that_cannot_be_written_is_a_line(place: Path) -> None:
+    """As root no permission is refused, so a folder stands where the lock file would be."""
+    (place / "results" / "locked" / "lock").mkdir(parents=True)
+    done = telescope("run", "tiny.toml", "--name", "locked", "--dispatcher", "inline", cwd=place)
+    assert done.returncode == 2
+    assert "lock: Is a directory" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unfinished_sweep_says_so(place: Path) -> None:
+    """One stage of two is stored: what a second terminal sees in the middle of a run."""
+    first = ("--name", "half", "--set", "ladder.widths=[16]", "--dispatcher", "inline")
+    assert telescope("run", "tiny.toml", *first, cwd=place).returncode == 0
+    record = place / "results" / "half" / "spec.json"
+    data = json.loads(record.read_text())
+    data["spec"]["ladder"]["widths"] = [16, 32]
+    record.write_text(json.dumps(data))
+    done = telescope("transfer", "half", cwd=place)
+    assert done.returncode == 0
+    assert "NOT finished: this is the choice of width 16 alone" in done.stdout
+    shown = " ".join(telescope("show", "half", cwd=place).stdout.split())
+    assert "the sweep has not finished" in shown
+
+
+def test_a_stuck_sweep_transfers_nothing(place: Path) -> None:
+    high = ("--set", "axes.lr={ low = 1e4, high = 1e5, points = 2 }", "--name", "stuck")
+    done = telescope("run", "tiny.toml", *high, "--dispatcher", "inline", cwd=place)
+    assert done.returncode == 1
+    assert "lower axes.lr.low" in done.stderr
+    refused = telescope("transfer", "stuck", cwd=place)
+    assert refused.returncode == 1
+    assert "nothing to transfer: width 16: every point diverged" in refused.stderr
+    assert "stuck" in telescope("status", "stuck", cwd=place).stdout
 
 
 def test_plan_over_budget_is_still_a_plan(place: Path) -> None:

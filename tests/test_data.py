@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from telescope.errors import DataError
-from telescope.train.config import DataConfig
+from telescope.train.config import PYTHON_STDLIB, DataConfig
 from telescope.train.data import (
-    STDLIB,
     STDLIB_BYTES,
     Batches,
     check_size,
     held_out_batch,
+    held_out_mask,
     load_corpus,
 )
 
@@ -24,19 +24,23 @@ TOKENS = np.arange(251, dtype=np.uint8)  # a prime number of different tokens: a
 
 
 def test_python_stdlib_is_this_interpreters_source() -> None:
-    corpus = load_corpus(DataConfig(source=STDLIB))
-    assert 1_000_000 < len(corpus.tokens) <= STDLIB_BYTES
-    text = corpus.tokens.tobytes()
-    assert corpus.digest == hashlib.sha256(text).hexdigest()
-    assert Path(hashlib.__file__).read_bytes() in text
+    corpus = load_corpus(DataConfig(source=PYTHON_STDLIB))
+    assert 1_000_000 < corpus.size <= STDLIB_BYTES
+    text = corpus.train_tokens.tobytes()
+    assert b"def abspath(path)" in text
     assert Path(pytest.__file__).read_bytes() not in text
+    # Spread over the corpus, the held-out part looks like the rest: as many blanks per token.
+    blanks = [(part == ord(" ")).mean() for part in (corpus.train_tokens, corpus.held_out_tokens)]
+    assert blanks[0] == pytest.approx(blanks[1], rel=0.1)
 
 
-def test_files_and_globs_are_read_in_order(tmp_path: Path) -> None:
+def test_files_and_globs_are_read_in_order_and_once(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text(name)
-    source = (str(tmp_path / "*.txt"), str(tmp_path / "c.md"))
-    assert load_corpus(DataConfig(source=source)).tokens.tobytes() == b"a.txtb.txtc.md"
+    source = (str(tmp_path / "*.txt"), str(tmp_path / "c.md"), str(tmp_path / "a.txt"))
+    corpus = load_corpus(DataConfig(source=source, held_out=0.01))
+    assert corpus.train_tokens.tobytes() == b"a.txtb.txtc.md"
+    assert corpus.digest == hashlib.sha256(b"a.txtb.txtc.md").hexdigest()
 
 
 def test_no_file_and_no_text_are_errors(tmp_path: Path) -> None:
@@ -47,11 +51,21 @@ def test_no_file_and_no_text_are_errors(tmp_path: Path) -> None:
         load_corpus(DataConfig(source=(str(tmp_path / "empty.txt"),)))
 
 
-def test_the_held_out_end_is_apart(corpus_file: Path) -> None:
-    corpus = load_corpus(DataConfig(source=str(corpus_file), held_out=0.1))
-    assert len(corpus.held_out_tokens) == round(0.1 * len(corpus.tokens))
-    both = np.concatenate([corpus.train_tokens, corpus.held_out_tokens])
-    assert np.array_equal(both, corpus.tokens)
+def test_the_held_out_part_is_the_end_of_every_stretch() -> None:
+    short = held_out_mask(1000, 0.1)
+    assert short.tolist() == [False] * 900 + [True] * 100
+    long = held_out_mask(200_000, 0.1)  # five stretches of 40,000
+    assert long.tolist() == ([False] * 36_000 + [True] * 4_000) * 5
+
+
+def test_both_parts_are_the_whole_corpus(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, 256, 100_000, dtype=np.uint8)
+    (tmp_path / "random.bin").write_bytes(text.tobytes())
+    config = DataConfig(source=(str(tmp_path / "random.bin"),))
+    corpus, mask = load_corpus(config), held_out_mask(len(text), config.held_out)
+    assert np.array_equal(corpus.train_tokens, text[~mask])
+    assert np.array_equal(corpus.held_out_tokens, text[mask])
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,22 @@ def test_the_trainer_computes_with_its_threads(corpus_file: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_the_held_out_part_is_never_trained_on(tmp_path: Path) -> None:
+    """Training text is all 'a', the held-out end all 'b': what the model sees tells."""
+    path = tmp_path / "ab.txt"
+    path.write_text("a" * 9_500 + "b" * 500)
+    setup = set_up(trial_config(path), Trial(16, GOOD, 0))
+    seen = {
+        int(t) for step in range(300) for part in setup.batches.at(step) for t in part.flatten()
+    }
+    assert seen == {ord("a")}
+    assert {int(t) for part in setup.held_out for t in part.flatten()} == {ord("b")}
+
+
+def test_a_trial_runs_on_the_device_that_it_is_given(corpus_file: Path) -> None:
+    config = replace(trial_config(corpus_file), device="meta")
+    setup = set_up(config, Trial(16, GOOD, 0))
+    assert {p.device.type for p in setup.model.parameters()} == {"meta"}
+    assert {t.device.type for t in setup.held_out} == {"meta"}

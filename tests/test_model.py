@@ -60,7 +60,7 @@ def test_the_files_own_errors_are_named() -> None:
 
 
 def test_the_loaded_module_has_its_source_and_hash() -> None:
-    module = load_model_file(GOOD.name, GOOD.text, GOOD.digest)
+    module = load_model_file(GOOD)
     assert GOOD.digest in str(module.__file__)
     assert inspect.getsource(module.build).startswith("def build(")
 

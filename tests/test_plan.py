@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from telescope.ladder.grid import paper_stage
 from telescope.ladder.plan import plan_stages, sweep_cost, what_fits
 from telescope.records import Axis, LadderSpec
 
@@ -23,6 +24,21 @@ def test_what_fits_really_fits_and_is_the_largest() -> None:
         "axes.lr.points = 5",
         "ladder.seeds = [0]",
     ]
+
+
+def test_a_huge_grid_is_planned_at_once() -> None:
+    axes = (Axis("lr", 0.001, 1.0, 1000), Axis("weight_decay", 0.01, 1.0, 1000))
+    huge = LadderSpec(axes, (32, 64, 128))
+    assert plan_stages(huge)[0].trials == 10**6
+    (fits,) = what_fits(huge, COST, budget=10**5)
+    assert fits.startswith("axes.lr.points = ")
+
+
+def test_plans_count_what_the_ladder_asks_for() -> None:
+    for plan in plan_stages(SPEC):
+        stage = paper_stage(SPEC, plan.width, {})
+        assert plan.trials == len(stage.trials)
+        assert plan.points == {axis: len(values) for axis, values in stage.grid.items()}
 
 
 def test_nothing_fits_a_budget_of_nothing() -> None:

@@ -29,14 +29,14 @@ RESULTS = [
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(sqlite_url(tmp_path), "sweep", AXES)
+    return Store(sqlite_url(tmp_path), "sweep", AXES, "f")
 
 
 def test_what_is_stored_comes_back_in_another_process(tmp_path: Path, store: Store) -> None:
     for result in RESULTS:
         store.add(result)
     store.close()
-    again = Store(sqlite_url(tmp_path), "sweep", AXES)
+    again = Store(sqlite_url(tmp_path), "sweep", AXES, "f")
     assert again.results() == RESULTS
     assert again.results()[0].worker == "host:1"
     again.close()
@@ -58,7 +58,7 @@ def test_optuna_sees_one_study_per_stage_and_plain_states(tmp_path: Path, store:
 
 
 def test_sweeps_in_one_storage_do_not_mix(tmp_path: Path, store: Store) -> None:
-    other = Store(sqlite_url(tmp_path), "sweep-2", AXES)
+    other = Store(sqlite_url(tmp_path), "sweep-2", AXES, "f")
     store.add(RESULTS[0])
     other.add(RESULTS[3])
     assert store.results() == [RESULTS[0]]
@@ -70,9 +70,36 @@ def test_sweeps_in_one_storage_do_not_mix(tmp_path: Path, store: Store) -> None:
 def test_a_storage_that_cannot_be_opened_is_a_line(tmp_path: Path) -> None:
     (tmp_path / "trials.db").write_text("this is no database, whatever its name says")
     with pytest.raises(ResumeError, match=r"trials\.db: cannot be opened: ") as caught:
-        Store(sqlite_url(tmp_path), "sweep", AXES)
+        Store(sqlite_url(tmp_path), "sweep", AXES, "f")
     assert "\n" not in str(caught.value)
 
 
 def test_passwords_are_not_written_down() -> None:
     assert without_password("postgresql://me:secret@host/db") == "postgresql://me@host/db"
+    assert without_password("postgresql://me@host/db?password=secret") == "postgresql://me@host/db"
+
+
+def test_an_axis_may_become_a_range_and_a_range_fixed(tmp_path: Path) -> None:
+    for axis in (Axis("lr", 0.0, 0.0, 1), Axis("lr", 0.01, 1.0, 3), Axis("lr", 0.1, 0.1, 1)):
+        store = Store(sqlite_url(tmp_path), "sweep", (axis,), "f")
+        store.add(Result(Trial(32, Point.of(lr=axis.low), 0), Status.COMPLETE, loss=1.0))
+        store.close()
+    store = Store(sqlite_url(tmp_path), "sweep", (axis,), "f")
+    assert [result.trial.lr for result in store.results()] == [0.0, 0.01, 0.1]
+    store.close()
+
+
+def test_odd_folder_names_hold_their_own_database(tmp_path: Path) -> None:
+    folder = tmp_path / "a?b#c d"
+    folder.mkdir()
+    Store(sqlite_url(folder), "sweep", AXES, "f").close()
+    assert (folder / "trials.db").is_file()
+
+
+def test_another_sweeps_results_are_refused(store: Store, tmp_path: Path) -> None:
+    store.add(RESULTS[0])
+    store.close()
+    other = Store(sqlite_url(tmp_path), "sweep", AXES, "g")
+    with pytest.raises(ResumeError, match="holds another sweep named 'sweep'"):
+        other.results()
+    other.close()

@@ -6,6 +6,7 @@ The trainer is real but tiny. Resumes are compared with an undisturbed sweep, fi
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from conftest import GPT, tiny_spec
 from rich.console import Console
 
 from telescope import Spec
+from telescope.api import transfer
 from telescope.dispatch.folder import Folder
-from telescope.errors import RefusedError, ResumeError
-from telescope.ladder.ladder import Ladder
+from telescope.errors import RefusedError, ResumeError, SpecError
+from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import prepare
 from telescope.records import Result, Trial
 from telescope.report.live import View, make_view
 from telescope.report.tables import show_as_json
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, Recorder, open_result, run
 from telescope.train import loop
 
 TRIALS = 3 * 2 + 3 * 1  # 3 → 3/2 → 3 and 2 → 1 → 1
@@ -236,7 +238,84 @@ def test_compute_reaches_the_trainer(tmp_path: Path, corpus_file: Path) -> None:
     data = tiny_spec(corpus_file, compute={"device": "cpu:0", "cpus": 2})
     config = prepare(Spec.from_dict(data)).trial_config
     assert (config.device, config.threads) == ("cpu:0", 2)
-    data = tiny_spec(corpus_file, compute={"device": "cuda:63"})
-    _, ladder = sweep(tmp_path, data)
-    assert ladder.stuck is not None
-    assert "cuda" in ladder.stuck.lower()
+
+
+@pytest.mark.parametrize(("key", "value"), [("device", "cuda:63"), ("cpus", 4096)])
+def test_what_this_machine_has_not_is_refused(
+    tmp_path: Path, corpus_file: Path, key: str, value: Any
+) -> None:
+    with pytest.raises(SpecError, match=rf"^compute\.{key}: got .*this machine"):
+        sweep(tmp_path, tiny_spec(corpus_file, compute={key: value}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_storage_never_mixes_incomparable_sweeps(tmp_path: Path, corpus_file: Path) -> None:
+    """Two people, two results folders, one server, one name."""
+    url = f"sqlite:///{tmp_path / 'team.db'}"
+
+    def run_in(results: str, **tables: Any) -> None:
+        spec = Spec.from_dict(tiny_spec(corpus_file, ladder={"widths": [16]}, **tables))
+        run(spec, Options(tmp_path / results, dispatcher="inline", storage=url), quiet)
+
+    run_in("mine")
+    with pytest.raises(ResumeError, match="holds another sweep named 'tiny'"):
+        run_in("theirs", train={"steps": 5})
+    run_in("again")  # the same sweep from another folder is welcome
+    spec = Spec.from_dict(tiny_spec(corpus_file, ladder={"widths": [16]}))
+    other = Options(tmp_path / "mine", dispatcher="inline", storage="sqlite:///other.db")
+    with pytest.raises(ResumeError, match="this sweep's results are in"):
+        run(spec, other, quiet)
+
+
+def test_compute_reaches_ray(
+    tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def fake_ray(source: Any, trainer: Any, **options: Any) -> None:
+        given.update(options, threads=trainer.config.threads, device=trainer.config.device)
+
+    monkeypatch.setattr("telescope.dispatch.ray_tune.run_ray", fake_ray)
+    compute = {"cpus": 2, "gpus": 0.5, "device": "cpu", "workers": 3}
+    spec = Spec.from_dict(tiny_spec(corpus_file, compute=compute))
+    run(spec, Options(tmp_path, ray_address="head:6379"), quiet)
+    del given["on_start"]
+    assert given == {
+        **{"workers": 3, "cpus": 2, "gpus": 0.5, "address": "head:6379"},
+        **{"threads": 2, "device": "cpu"},
+    }
+
+
+def test_time_left_is_what_remains_at_the_pace_so_far(tmp_path: Path, corpus_file: Path) -> None:
+    """Six trials of 10 s at width 16 are done, three at width 32 remain, which cost 4x each."""
+    spec = Spec.from_dict(tiny_spec(corpus_file))
+    folder, _ = sweep(tmp_path, tiny_spec(corpus_file))
+    results = open_result("tiny", tmp_path).results
+    narrow = [replace(result, seconds=10.0) for result in results if result.trial.width == 16]
+    recorder = Recorder(
+        ladder=replay(spec.ladder_spec, narrow),
+        store=None,  # type: ignore[arg-type]
+        folder=folder,
+        view=quiet(),
+        name="tiny",
+        workers=2,
+        cost_per_trial={16: 1.0, 32: 4.0},
+        known=narrow,
+    )
+    assert recorder.progress("running").eta_seconds == pytest.approx(3 * 40 / 2)
+
+
+def test_the_target_run_counts_with_its_own_steps_and_batch(corpus_file: Path) -> None:
+    def target_flops(**target: int) -> float:
+        data = tiny_spec(corpus_file, target={"width": 64, **target}, optimizer={"name": "adamw"})
+        return prepare(Spec.from_dict(data)).target_flops
+
+    assert target_flops(steps=40, batch_size=8) == pytest.approx(20 * target_flops())
+
+
+def test_the_answer_of_show_is_that_of_transfer(tmp_path: Path, corpus_file: Path) -> None:
+    folder, ladder = sweep(tmp_path, tiny_spec(corpus_file, target={"width": 64, "steps": 40}))
+    shown = show_as_json(open_result(folder.path, tmp_path))["target"]
+    handed = transfer(open_result(folder.path, tmp_path).spec, ladder, width=None, steps=None)
+    assert (shown["lr"], shown["weight_decay"]) == (handed.lr, handed.weight_decay)
+    assert handed.weight_decay == pytest.approx(ladder.choices[-1].point.weight_decay / 10)

@@ -19,7 +19,7 @@ from torch import nn
 from telescope import Ladder, Spec
 from telescope.errors import RefusedError
 from telescope.records import Point, Trial
-from telescope.train.config import OptimizerConfig, TrialConfig
+from telescope.train.config import ModelConfig, OptimizerConfig, TrialConfig
 from telescope.train.loop import set_up, take_step, token_loss
 from telescope.train.model import build_meta
 from telescope.transfer.settings import transfer_settings
@@ -154,3 +154,37 @@ def test_without_a_model_file_the_point_alone_is_handed_over(corpus_file: Path) 
 def test_nothing_to_transfer_before_the_first_choice(corpus_file: Path) -> None:
     with pytest.raises(RefusedError, match="no stage has finished yet"):
         Ladder(Spec.from_dict(tiny_spec(corpus_file))).transfer()
+
+
+def test_a_schedule_is_handed_over_whole(corpus_file: Path) -> None:
+    config = trial_config(corpus_file, schedule="wsd", warmup=0.25, decay=0.5, steps=STEPS)
+    schedule = exported(config)["schedule"]
+    assert schedule == {"name": "wsd", "warmup_steps": 5, "final_lr": 0.1, "decay_steps": 10}
+    assert exported(trial_config(corpus_file, schedule="constant"))["schedule"]["final_lr"] == 1.0
+
+
+def test_a_readouts_own_factor_is_in_the_multiplier(corpus_file: Path) -> None:
+    text = gpt_config().text.replace(
+        "else MuReadout(width, vocab_size, bias=False)",
+        "else MuReadout(width, vocab_size, bias=False, output_mult=4.0)",
+    )
+    model = ModelConfig(name="four.py", text=text, kwargs=gpt_config().kwargs)
+    groups = exported(trial_config(corpus_file, model=model), width=32)["groups"]
+    (readout,) = [group for group in groups if group["role"] == "readout"]
+    assert readout["multiplier"] == 4 / 2
+
+
+def test_another_batch_size_is_marked_as_an_assumption(corpus_file: Path) -> None:
+    spec = Spec.from_dict(tiny_spec(corpus_file, target={"width": 64, "batch_size": 400}))
+    assert any("batch size" in note for note in finished_ladder(spec).transfer().notes)
+
+
+def test_a_ladder_goes_on_from_results_and_retries_failures(corpus_file: Path) -> None:
+    spec = Spec.from_dict(tiny_spec(corpus_file))
+    ladder = Ladder(spec)
+    for trial in ladder.ask():
+        ladder.tell(trial, status="failed", reason="OSError: disk")
+    assert ladder.stuck is not None
+    again = Ladder(spec, ladder.results)
+    assert again.stuck is None
+    assert again.ask()

@@ -21,10 +21,11 @@ import io
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from telescope.catalog import KEPT_MODEL_FILE, SPEC_FILE
 from telescope.errors import ResumeError
@@ -33,6 +34,8 @@ from telescope.records import Result
 
 STATUS_FILE = "status.json"
 LOCK_FILE = "lock"
+LOCK_TRIES = 25
+"""Tries, 20 ms apart, before a lock counts as another driver's."""
 
 
 class Folder:
@@ -66,9 +69,15 @@ class Folder:
         """
         try:
             data: dict[str, Any] = json.loads((self.path / SPEC_FILE).read_text(encoding="utf-8"))
+            missing = {"spec", "fingerprint", "comparable_if_equal", "storage"} - data.keys()
+            if missing:
+                raise ValueError(f"{', '.join(sorted(missing))} missing")
             return data
-        except (OSError, ValueError) as error:
-            raise ResumeError(f"{self.path / SPEC_FILE}: cannot be read: {error}") from error
+        except (OSError, ValueError, AttributeError) as error:
+            raise ResumeError(
+                f"{self.path / SPEC_FILE}: cannot be read: {error}; restore the file, or run the "
+                "sweep under another --name"
+            ) from error
 
     def write_spec(self, data: Mapping[str, Any], model_text: str) -> None:
         """Keep what the sweep is: its resolved spec and its model file."""
@@ -95,6 +104,8 @@ class Folder:
             )
         except (OSError, ValueError):
             return None
+        if not isinstance(heartbeat, dict) or "state" not in heartbeat:
+            return None
         if heartbeat["state"] == "running" and not self._is_held():
             heartbeat |= {"state": "interrupted", "running": 0, "eta_seconds": None}
         return heartbeat
@@ -107,21 +118,19 @@ class Folder:
             ResumeError: another process holds it.
         """
         with (self.path / LOCK_FILE).open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _locked(lock):
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
                 raise ResumeError(
                     f"{self.path}: in use by {holder}; wait for it, or use --name for another sweep"
-                ) from None
+                )
             lock.truncate(0)
             lock.write(_this_process())
             lock.flush()
             yield
 
     def _is_held(self) -> bool:
-        """Whether a driver holds the folder; by a shared lock, so that readers never collide."""
+        """Whether a driver holds the folder: one that does refuses a shared lock."""
         try:
             with (self.path / LOCK_FILE).open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -130,6 +139,18 @@ class Folder:
         except OSError:
             return False
         return False
+
+
+def _locked(lock: TextIO) -> bool:
+    """Take the exclusive lock; patient for a moment, because `status` looks in for microseconds."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        else:
+            return True
+    return False
 
 
 def _this_process() -> str:

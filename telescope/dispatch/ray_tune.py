@@ -98,13 +98,14 @@ def run_ray(
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(_environment(SWITCHES | (OWNER_SWITCHES if owned else {})))
-        stack.enter_context(_signal_handlers_kept())
+        handlers = stack.enter_context(_signal_handlers_kept())
         folder = tempfile.mkdtemp(prefix="telescope-", dir=_short_folder())
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         if owned:
             stack.callback(ray.shutdown)
             with _interrupt_deferred():
                 _connect(address) if address else _start(folder, math.ceil(workers * cpus))
+            _set_signal_handlers({signal.SIGTERM: handlers[signal.SIGTERM]})  # Ray's would exit
         _check_room(workers, cpus, gpus, where="the cluster" if address else "this machine")
         gate = ray.remote(_Gate).options(num_cpus=0).remote()
         stack.callback(ray.kill, gate)
@@ -408,15 +409,19 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
+def _signal_handlers_kept() -> Iterator[dict[signal.Signals, Any]]:
     """Put back the signal handlers that Ray (SIGTERM) and Tune (SIGINT, SIGUSR1) replace."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield
+        yield handlers
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        _set_signal_handlers(handlers)
+
+
+def _set_signal_handlers(handlers: dict[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

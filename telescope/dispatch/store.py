@@ -35,24 +35,27 @@ class Store:
         url: an Optuna RDB URL.
         sweep: the sweep's name, the first part of its studies' names.
         axes: the spec's axes, for the ranges that a dashboard shows.
+        fingerprint: of all that makes results comparable; kept with each study.
 
     Raises:
         ResumeError: the storage cannot be opened.
     """
 
-    def __init__(self, url: str, sweep: str, axes: tuple[Axis, ...]) -> None:
+    def __init__(self, url: str, sweep: str, axes: tuple[Axis, ...], fingerprint: str) -> None:
         """Open the storage, making its tables if it is new."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         arguments = {"timeout": LOCK_TIMEOUT} if url.startswith("sqlite") else {}
         try:
             self._storage = RDBStorage(url, engine_kwargs={"connect_args": arguments})
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).partition("(Background")[0].split())[:200]
             raise ResumeError(
-                f"--storage {without_password(url)}: cannot be opened: {reason}"
+                f"--storage {without_password(url)}: cannot be opened: {reason}; give an Optuna "
+                "RDB URL such as sqlite:////folder/trials.db"
             ) from error
         self._sweep = sweep
         self._axes = axes
+        self._fingerprint = fingerprint
         self._studies: dict[int, optuna.Study] = {}
 
     def add(self, result: Result) -> None:
@@ -71,11 +74,17 @@ class Store:
         )
 
     def results(self) -> list[Result]:
-        """Everything stored of this sweep, in the order of storing within each width."""
+        """Everything stored of this sweep, in the order of storing within each width.
+
+        Raises:
+            ResumeError: the studies of that name are of another sweep, not comparable with this.
+        """
         prefix = f"{self._sweep}/width-"
         summaries = optuna.get_all_study_names(self._storage)
         names = sorted(name for name in summaries if name.startswith(prefix))
-        studies = (optuna.load_study(study_name=name, storage=self._storage) for name in names)
+        studies = [optuna.load_study(study_name=name, storage=self._storage) for name in names]
+        for study in studies:
+            self._check(study)
         trials = (trial for study in studies for trial in study.get_trials(deepcopy=False))
         return [_as_result(trial, self._axes) for trial in trials if "status" in trial.user_attrs]
 
@@ -86,18 +95,30 @@ class Store:
 
     def _study(self, width: int) -> optuna.Study:
         if width not in self._studies:
-            self._studies[width] = optuna.create_study(
+            study = optuna.create_study(
                 study_name=f"{self._sweep}/width-{width}",
                 storage=self._storage,
                 direction="minimize",
                 load_if_exists=True,
             )
+            study.set_user_attr("fingerprint", self._fingerprint)
+            self._studies[width] = study
         return self._studies[width]
+
+    def _check(self, study: optuna.Study) -> None:
+        """Refuse results that were made by other training, whoever stored them."""
+        found = study.user_attrs.get("fingerprint", self._fingerprint)
+        if found != self._fingerprint:
+            raise ResumeError(
+                f"--storage: holds another sweep named {self._sweep!r} whose results are not "
+                f"comparable (fingerprint {found}, this spec's is {self._fingerprint}); use --name"
+            )
 
 
 def _range(axis: Axis, value: float) -> FloatDistribution:
     """The axis's range, stretched to a value outside it; a study's floats may have any."""
-    return FloatDistribution(min(axis.low, value), max(axis.high, value), log=not axis.is_fixed)
+    # Never log: Optuna refuses a study whose axis is log-spaced today and fixed at 0 tomorrow.
+    return FloatDistribution(min(axis.low, value), max(axis.high, value))
 
 
 def _attributes(result: Result) -> dict[str, Any]:
@@ -130,14 +151,30 @@ def _as_result(trial: FrozenTrial, axes: tuple[Axis, ...]) -> Result:
 
 def sqlite_url(folder: Path) -> str:
     """The URL of the store beside the results."""
-    return f"sqlite:///{(folder / 'trials.db').absolute()}"
+    path = str((folder / "trials.db").absolute())
+    return sqlalchemy.URL.create("sqlite", database=path).render_as_string()
+
+
+def check_exists(url: str) -> None:
+    """Check that an SQLite file is there, which opening would make anew.
+
+    Raises:
+        ResumeError: it is not.
+    """
+    parsed = sqlalchemy.make_url(url)
+    if parsed.drivername.startswith("sqlite") and not Path(parsed.database or "").is_file():
+        raise ResumeError(f"{parsed.database}: the sweep's results are missing; put the file back")
 
 
 def without_password(url: str) -> str:
     """A storage URL that may be written down; the password comes from the environment."""
-    full = sqlalchemy.make_url(url)
+    try:
+        full = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        return url  # no URL at all, so no password either
     # Not `set(password=None)`: it leaves out what is None, and so leaves the password in.
+    query = {key: value for key, value in full.query.items() if "pass" not in key.lower()}
     bare = sqlalchemy.URL.create(
-        full.drivername, full.username, None, full.host, full.port, full.database, full.query
+        full.drivername, full.username, None, full.host, full.port, full.database, query
     )
     return bare.render_as_string(hide_password=False)

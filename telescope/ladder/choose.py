@@ -103,11 +103,12 @@ def _first_line(reason: str) -> str:
 
 def _all_diverged(stage: Stage, failed: int) -> str:
     """The message for a stage without a single loss, naming the axis to change."""
-    lowest = stage.grid["lr"][0] if "lr" in stage.grid else min(v[0] for v in stage.grid.values())
+    values = stage.grid["lr"]
+    lowest, key = values[0], "low" if len(values) > 1 else "value"
     but = f" or failed ({failed})" if failed else ""
     return (
         f"width {stage.width}: every point diverged{but}, down to lr {lowest:g}; lower "
-        "axes.lr.low, or lengthen train.warmup, and run again"
+        f"axes.lr.{key}, or lengthen train.warmup, and run again"
     )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from telescope.ladder.grid import paper_stage
+from telescope.ladder.grid import points_at
 from telescope.records import LadderSpec
 
 
@@ -23,11 +22,14 @@ class StagePlan:
 
 def plan_stages(spec: LadderSpec) -> list[StagePlan]:
     """The stages of Algorithm 1, which do not depend on any result."""
+    base, swept = spec.widths[0], sum(not axis.is_fixed for axis in spec.axes)
     plans = []
     for width in spec.widths:
-        stage = paper_stage(spec, width, centre={})
-        points = {axis: len(values) for axis, values in stage.grid.items()}
-        plans.append(StagePlan(width, points, len(stage.trials)))
+        points = {
+            axis.name: points_at(axis, width=width, base_width=base, swept=swept)
+            for axis in spec.axes
+        }
+        plans.append(StagePlan(width, points, math.prod(points.values()) * len(spec.seeds)))
     return plans
 
 
@@ -69,14 +71,9 @@ def what_fits(spec: LadderSpec, cost_per_trial: Mapping[int, float], budget: flo
 
 
 def _thinner(spec: LadderSpec) -> Iterator[LadderSpec]:
-    """The same ladder with fewer points per axis, the densest grids first; never under 3 points."""
-    choices = [
-        range(axis.points, min(axis.points, 3) - 1, -1) if not axis.is_fixed else (1,)
-        for axis in spec.axes
-    ]
-    combinations = sorted(
-        itertools.product(*choices), key=lambda points: (-math.prod(points), points)
-    )
-    for points in combinations[1:]:
-        axes = zip(spec.axes, points, strict=True)
-        yield replace(spec, axes=tuple(replace(axis, points=n) for axis, n in axes))
+    """The same ladder with fewer points on all axes alike, densest first; never under 3 points."""
+    most = max(axis.points for axis in spec.axes)
+    for left in range(most - 1, 2, -1):
+        counts = (max(min(axis.points, 3), axis.points * left // most) for axis in spec.axes)
+        axes = zip(spec.axes, counts, strict=True)
+        yield replace(spec, axes=tuple(replace(axis, points=count) for axis, count in axes))

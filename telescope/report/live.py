@@ -63,6 +63,15 @@ class View(AbstractContextManager["View"], Protocol):
         ...
 
 
+def describe_start(progress: Progress) -> str:
+    """What lies ahead, in a line."""
+    if progress.done == progress.total:
+        return f"{progress.name}: all {progress.total} trials are stored already"
+    if progress.done:
+        return f"{progress.name}: going on after {progress.done} of {progress.total} trials"
+    return f"{progress.name}: {progress.total} trials at {progress.stages} widths"
+
+
 def describe_result(result: Result) -> str:
     """One trial in a line."""
     if result.status is Status.COMPLETE:
@@ -105,16 +114,11 @@ class PlainView(View):
         """Nothing to close."""
 
     def _line(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     def start(self, progress: Progress) -> None:
         """Say what lies ahead."""
-        if progress.done:
-            self._line(
-                f"{progress.name}: going on after {progress.done} of {progress.total} trials"
-            )
-        else:
-            self._line(f"{progress.name}: {progress.total} trials at {progress.stages} widths")
+        self._line(describe_start(progress))
 
     def update(self, progress: Progress) -> None:
         """Starts are not worth a line."""
@@ -152,7 +156,7 @@ class LiveView(View):
     def start(self, progress: Progress) -> None:
         """Draw the first screen."""
         if progress.done:
-            self._live.console.print(f"going on after {progress.done} of {progress.total} trials")
+            self._live.console.print(describe_start(progress))
         self.update(progress)
 
     def update(self, progress: Progress) -> None:
@@ -163,14 +167,12 @@ class LiveView(View):
         """Redraw with the newest result."""
         self._last = f"width {result.trial.width}: {describe_result(result)}"
         if result.status is Status.FAILED:
-            self._live.console.print(
-                f"[red]failed[/] {result.trial}: {result.reason}", highlight=False
-            )
+            self._live.console.print(self._last, style="red")
         self.update(progress)
 
     def choice(self, choice: Choice) -> None:
         """Let the decision scroll by above the screen."""
-        self._live.console.print(describe_choice(choice), markup=False, highlight=False)
+        self._live.console.print(describe_choice(choice))
 
 
 def _screen(progress: Progress, last: str) -> RenderableType:
@@ -186,7 +188,7 @@ def _screen(progress: Progress, last: str) -> RenderableType:
         ("best at this width", best or "none yet"),
         ("last", last or "waiting for the first trial; workers take a few seconds to start"),
         ("so far", describe_seconds(progress.seconds)),
-        ("left", "about " + describe_seconds(progress.eta_seconds)),
+        ("left", describe_seconds(progress.eta_seconds)),
     ):
         facts.add_row(Text(label, style="dim"), text)
     bar = Table.grid(padding=(0, 1))

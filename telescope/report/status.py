@@ -26,7 +26,7 @@ def describe_status(state: dict[str, Any]) -> str:
     """One line for people."""
     line = f"{state['name']}: {state['state']}"
     if state["done"] is None:
-        return f"{line} before its first trial"
+        return f"{line}, no heartbeat; `telescope show` reads what it has stored"
     line += f", {state['done']} of {state['total']} trials"
     if state["state"] in ("running", "interrupted"):
         line += f", stage {state['stage'] + 1} of {state['stages']} (width {state['width']})"
@@ -36,6 +36,8 @@ def describe_status(state: dict[str, Any]) -> str:
         line += f", {state['running']} running, time left {left}"
     if state["state"] == "interrupted":
         line += "; the same `telescope run` goes on"
+    if state["state"] == "stuck":
+        line += "; `telescope show` says why"
     return line
 
 

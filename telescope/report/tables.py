@@ -57,7 +57,7 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         highlight=False,
     )
     if warning:
-        console.print(f"`run` would refuse: {warning}", style="yellow", highlight=False)
+        console.print(f"`run` would refuse: {warning}", style="yellow")
 
 
 def print_answer(console: Console, finished: Finished, settings: Transfer | None = None) -> None:
@@ -77,10 +77,10 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
         )
     console.print(table)
     if settings and settings.groups is not None:
-        console.print(f"for torch.optim at width {settings.width}:", highlight=False)
+        console.print(f"for torch.optim at width {settings.width}:")
         console.print(_groups_table(settings.groups))
     facts = show_as_json(finished)
-    console.print(f"answer   {_answer(finished, facts)}", highlight=False, soft_wrap=True)
+    console.print(f"answer   {_answer(finished, facts)}")
     cost = facts["cost"]
     console.print(
         f"cost     {cost['flops']:.3g} FLOPs, {cost['over_target']:.2f} target runs; "
@@ -88,11 +88,9 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
         highlight=False,
     )
     folder = finished.folder.path
-    console.print(
-        f"results  {folder} (loss.png, trials.csv, curves/)", highlight=False, soft_wrap=True
-    )
-    if finished.ladder.choices:
-        console.print(f"next     telescope transfer {folder}", highlight=False, soft_wrap=True)
+    console.print(f"results  {folder} (loss.png, trials.csv, curves/)", soft_wrap=True)
+    if finished.ladder.is_finished:
+        console.print(f"next     telescope transfer {folder}", soft_wrap=True)
 
 
 def _answer(finished: Finished, facts: Mapping[str, Any]) -> str:
@@ -120,7 +118,7 @@ def _counts(choice: Choice) -> str:
 def show_as_json(finished: Finished) -> dict[str, Any]:
     """The keys of `telescope show --json`."""
     spec, ladder = finished.spec, finished.ladder
-    answer = ladder.choices[-1].point if ladder.choices else None
+    answer = finished.target_point()
     return {
         "name": spec.name,
         "policy": spec.ladder.policy,
@@ -157,19 +155,17 @@ def _choice_as_json(choice: Choice) -> dict[str, Any]:
 def print_transfer(console: Console, settings: Transfer) -> None:
     """Print the settings for the target run, with what to know about them."""
     steps = f", {settings.steps} steps" if settings.steps else ""
-    console.print(
-        f"width {settings.width}{steps}: {settings.point} (base-width units)", highlight=False
-    )
+    console.print(f"width {settings.width}{steps}: {settings.point} (base-width units)")
     if settings.groups is not None:
         console.print(_groups_table(settings.groups))
         notes = {g["note"]: g["role"] for g in settings.groups if g["optimizer"] is None}
         for note, role in notes.items():
-            console.print(f"{role}: {note}", highlight=False, soft_wrap=True)
+            console.print(f"{role}: {note}", soft_wrap=True)
     for note in settings.notes:
-        console.print(f"note  {note}", highlight=False, soft_wrap=True)
+        console.print(f"note  {note}", soft_wrap=True)
     if settings.certificate is None:
-        console.print("note  not proven: no certificate", highlight=False)
-    console.print("`--json` has the names and all keyword arguments", highlight=False)
+        console.print("note  not proven: no certificate")
+    console.print("`--json` has the names and all keyword arguments")
 
 
 def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:

@@ -21,6 +21,9 @@ TRAINER_AXES = ("lr", "weight_decay", "warmup", "adamw_lr_ratio")
 ADAMW_AXES = TRAINER_AXES[:3]
 """Those that mean something when AdamW trains everything."""
 
+PYTHON_STDLIB = "python-stdlib"
+"""The corpus that every machine has: the interpreter's own library."""
+
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 """How pydantic, where it is installed, reads these classes: no unknown key, no conversion."""
 
@@ -141,7 +144,7 @@ class DataConfig:
     source: str | tuple[str, ...]
     """``python-stdlib``, or paths and globs of text files."""
     held_out: float = 0.05
-    """Share of the corpus, at its end, that is never trained on."""
+    """Share of the corpus, in many passages spread over it, that is never trained on."""
     eval_tokens: int = 16384
     """How many held-out tokens a loss is measured on; the same ones every time."""
 

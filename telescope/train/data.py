@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import itertools
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,34 +15,29 @@ import torch
 from numpy.typing import NDArray
 
 from telescope.errors import DataError
-from telescope.train.config import DataConfig
+from telescope.train.config import PYTHON_STDLIB, DataConfig
 
-STDLIB = "python-stdlib"
 STDLIB_BYTES = 8_000_000
 """The standard library's source is cut here: enough for small models, quick to read and hash."""
+STRETCH_BYTES = 40_000
+"""Shortest stretch of a corpus with a held-out end of its own."""
+MAX_STRETCHES = 200
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "idlelib", "site-packages"}
-BYTE_VOCABULARY = 256
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Byte tokens in one array; the last `held_out` of them are never trained on."""
+    """Byte tokens, a part of which is never trained on."""
 
-    tokens: NDArray[np.uint8] = field(repr=False)
+    train_tokens: NDArray[np.uint8] = field(repr=False)
+    held_out_tokens: NDArray[np.uint8] = field(repr=False)
     digest: str
-    """SHA-256 of all tokens, hexadecimal."""
-    held_out: int
-    """Tokens in the held-out end."""
+    """SHA-256 of the whole text, hexadecimal."""
 
     @property
-    def train_tokens(self) -> NDArray[np.uint8]:
-        """All but the held-out end."""
-        return self.tokens[: len(self.tokens) - self.held_out]
-
-    @property
-    def held_out_tokens(self) -> NDArray[np.uint8]:
-        """The held-out end."""
-        return self.tokens[len(self.tokens) - self.held_out :]
+    def size(self) -> int:
+        """All tokens."""
+        return len(self.train_tokens) + len(self.held_out_tokens)
 
 
 @functools.lru_cache(maxsize=2)
@@ -51,16 +47,32 @@ def load_corpus(config: DataConfig) -> Corpus:
     Raises:
         DataError: no file matches, a file cannot be read, or there is not a byte in them.
     """
-    if config.source == STDLIB:
+    if config.source == PYTHON_STDLIB:
         text = _read(_stdlib_files(), limit=STDLIB_BYTES)
     else:
         patterns = (config.source,) if isinstance(config.source, str) else config.source
-        text = _read([path for pattern in patterns for path in _matches(pattern)])
+        paths = [path.resolve() for pattern in patterns for path in _matches(pattern)]
+        # Each file once: a second copy of a held-out passage could be trained on.
+        text = _read(list(dict.fromkeys(paths)))
     if not text:
         raise DataError(f"data.source: {config.source!r} holds no text; name files with content")
     tokens = np.frombuffer(text, dtype=np.uint8)
+    is_held_out = held_out_mask(len(tokens), config.held_out)
     digest = hashlib.sha256(text).hexdigest()
-    return Corpus(tokens, digest, held_out=round(len(tokens) * config.held_out))
+    return Corpus(tokens[~is_held_out], tokens[is_held_out], digest)
+
+
+def held_out_mask(size: int, share: float) -> NDArray[np.bool_]:
+    """Which tokens are held out: the end of each of many equal stretches of the corpus.
+
+    One end alone would be one file, such as a generated table, and no sample of the corpus.
+    """
+    stretches = max(1, min(MAX_STRETCHES, size // STRETCH_BYTES))
+    mask = np.zeros(size, dtype=np.bool_)
+    borders = np.linspace(0, size, stretches + 1).round().astype(int)
+    for start, end in itertools.pairwise(borders):
+        mask[end - round((end - start) * share) : end] = True
+    return mask
 
 
 def _stdlib_files() -> list[Path]:
@@ -101,10 +113,10 @@ def check_size(
         DataError: naming the split that is too short, its size and what it needs.
     """
     needed = -(-config.eval_tokens // sequence_length) * sequence_length + 1
-    if corpus.held_out < needed:
+    if len(corpus.held_out_tokens) < needed:
         raise DataError(
-            f"data.held_out: {config.held_out:g} of {len(corpus.tokens)} tokens leaves "
-            f"{corpus.held_out} held out, {needed} are needed for data.eval_tokens = "
+            f"data.held_out: {config.held_out:g} of {corpus.size} tokens leaves "
+            f"{len(corpus.held_out_tokens)} held out, {needed} are needed for data.eval_tokens = "
             f"{config.eval_tokens}; give more text, a larger share or fewer eval_tokens"
         )
     needed = batch_size * sequence_length + 1

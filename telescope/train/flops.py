@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
-from telescope.train.model import build_meta, check_forward
+from telescope.train.model import blamed_on, build_meta, check_forward
 from telescope.train.parametrization import Tag
 
 
@@ -55,7 +55,8 @@ class _AttentionCounter(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is functional.scaled_dot_product_attention:
-            query, key, value = args[:3]
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
+            query, key, value = (given[name] for name in ("query", "key", "value"))
             rows = query.numel() // query.shape[-1]
             self.flops += 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         return func(*args, **(kwargs or {}))
@@ -82,7 +83,8 @@ def step_cost(
         vocab_size=model.kwargs["vocab_size"],
     )
     tokens = torch.zeros(1, train.sequence_length, dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False) as counter, _AttentionCounter() as attention_counter:
+    counter, attention_counter = FlopCounterMode(display=False), _AttentionCounter()
+    with blamed_on(model), counter, attention_counter:
         tagged.module(tokens).sum().backward()
     # A backward pass has two products for each of the forward's.
     attention = 3 * attention_counter.flops

@@ -172,15 +172,9 @@ def held_out_loss(model: nn.Module, held_out: tuple[Tensor, ...], batch_size: in
 
 
 def resolve_device(device: str) -> str:
-    """The device that "auto" means on this machine: an accelerator where torch finds one.
-
-    Raises:
-        DataError: never; an unavailable device fails in torch with its own message.
-    """
+    """The device that "auto" means on this machine: an accelerator where torch finds one."""
     if device != "auto":
         return device
-    return (
-        str(torch.accelerator.current_accelerator() or "cpu")
-        if torch.accelerator.is_available()
-        else "cpu"
-    )
+    if not torch.accelerator.is_available():
+        return "cpu"
+    return str(torch.accelerator.current_accelerator())

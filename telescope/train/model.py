@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import linecache
 import sys
@@ -29,8 +28,7 @@ class TaggedModel:
     tags: dict[str, Tag]
 
 
-@functools.lru_cache(maxsize=16)
-def load_model_file(name: str, text: str, digest: str) -> ModuleType:
+def load_model_file(config: ModelConfig) -> ModuleType:
     """Execute a model file's text as a module whose file name carries its hash.
 
     Nothing is written to disk: the text is handed to `linecache`, which tracebacks and
@@ -39,36 +37,43 @@ def load_model_file(name: str, text: str, digest: str) -> ModuleType:
     Raises:
         ModelError: the file has an error, or defines no `build`.
     """
-    stem = PurePath(name).stem
-    module = ModuleType(f"telescope_model_{stem}_{digest}")
-    module.__file__ = f"<{stem}-{digest}.py>"
-    linecache.cache[module.__file__] = (
-        len(text),
-        None,
-        text.splitlines(keepends=True),
-        module.__file__,
-    )
+    name = f"telescope_model_{PurePath(config.name).stem}_{config.digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module, file = ModuleType(name), _module_file(config)
+    module.__file__ = file
+    linecache.cache[file] = (len(config.text), None, config.text.splitlines(keepends=True), file)
     # Registered before it runs: dataclasses and torch look a class's module up by name.
-    sys.modules[module.__name__] = module
-    with _blamed_on(name, module.__file__):
-        exec(compile(text, module.__file__, "exec"), module.__dict__)
-    if not callable(getattr(module, "build", None)):
-        raise ModelError(f"{name}: defines no function build(width, *, vocab_size, ...)")
+    sys.modules[name] = module
+    try:
+        with blamed_on(config):
+            exec(compile(config.text, file, "exec"), module.__dict__)
+        if not callable(getattr(module, "build", None)):
+            raise ModelError(f"{config.name}: defines no function build(width, *, vocab_size, ...)")
+    except ModelError:
+        del sys.modules[name]
+        raise
     return module
 
 
 @contextmanager
-def _blamed_on(name: str, filename: str) -> Iterator[None]:
+def blamed_on(config: ModelConfig) -> Iterator[None]:
     """Turn whatever a model file raises into a ModelError that names the file and the line."""
     try:
         yield
     except TelescopeError:
         raise
     except Exception as error:
-        line = error.lineno if isinstance(error, SyntaxError) else _last_line(error, filename)
-        message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
-        where = f"{name}:{line}" if line else name
+        line, message = _last_line(error, _module_file(config)), " ".join(str(error).split())
+        if isinstance(error, SyntaxError):
+            line, message = error.lineno, error.msg
+        where = f"{config.name}:{line}" if line else config.name
         raise ModelError(f"{where}: {type(error).__name__}: {message}") from error
+
+
+def _module_file(config: ModelConfig) -> str:
+    """The file name that a loaded model file goes by in tracebacks."""
+    return f"<{PurePath(config.name).stem}-{config.digest}.py>"
 
 
 def _last_line(error: Exception, filename: str) -> int | None:
@@ -103,15 +108,13 @@ def check_keywords(config: ModelConfig) -> None:
 
 
 def _build_function(config: ModelConfig) -> Callable[..., nn.Module]:
-    module = load_model_file(config.name, config.text, config.digest)
-    build: Callable[..., nn.Module] = module.build
+    build: Callable[..., nn.Module] = load_model_file(config).build
     return build
 
 
 def _build(config: ModelConfig, width: int, device: str) -> nn.Module:
     build = _build_function(config)
-    filename = str(build.__code__.co_filename) if hasattr(build, "__code__") else config.name
-    with _blamed_on(config.name, filename), torch.device(device):
+    with blamed_on(config), torch.device(device):
         model = build(width, **config.kwargs)
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -166,9 +169,13 @@ def check_forward(
     Raises:
         ModelError: the forward pass fails or gives another shape.
     """
-    filename = f"<{PurePath(config.name).stem}-{config.digest}.py>"
-    with _blamed_on(config.name, filename):
-        logits = model(torch.zeros(1, sequence_length, dtype=torch.int64, device="meta"))
+    tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device="meta")
+    try:
+        with blamed_on(config):
+            logits = model(tokens)
+    except ModelError as error:
+        hint = "shapes are checked on the meta device, where tensors have no values"
+        raise ModelError(f"{error} ({hint})") from error
     shape, wanted = tuple(getattr(logits, "shape", ())), (1, sequence_length, vocab_size)
     if shape != wanted:
         raise ModelError(

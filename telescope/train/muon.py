@@ -98,7 +98,10 @@ class Muon(torch.optim.Optimizer):
 
     def _step_group(self, params: list[Tensor], group: dict[str, Any]) -> None:
         grads = [cast(Tensor, p.grad) for p in params]
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         beta = group["momentum"]
         torch._foreach_lerp_(buffers, grads, 1 - beta)
         looked_ahead = torch._foreach_lerp(grads, buffers, beta) if group["nesterov"] else buffers

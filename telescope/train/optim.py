@@ -49,11 +49,12 @@ def parameter_groups(tags: dict[str, Tag], point: Point, config: OptimizerConfig
         point: the hyperparameters in base-width units.
         config: the spec's optimizer.
     """
-    members: dict[tuple[Role, tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    members: dict[tuple[Role, tuple[int, ...], tuple[int, ...], float], list[str]] = {}
     for tag in tags.values():
-        members.setdefault((tag.role, tag.shape, tag.base_shape), []).append(tag.name)
+        key = (tag.role, tag.shape, tag.base_shape, tag.output_mult)
+        members.setdefault(key, []).append(tag.name)
     groups = []
-    for (role, shape, base_shape), names in members.items():
+    for (role, shape, base_shape, output_mult), names in members.items():
         rule = scaling(role, shape, base_shape, optimizer=config.name, rule=config.rule)
         is_muon = config.name == "muon" and role.is_hidden
         ratio = 1.0 if is_muon else point.get("adamw_lr_ratio", config.adamw_lr_ratio)
@@ -70,7 +71,7 @@ def parameter_groups(tags: dict[str, Tag], point: Point, config: OptimizerConfig
                 weight_decay=decay_per_step / lr,
                 kwargs=_muon_kwargs(config) if is_muon else _adamw_kwargs(config),
                 init_std=rule.init_std,
-                multiplier=rule.multiplier,
+                multiplier=rule.multiplier * output_mult,
             )
         )
     return groups

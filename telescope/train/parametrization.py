@@ -58,6 +58,8 @@ class Tag:
     role: Role
     shape: tuple[int, ...]
     base_shape: tuple[int, ...]
+    output_mult: float = 1.0
+    """A readout's own factor, which the model file gave it beside the rule's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,13 @@ def tag(model: nn.Module, base: nn.Module, delta: nn.Module) -> dict[str, Tag]:
     mup.set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
     owners = _owners(model)
     return {
-        name: Tag(name, _role(name, p, owners[id(p)]), shapes[0][name], shapes[1][name])
+        name: Tag(
+            name,
+            _role(name, p, owners[id(p)]),
+            shapes[0][name],
+            shapes[1][name],
+            math.prod(getattr(owner, "output_mult", 1.0) for owner in owners[id(p)]),
+        )
         for name, p in model.named_parameters()
     }
 
@@ -233,7 +241,7 @@ def initialise(model: nn.Module, tags: dict[str, Tag], *, seed: int) -> None:
             tag = tags[name]
             std = _init_std(tag.role, tag.shape)
             if tag.role in (Role.VECTOR, Role.FINITE):
-                parameter.fill_(0.0 if name.rsplit(".", 1)[-1] == "bias" else 1.0)
+                parameter.fill_(0.0 if "bias" in name.rsplit(".", 1)[-1] else 1.0)
             elif std == 0:
                 parameter.zero_()
             else:

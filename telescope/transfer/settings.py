@@ -19,6 +19,10 @@ HORIZON_NOTE = (
     "weight_decay is rescaled so that lr · weight_decay · steps stays as in the sweep, lr is kept: "
     "an assumption, the sweep did not vary the steps (arXiv 2405.13698, 2510.19093)"
 )
+BATCH_NOTE = (
+    "the target's batch size is not the sweep's; lr and weight_decay are left as they are: an "
+    "assumption, the sweep did not vary it"
+)
 CONVENTION_NOTE = (
     "rule {rule}; a step decays by lr · weight_decay of its own group, as torch.optim does; lr is "
     "the schedule's peak; what other libraries call these rules is in the README's table"
@@ -74,60 +78,54 @@ def rescale_horizon(point: Point, *, sweep_steps: int, steps: int) -> Point:
     return Point.of({**point, "weight_decay": point.weight_decay * sweep_steps / steps})
 
 
-def transfer_point(
-    point: Point, *, width: int, steps: int | None, sweep_steps: int | None
-) -> Transfer:
-    """The point alone, for a sweep whose spec names no model file.
-
-    Args:
-        point: the chosen point, in base-width units.
-        width: the target's width.
-        steps: the target's optimizer steps, None if not given.
-        sweep_steps: the sweep's, None if the spec does not say.
-    """
-    notes: tuple[str, ...] = ()
-    if steps and sweep_steps and steps != sweep_steps:
-        point, notes = rescale_horizon(point, sweep_steps=sweep_steps, steps=steps), (HORIZON_NOTE,)
-    return Transfer(width, point, steps or sweep_steps, groups=None, schedule=None, notes=notes)
-
-
 def transfer_settings(
     point: Point,
     *,
     width: int,
-    steps: int,
-    train: TrainConfig,
+    steps: int | None,
+    train: TrainConfig | None,
     optimizer: OptimizerConfig,
-    tagged: TaggedModel,
+    tagged: TaggedModel | None,
 ) -> Transfer:
     """The settings of `point` at `width`.
 
     Args:
         point: the chosen point, in base-width units.
         width: the target's width; any that the model file can build.
-        steps: the target's optimizer steps.
-        train: the sweep's training, for its steps and its schedule.
+        steps: the target's optimizer steps, None if neither spec nor user says.
+        train: the sweep's training, for its steps and its schedule; None if the spec has none.
         optimizer: the sweep's optimizer.
-        tagged: the model's shapes and roles at `width`.
+        tagged: the model's shapes and roles at `width`; None if the spec names no model file.
     """
-    notes = [CONVENTION_NOTE.format(rule=optimizer.rule)]
-    if steps != train.steps:
+    notes = []
+    if tagged:
+        notes.append(CONVENTION_NOTE.format(rule=optimizer.rule))
+    if train and steps and steps != train.steps:
         point = rescale_horizon(point, sweep_steps=train.steps, steps=steps)
         notes.append(HORIZON_NOTE)
-    groups = parameter_groups(tagged.tags, point, optimizer)
+    groups = tagged and [
+        _as_dict(group, optimizer) for group in parameter_groups(tagged.tags, point, optimizer)
+    ]
     return Transfer(
         width=width,
         point=point,
         steps=steps,
-        groups=tuple(_as_dict(group, optimizer) for group in groups),
-        schedule={
-            "name": train.schedule,
-            "warmup_steps": round(min(1.0, point.get("warmup", train.warmup)) * steps),
-            "final_lr": 1.0 if train.schedule == "constant" else train.final_lr,
-        }
-        | ({"decay_steps": round(train.decay * steps)} if train.schedule == "wsd" else {}),
+        groups=tuple(groups) if groups else None,
+        schedule=_schedule(train, point, steps) if train and steps else None,
         notes=tuple(notes),
     )
+
+
+def _schedule(train: TrainConfig, point: Point, steps: int) -> dict[str, Any]:
+    """The learning-rate schedule of a run of `steps`; see `optim.schedule`."""
+    schedule: dict[str, Any] = {
+        "name": train.schedule,
+        "warmup_steps": round(min(1.0, point.get("warmup", train.warmup)) * steps),
+        "final_lr": 1.0 if train.schedule == "constant" else train.final_lr,
+    }
+    if train.schedule == "wsd":
+        schedule["decay_steps"] = round(train.decay * steps)
+    return schedule
 
 
 def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""What people see: the live screen, the plain lines, the figure; data in them is never markup."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from telescope.ladder.ladder import Ladder
+from telescope.records import Axis, LadderSpec, Result, Status
+from telescope.report.figures import loss_figure
+from telescope.report.live import LiveView, PlainView, Progress, View, make_view
+
+SPEC = LadderSpec((Axis("lr", 0.01, 1.0, 5), Axis("weight_decay", 0.1, 0.1, 1)), (32, 64))
+
+
+@pytest.fixture
+def ladder() -> Ladder:
+    """One closed stage, whose highest lr diverged, and an open one."""
+    ladder = Ladder(SPEC)
+    for trial in list(ladder.ask()):
+        if trial.lr == 1.0:
+            ladder.tell(Result(trial, Status.DIVERGED, reason="loss nan at step 3"))
+        else:
+            ladder.tell(Result(trial, Status.COMPLETE, loss=2 + (trial.lr - 0.1) ** 2))
+    return ladder
+
+
+def progress(ladder: Ladder) -> Progress:
+    return Progress(
+        name="demo",
+        state="running",
+        stage=0,
+        stages=2,
+        width=32,
+        stage_done=3,
+        stage_total=5,
+        done=3,
+        total=8,
+        running=2,
+        best=ladder.results(ladder.stages[0])[0],
+        seconds=75.0,
+        eta_seconds=None,
+    )
+
+
+def shown_by(view_class: type[View], ladder: Ladder) -> str:
+    out = io.StringIO()
+    terminal = view_class is LiveView
+    console = Console(
+        file=out, width=120, markup=False, highlight=False, force_terminal=terminal, no_color=True
+    )
+    failed = Result(
+        ladder.stages[0].trials[0], Status.FAILED, reason="KeyError: [/data/x] [red]\nTraceback ..."
+    )
+    view = make_view(console)
+    assert isinstance(view, view_class)
+    with view:
+        view.start(progress(ladder))
+        view.update(progress(ladder))
+        view.result(failed, progress(ladder))
+        view.choice(ladder.choices[0])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("view", [PlainView, LiveView])
+def test_a_view_shows_results_and_choices_to_the_letter(view: type[View], ladder: Ladder) -> None:
+    text = shown_by(view, ladder)
+    assert "failed, KeyError: [/data/x] [red]" in text
+    assert "Traceback" not in text
+    assert "width 32: chose lr 0.1, weight_decay 0.1" in text
+
+
+def test_the_live_screen_has_stage_counts_best_and_time_left(ladder: Ladder) -> None:
+    text = shown_by(LiveView, ladder)
+    for part in ("stage 1 of 2, width 32: 3 of 5 trials, 2 running", "3/8", "best at this width"):
+        assert part in text
+    assert "1 min 15 s" in text
+    assert "unknown" in text
+
+
+def test_the_figure_marks_choices_and_divergence(ladder: Ladder) -> None:
+    figure = loss_figure(ladder, "demo")
+    (panel,) = figure.axes  # one swept axis, one panel
+    assert panel.get_xscale() == "log"
+    lines = {
+        str(line.get_marker()): line for line in panel.get_lines() if np.size(line.get_xdata())
+    }
+    assert np.asarray(lines["*"].get_xdata()).tolist() == [ladder.choices[0].point.lr]
+    assert np.asarray(lines["x"].get_xdata()).tolist() == [1.0]
+    legend = panel.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["32", "64"]
