@@ -15,16 +15,18 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
-$(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
+$(VENV)/installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --constraint constraints.txt --editable ".[test]"
-	touch $@
+	touch $(VENV)/installed $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 
 clean:
 	rm -rf $(VENV)

