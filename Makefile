@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without compiling: pip would compile the whole of torch and ray, most of which is never imported.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test types pytest clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/telescope run quickstart
@@ -14,7 +14,13 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(MAKE) --no-print-directory --jobs 2 --output-sync types pytest
+
+# Beside each other: the tests wait for Ray half of the time.
+types:
 	$(BIN)/mypy
+
+pytest:
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
