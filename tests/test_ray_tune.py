@@ -31,7 +31,7 @@ from telescope.records import Point, Result, Status, Trial
 ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
 ray = pytest.importorskip("ray")  # after ours, which decides where Ray may listen
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]  # they watch one /tmp
 
 
 class Stages:
