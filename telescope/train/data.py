@@ -1,4 +1,4 @@
-"""A corpus as bytes, its held-out end, and batches that depend on (seed, step) alone."""
+"""A corpus as bytes, its held-out passages, and batches that depend on (seed, step) alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from telescope.train.config import PYTHON_STDLIB, DataConfig
 STDLIB_BYTES = 8_000_000
 """The standard library's source is cut here: enough for small models, quick to read and hash."""
 STRETCH_BYTES = 40_000
-"""Shortest stretch of a corpus with a held-out end of its own."""
+"""Shortest stretch of a corpus with a held-out end of its own. An assumption."""
 MAX_STRETCHES = 200
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "idlelib", "site-packages"}
 
@@ -159,7 +159,7 @@ class Batches:
 def held_out_batch(
     tokens: NDArray[np.uint8], *, count: int, length: int
 ) -> tuple[torch.Tensor, ...]:
-    """At least `count` held-out tokens as sequences spread evenly over the held-out end.
+    """At least `count` held-out tokens as sequences spread evenly over the held-out part.
 
     Returns:
         inputs and targets, each (⌈count/length⌉, length) int64; always the same ones.
