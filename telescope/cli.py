@@ -21,6 +21,7 @@ import typer
 from telescope.errors import SpecError, TelescopeError
 
 if TYPE_CHECKING:
+    from telescope.spec import Spec
     from telescope.sweep import Finished
 
 app = typer.Typer(
@@ -89,9 +90,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a sweep will cost: trials, parameters, FLOPs, time, share of the target run."""
-    from telescope.spec import Spec
-
-    loaded = Spec.load(spec, overrides or ())
+    loaded = _load(spec, overrides, None)
     from telescope.planning import make_plan
 
     plan, warning = make_plan(loaded, probe=probe)
@@ -101,6 +100,39 @@ def plan(
     from telescope.report.tables import print_plan
 
     print_plan(_console(), plan, warning)
+
+
+@app.command()
+def check(
+    spec: SpecArgument,
+    results: ResultsOption = RESULTS,
+    name: NameOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Coordinate check: does anything in the model grow or shrink with the width as it trains?
+
+    Trains a few steps at four widths from the base width on; PASS, or FAIL and exit code 1.
+    """
+    loaded = _load(spec, overrides, name)
+    console = _console()
+    from telescope.checking import check_title, describe_verdict, run_check, write_check
+    from telescope.dispatch.folder import Folder
+    from telescope.prepare import prepare
+    from telescope.report.tables import print_check
+
+    measured = run_check(prepare(loaded), say=lambda text: typer.echo(text, err=True))
+    folder = Folder(results / loaded.name)
+    folder.create()
+    write_check(folder, measured, check_title(loaded))
+    if as_json:
+        _print_json(measured.as_dict())
+    else:
+        print_check(console, measured, check_title(loaded))
+        console.print(f"verdict  {measured.verdict}: {describe_verdict(measured)}", soft_wrap=True)
+        console.print(f"figure   {folder.path / 'coordcheck.png'}", soft_wrap=True)
+    if not measured.passed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -120,15 +152,18 @@ def run(
     storage: Annotated[
         str | None, typer.Option(help="An Optuna RDB URL; left out, SQLite beside the results.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Make a short coordinate check before the first trial."
+        ),
+    ] = True,
     overrides: SetOption = None,
 ) -> None:
     """Run a telescoping sweep, or go on with it where it stopped."""
     if dispatcher not in ("ray", "inline"):
         raise SpecError(f"--dispatcher: got {dispatcher!r}, must be 'ray' or 'inline'")
-    from telescope.spec import Spec
-
-    named = [f"name={json.dumps(name)}"] if name else []
-    loaded = Spec.load(spec, [*(overrides or ()), *named])
+    loaded = _load(spec, overrides, name)
     console = _console()
     if console.is_terminal:
         console.print(f"{loaded.name}: checking the model and the corpus …", style="dim")
@@ -140,7 +175,7 @@ def run(
     from telescope.sweep import Options, open_result
     from telescope.sweep import run as run_sweep
 
-    options = Options(results, workers, dispatcher, ray_address, storage)
+    options = Options(results, workers, dispatcher, ray_address, storage, check)
     try:
         folder, ladder = run_sweep(loaded, options, lambda: make_view(console))
     except KeyboardInterrupt:
@@ -235,6 +270,14 @@ def ls(results: ResultsOption = RESULTS) -> None:
         f"no sweeps under {results}; start one with `telescope run`"
     ]:
         typer.echo(line)
+
+
+def _load(spec: str, overrides: list[str] | None, name: str | None) -> Spec:
+    """The spec with the command line's overrides."""
+    from telescope.spec import Spec
+
+    named = [f"name={json.dumps(name)}"] if name else []
+    return Spec.load(spec, [*(overrides or ()), *named])
 
 
 def _open(sweep: str, results: Path) -> Finished:

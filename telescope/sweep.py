@@ -12,7 +12,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from telescope.catalog import find_result
+from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError
@@ -45,6 +46,8 @@ class Options:
     dispatcher: str = "ray"
     ray_address: str | None = None
     storage: str | None = None
+    check: bool = True
+    """Whether a sweep without a verdict gets a short coordinate check first."""
 
 
 @dataclass
@@ -158,7 +161,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         The results folder, and the ladder, finished or stuck.
 
     Raises:
-        RefusedError: the plan is over the budget.
+        RefusedError: the plan is over the budget, or the coordinate check failed.
         ResumeError: the folder holds a sweep whose results would not be comparable, or is in use.
         SpecError, ModelError, DataError: the spec, the model file or the corpus is wrong.
         KeyboardInterrupt: as it came; what finished is kept.
@@ -189,35 +192,36 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
 def _recording(
     prepared: Prepared, folder: Folder, options: Options, view: View, number: int
 ) -> Iterator[Recorder]:
-    """Open the store, replay what it holds, and leave folder and heartbeat in a true state."""
+    """Check, open the store, replay it, and leave folder and heartbeat in a true state."""
     spec = prepared.spec
     _check_comparable(folder, prepared)
+    write_verdict = check_before_run(prepared, folder, wanted=options.check, say=view.note)
     storage = _chosen_storage(folder, options.storage)
     record = _spec_record(prepared, storage)
     url = storage or sqlite_url(folder.path)
-    store = Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"])
-    known = store.results()
-    folder.write_spec(record, prepared.trial_config.model.text)
-    recorder = Recorder(
-        ladder=replay(spec.ladder_spec, known, retry_failures=True),
-        store=store,
-        folder=folder,
-        view=view,
-        name=spec.name,
-        workers=1 if options.dispatcher == "inline" else number,
-        cost_per_trial=prepared.cost_per_trial,
-        known=known,
-    )
-    state = "interrupted"
-    try:
-        view.start(recorder.beat("running"))
-        yield recorder
-        state = "stuck" if recorder.ladder.stuck else "finished"
-    finally:
-        recorder.running.clear()
-        recorder.write_table()
-        recorder.beat(state)
-        store.close()
+    with closing(Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"])) as store:
+        known = store.results()
+        folder.write_spec(record, prepared.trial_config.model.text)
+        write_verdict()
+        recorder = Recorder(
+            ladder=replay(spec.ladder_spec, known, retry_failures=True),
+            store=store,
+            folder=folder,
+            view=view,
+            name=spec.name,
+            workers=1 if options.dispatcher == "inline" else number,
+            cost_per_trial=prepared.cost_per_trial,
+            known=known,
+        )
+        state = "interrupted"
+        try:
+            view.start(recorder.beat("running"))
+            yield recorder
+            state = "stuck" if recorder.ladder.stuck else "finished"
+        finally:
+            recorder.running.clear()
+            recorder.write_table()
+            recorder.beat(state)
 
 
 def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: int) -> None:
@@ -338,10 +342,7 @@ def open_result(sweep: str | Path, results: Path) -> Finished:
     spec = Spec.from_record(record["spec"], folder.path)
     url = record["storage"] or sqlite_url(folder.path)
     check_exists(url)
-    store = Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"])
-    try:
+    with closing(Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"])) as store:
         known = store.results()
-    finally:
-        store.close()
     ladder = replay(spec.ladder_spec, known)
     return Finished(folder, spec, ladder, known, record["target_flops"])

@@ -216,7 +216,15 @@ def test_transfer_keys_and_out(place: Path) -> None:
 def test_running_again_under_another_name_is_another_sweep(place: Path) -> None:
     override = ("--set", "ladder.widths=[16]")
     done = telescope(
-        "run", "tiny.toml", "--name", "again", "--dispatcher", "inline", *override, cwd=place
+        "run",
+        "tiny.toml",
+        "--name",
+        "again",
+        "--no-check",
+        "--dispatcher",
+        "inline",
+        *override,
+        cwd=place,
     )
     assert done.returncode == 0
     assert from_json("status", "again", cwd=place)["total"] == 6
@@ -291,7 +299,15 @@ def test_a_folder_that_cannot_be_written_is_a_line(place: Path) -> None:
 
 def test_an_unfinished_sweep_says_so(place: Path) -> None:
     """One stage of two is stored: what a second terminal sees in the middle of a run."""
-    first = ("--name", "half", "--set", "ladder.widths=[16]", "--dispatcher", "inline")
+    first = (
+        "--name",
+        "half",
+        "--set",
+        "ladder.widths=[16]",
+        "--dispatcher",
+        "inline",
+        "--no-check",
+    )
     assert telescope("run", "tiny.toml", *first, cwd=place).returncode == 0
     record = place / "results" / "half" / "spec.json"
     data = json.loads(record.read_text())
@@ -306,7 +322,7 @@ def test_an_unfinished_sweep_says_so(place: Path) -> None:
 
 def test_a_stuck_sweep_transfers_nothing(place: Path) -> None:
     high = ("--set", "axes.lr={ low = 1e4, high = 1e5, points = 2 }", "--name", "stuck")
-    done = telescope("run", "tiny.toml", *high, "--dispatcher", "inline", cwd=place)
+    done = telescope("run", "tiny.toml", *high, "--dispatcher", "inline", "--no-check", cwd=place)
     assert done.returncode == 1
     assert "lower axes.lr.low" in done.stderr
     refused = telescope("transfer", "stuck", cwd=place)
@@ -323,7 +339,7 @@ def test_plan_over_budget_is_still_a_plan(place: Path) -> None:
 
 def test_status_sees_a_running_sweep_and_ctrl_c_keeps_what_finished(place: Path) -> None:
     """Another process watches a sweep; SIGINT ends it with 130 within seconds."""
-    long = ("--set", "train.steps=300", "--name", "long", "--dispatcher", "inline")
+    long = ("--set", "train.steps=300", "--name", "long", "--dispatcher", "inline", "--no-check")
     command = [sys.executable, "-m", "telescope", "run", "tiny.toml", *long]
     driver = subprocess.Popen(
         command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

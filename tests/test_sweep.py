@@ -35,7 +35,12 @@ def quiet() -> View:
 
 
 def sweep(results: Path, data: dict[str, Any]) -> tuple[Folder, Ladder]:
-    return run(Spec.from_dict(data), Options(results=results, dispatcher="inline"), quiet)
+    """Run inline, without the coordinate check: it has tests of its own."""
+    return run(Spec.from_dict(data), inline(results), quiet)
+
+
+def inline(results: Path, storage: str | None = None) -> Options:
+    return Options(results, dispatcher="inline", storage=storage, check=False)
 
 
 @pytest.fixture
@@ -224,7 +229,7 @@ def test_results_in_a_storage_elsewhere(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'team.db'}"
     spec = Spec.from_dict(tiny_spec(corpus_file))
-    folder, _ = run(spec, Options(tmp_path, dispatcher="inline", storage=url), quiet)
+    folder, _ = run(spec, inline(tmp_path, storage=url), quiet)
     assert not (folder.path / "trials.db").exists()
     assert len(open_result("tiny", tmp_path).results) == TRIALS
     trained.clear()
@@ -253,14 +258,14 @@ def test_one_storage_never_mixes_incomparable_sweeps(tmp_path: Path, corpus_file
 
     def run_in(results: str, **tables: Any) -> None:
         spec = Spec.from_dict(tiny_spec(corpus_file, ladder={"widths": [16]}, **tables))
-        run(spec, Options(tmp_path / results, dispatcher="inline", storage=url), quiet)
+        run(spec, inline(tmp_path / results, storage=url), quiet)
 
     run_in("mine")
     with pytest.raises(ResumeError, match="holds another sweep named 'tiny'"):
         run_in("theirs", train={"steps": 5})
     run_in("again")  # the same sweep from another folder is welcome
     spec = Spec.from_dict(tiny_spec(corpus_file, ladder={"widths": [16]}))
-    other = Options(tmp_path / "mine", dispatcher="inline", storage="sqlite:///other.db")
+    other = inline(tmp_path / "mine", storage="sqlite:///other.db")
     with pytest.raises(ResumeError, match="this sweep's results are in"):
         run(spec, other, quiet)
 
@@ -276,7 +281,7 @@ def test_compute_reaches_ray(
     monkeypatch.setattr("telescope.dispatch.ray_tune.run_ray", fake_ray)
     compute = {"cpus": 2, "gpus": 0.5, "device": "cpu", "workers": 3}
     spec = Spec.from_dict(tiny_spec(corpus_file, compute=compute))
-    run(spec, Options(tmp_path, ray_address="head:6379"), quiet)
+    run(spec, Options(tmp_path, ray_address="head:6379", check=False), quiet)
     del given["on_start"]
     assert given == {
         **{"workers": 3, "cpus": 2, "gpus": 0.5, "address": "head:6379"},

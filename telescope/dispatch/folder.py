@@ -9,6 +9,7 @@ Standard library only, because `status` and `ls` read it and must start at once.
         trials.csv     the same as a table
         curves/        one CSV per trial
         loss.png       loss against each axis, per width, the choices marked
+        coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure
         status.json    the driver's heartbeat
         lock           held by the running driver
 """
@@ -23,7 +24,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +33,7 @@ from telescope.errors import ResumeError
 from telescope.files import write_atomic, write_json
 from telescope.records import Result
 
+CHECK_FILE = "coordcheck.json"
 STATUS_FILE = "status.json"
 LOCK_FILE = "lock"
 LOCK_TRIES = 25
@@ -84,6 +86,14 @@ class Folder:
         write_atomic(self.path / KEPT_MODEL_FILE, model_text)
         write_json(self.path / SPEC_FILE, data)
 
+    def write_check(self, check: Mapping[str, Any]) -> None:
+        """Keep the verdict of the coordinate check."""
+        write_json(self.path / CHECK_FILE, check)
+
+    def read_check(self) -> dict[str, Any] | None:
+        """What `write_check` wrote; None where there has been no check."""
+        return _read_json(self.path / CHECK_FILE, "verdict")
+
     def write_curve(self, result: Result) -> None:
         """Keep one trial's training curve as a CSV file."""
         text = io.StringIO()
@@ -98,21 +108,16 @@ class Folder:
 
     def read_status(self) -> dict[str, Any] | None:
         """The last heartbeat, "interrupted" when its driver is gone; None before the first."""
-        try:
-            heartbeat: dict[str, Any] = json.loads(
-                (self.path / STATUS_FILE).read_text(encoding="utf-8")
-            )
-        except (OSError, ValueError):
-            return None
-        if not isinstance(heartbeat, dict) or "state" not in heartbeat:
-            return None
-        if heartbeat["state"] == "running" and not self._is_held():
+        heartbeat = _read_json(self.path / STATUS_FILE, "state")
+        if heartbeat and heartbeat["state"] == "running" and not self._is_held():
             heartbeat |= {"state": "interrupted", "running": 0, "eta_seconds": None}
         return heartbeat
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the folder for one driver; the system lets go however the process ends.
+
+        A folder that no sweep has been started in by then is taken away again.
 
         Raises:
             ResumeError: another process holds it.
@@ -127,7 +132,18 @@ class Folder:
             lock.truncate(0)
             lock.write(_this_process())
             lock.flush()
-            yield
+            try:
+                yield
+            finally:
+                if not self.exists:
+                    self._remove_if_empty()
+
+    def _remove_if_empty(self) -> None:
+        """Take away what `create` and `held` made; whatever else lies there stays."""
+        (self.path / LOCK_FILE).unlink(missing_ok=True)
+        for folder in (self.path / "curves", self.path):
+            with suppress(OSError):
+                folder.rmdir()
 
     def _is_held(self) -> bool:
         """Whether a driver holds the folder: one that does refuses a shared lock."""
@@ -139,6 +155,15 @@ class Folder:
         except OSError:
             return False
         return False
+
+
+def _read_json(path: Path, key: str) -> dict[str, Any] | None:
+    """A small file of ours as a table that has `key`; None where it is missing or damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and key in data else None
 
 
 def _locked(lock: TextIO) -> bool:

@@ -1,10 +1,12 @@
-"""Loss against each swept axis, one line per width, the choices marked."""
+"""What is drawn: loss against each swept axis, and sizes against width in the coordinate check."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +14,9 @@ from matplotlib.figure import Figure
 from telescope.files import write_atomic
 from telescope.ladder.ladder import Ladder
 from telescope.records import Choice, Result, Stage, Status
+
+if TYPE_CHECKING:
+    from telescope.train.coordcheck import CoordCheck
 
 AXIS_LABELS = {
     "lr": "learning rate (base-width units)",
@@ -75,6 +80,51 @@ def _draw_stage(
 
 def write_loss_figure(path: Path, ladder: Ladder, title: str) -> None:
     """Write the figure as a PNG, whole or not at all."""
+    _write(path, loss_figure(ladder, title))
+
+
+CHECK_PANELS = {"output": "outputs", "change": "changes since initialisation", "update": "updates"}
+"""Kind of quantity, by the last word of its name → what its panel is called."""
+
+
+def check_figure(check: CoordCheck, title: str) -> Figure:
+    """Draw each size after the last step against the width, as a multiple of the base width's.
+
+    A right model's lines lie flat, inside the wedge of slopes that pass; those outside are named.
+    """
+    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
+    figure.suptitle(f"{title}: coordinate check {check.verdict}", fontsize=11)
+    panels = dict(zip(CHECK_PANELS, figure.subplots(1, 3, sharey=True), strict=True))
+    for name, by_step in check.sizes.items():
+        kind = name.rsplit(" ", 1)[-1]
+        panel = panels.get(kind, panels["output"])
+        sizes = by_step[check.steps[-1]]
+        if all(math.isfinite(size) and size > 0 for size in sizes):
+            relative = [size / sizes[0] for size in sizes]
+            thick = 1.8 if name in check.problems else 0.9
+            panel.plot(check.widths, relative, marker="o", ms=3, label=name, lw=thick)
+    for kind, panel in panels.items():
+        wedge = [(width / check.widths[0]) ** check.threshold for width in check.widths]
+        panel.fill_between(
+            check.widths, [1 / edge for edge in wedge], wedge, color="0.9", label="passes"
+        )
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xticks(check.widths, [str(width) for width in check.widths])
+        panel.set_title(CHECK_PANELS[kind], fontsize=10)
+        panel.set_xlabel("width")
+        panel.grid(alpha=0.25)
+        panel.legend(fontsize=7)
+    panels["output"].set_ylabel(f"RMS after {check.steps[-1]} steps, over that of the base width")
+    return figure
+
+
+def write_check_figure(path: Path, check: CoordCheck, title: str) -> None:
+    """Write the coordinate check's figure as a PNG, whole or not at all."""
+    _write(path, check_figure(check, title))
+
+
+def _write(path: Path, figure: Figure) -> None:
     image = io.BytesIO()
-    loss_figure(ladder, title).savefig(image, format="png", dpi=130)
+    figure.savefig(image, format="png", dpi=130)
     write_atomic(path, image.getvalue())

@@ -46,6 +46,10 @@ class Progress:
 class View(AbstractContextManager["View"], Protocol):
     """What a running sweep reports to."""
 
+    def note(self, text: str) -> None:
+        """Something worth a line that is no trial."""
+        ...
+
     def start(self, progress: Progress) -> None:
         """The sweep starts, or goes on."""
         ...
@@ -116,6 +120,10 @@ class PlainView(View):
     def _line(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Say it."""
+        self._line(text)
+
     def start(self, progress: Progress) -> None:
         """Say what lies ahead."""
         self._line(describe_start(progress))
@@ -152,6 +160,10 @@ class LiveView(View):
     def __exit__(self, *_: object) -> None:
         """Stop drawing, and take the screen away."""
         self._live.__exit__(None, None, None)
+
+    def note(self, text: str) -> None:
+        """Let it scroll by above the screen."""
+        self._live.console.print(text)
 
     def start(self, progress: Progress) -> None:
         """Draw the first screen."""

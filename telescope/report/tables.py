@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,14 @@ from telescope.report.live import describe_seconds
 
 if TYPE_CHECKING:
     from telescope.sweep import Finished
+    from telescope.train.coordcheck import CoordCheck
     from telescope.transfer.settings import Transfer
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        left = column in ("why", "role", "parameters of this shape", "grid", "trials")
+        left = column in ("why", "role", "grid", "trials", "quantity", "verdict")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     return table
 
@@ -58,6 +60,49 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
     )
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
+
+
+SHOWN_QUANTITIES = 24
+"""A check of more quantities than this shows the steepest of each kind alone."""
+
+
+def print_check(console: Console, check: CoordCheck, title: str) -> None:
+    """Print the sizes of the coordinate check after its last step, and the slopes over all."""
+    steps = ", ".join(map(str, check.steps))
+    console.print(f"{title}, {check.point}: {len(check.seeds)} seeds, after steps {steps}")
+    table = _table("quantity", *(f"width {width}" for width in check.widths), "slope", "verdict")
+    for name in _shown(check):
+        slope, sizes = check.slopes[name], check.sizes[name][check.steps[-1]]
+        failed = name in check.problems
+        table.add_row(
+            name,
+            *(f"{size:.3g}" for size in sizes),
+            "–" if slope is None else f"{slope:+.2f} ± {check.errors[name]:.2f}",
+            "FAIL" if failed else "not moved" if slope is None else "",
+            style="red" if failed else None,
+        )
+    console.print(table)
+    if len(check.slopes) > SHOWN_QUANTITIES:
+        console.print(
+            f"the steepest of each kind of {len(check.slopes)} quantities; --json has all"
+        )
+    console.print(
+        "slope    of log2 RMS against log2 width ± its standard error, of the steps the surest; "
+        f"FAIL where it is beyond ±{check.threshold:g} by two errors"
+    )
+
+
+def _shown(check: CoordCheck) -> list[str]:
+    """The quantities worth a row: all, or of many the steepest of those that differ in digits."""
+    if len(check.slopes) <= SHOWN_QUANTITIES:
+        return list(check.slopes)
+    steepest: dict[str, str] = {}
+    for name, slope in check.slopes.items():
+        kind = re.sub(r"\d+", "*", name)
+        before = check.slopes[steepest[kind]] if kind in steepest else None
+        if kind not in steepest or abs(slope or 0.0) > abs(before or 0.0):
+            steepest[kind] = name
+    return list(steepest.values())
 
 
 def print_answer(console: Console, finished: Finished, settings: Transfer | None = None) -> None:

@@ -67,6 +67,9 @@ class OptimizerConfig:
     """Muon only. Source: arXiv 2502.16982."""
     nesterov: bool = True
     """Muon only."""
+    ns: Literal["jordan", "polar-express"] = "jordan"
+    """Muon only: Newton–Schulz coefficients, torch's own or arXiv 2505.16932's. They shift the
+    effective learning rate slightly: choose before the sweep."""
     ns_steps: int = 5
     """Muon only: Newton–Schulz steps. Source: `torch.optim.Muon`."""
     ns_dtype: Literal["bf16", "fp32"] = "bf16"
@@ -80,7 +83,7 @@ class OptimizerConfig:
         """Check ranges, and that no key is set which this optimizer would ignore."""
         if self.name == "adamw":
             require(self.rule in ADAMW_RULES, "rule", self.rule, f"one of {ADAMW_RULES} for adamw")
-            muon_only = ("adamw_lr_ratio", "momentum", "nesterov", "ns_steps", "ns_dtype")
+            muon_only = ("adamw_lr_ratio", "momentum", "nesterov", "ns", "ns_steps", "ns_dtype")
             for item in fields(self):
                 if item.name in muon_only:
                     value = getattr(self, item.name)

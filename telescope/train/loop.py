@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from telescope.train.config import TrainConfig, TrialConfig
 from telescope.train.data import Batches, held_out_batch, load_corpus
 from telescope.train.model import build_model
 from telescope.train.optim import build_optimizers, parameter_groups, schedule, set_lr
+from telescope.train.parametrization import Tag
 
 DIVERGED_ABOVE = 2.0
 """A batch loss above this multiple of the first one ends the trial. An assumption: a zero readout
@@ -66,6 +68,7 @@ class Setup:
     """What the loop steps over."""
 
     model: nn.Module
+    tags: Mapping[str, Tag]
     optimizers: list[torch.optim.Optimizer]
     batches: Batches
     held_out: tuple[Tensor, ...]
@@ -98,6 +101,7 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
     held_out = held_out_batch(corpus.held_out_tokens, count=config.data.eval_tokens, length=length)
     return Setup(
         model=tagged.module,
+        tags=tagged.tags,
         optimizers=build_optimizers(tagged.module, groups, config.optimizer),
         batches=Batches(
             corpus.train_tokens, batch_size=config.train.batch_size, length=length, seed=trial.seed

@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised by Newton–Schulz, same-shape matrices in one batch.
 
 Agrees with `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` where both can do the thing, and
-adds what torch has not: fp32 arithmetic, stacks of matrices, batching.
+adds what torch has not: fp32 arithmetic, Polar Express, stacks of matrices, batching.
 """
 
 from __future__ import annotations
@@ -17,6 +17,22 @@ from telescope.train.parametrization import RMS_MATCH
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic with a steep slope at zero. Source: Keller Jordan's Muon, as in torch."""
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+"""A quintic per step, the last for all further ones. Source: arXiv 2505.16932, Algorithm 1.
+
+From singular values in [1e-3, 1] five steps end in [0.85, 1.13] and six in [0.994, 1.002], headroom
+included; Jordan's five in [0.47, 1.21] (`tests/test_muon.py`)."""
+POLAR_EXPRESS_HEADROOM = 1.01
+"""Rounding may push a singular value above 1, where the quintics blow up. Source: as above."""
 NS_EPS = 1e-7
 """Lower bound of the norm that is divided by, as in torch."""
 BATCHED_SIDE = {torch.bfloat16: 192, torch.float32: 64}
@@ -25,23 +41,43 @@ bf16 5.8x at 32, 3.1x at 128, 1.8x at 192; fp32 2.7x at 32, 1.4x at 64, 0.8x at 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def orthogonalize(matrices: Tensor, *, steps: int, dtype: torch.dtype) -> Tensor:
+def quintics(ns: str, steps: int) -> list[tuple[float, float, float]]:
+    """The (a, b, c) of each Newton–Schulz step: x ← a·x + b·x³ + c·x⁵ on the singular values.
+
+    Args:
+        ns: "jordan", the same quintic at every step, or "polar-express".
+        steps: how many.
+
+    >>> quintics("jordan", 2)
+    [(3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315)]
+    """
+    if ns == "jordan":
+        return [NS_COEFFICIENTS] * steps
+    last, room = POLAR_EXPRESS[-1], POLAR_EXPRESS_HEADROOM
+    steep = [(a / room, b / room**3, c / room**5) for a, b, c in POLAR_EXPRESS[:-1]]
+    return [*steep, *([last] * steps)][:steps]
+
+
+def orthogonalize(
+    matrices: Tensor, *, steps: int, dtype: torch.dtype, ns: str = "jordan"
+) -> Tensor:
     """Newton–Schulz: push the singular values of each matrix towards 1.
 
     Args:
         matrices: (…, out, in); leading dimensions are a batch.
         steps: how many quintic steps; five land singular values in about [0.68, 1.15].
         dtype: the arithmetic; bf16 is 2–3 % off the exact iteration, fp32 is not.
+        ns: whose coefficients, see `quintics`.
 
     Returns:
         The same shape, in `dtype`.
     """
-    a, b, c = NS_COEFFICIENTS
+    headroom = 1.0 if ns == "jordan" else POLAR_EXPRESS_HEADROOM
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.to(dtype)
     x = x.mT if is_tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=NS_EPS)
-    for _ in range(steps):
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * headroom).clamp(min=NS_EPS)
+    for a, b, c in quintics(ns, steps):
         gram = x @ x.mT
         x = _fused(x, _fused(gram, gram, gram, beta=b, alpha=c), x, beta=a, alpha=1.0)
     return x.mT if is_tall else x
@@ -68,6 +104,7 @@ class Muon(torch.optim.Optimizer):
         nesterov: whether the step looks ahead by one more average.
         ns_steps: Newton–Schulz steps.
         ns_dtype: "bf16" or "fp32".
+        ns: "jordan" or "polar-express".
     """
 
     def __init__(
@@ -78,6 +115,7 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool,
         ns_steps: int,
         ns_dtype: str,
+        ns: str = "jordan",
     ) -> None:
         """Keep one momentum buffer per parameter."""
         defaults = {
@@ -85,6 +123,7 @@ class Muon(torch.optim.Optimizer):
             "nesterov": nesterov,
             "ns_steps": ns_steps,
             "ns_dtype": ns_dtype,
+            "ns": ns,
         }
         super().__init__(list(groups), defaults)
 
@@ -106,7 +145,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - beta)
         looked_ahead = torch._foreach_lerp(grads, buffers, beta) if group["nesterov"] else buffers
         updates = _orthogonalize_all(
-            looked_ahead, steps=group["ns_steps"], dtype=DTYPES[group["ns_dtype"]]
+            looked_ahead,
+            steps=group["ns_steps"],
+            dtype=DTYPES[group["ns_dtype"]],
+            ns=group["ns"],
         )
         lr = group["lr"]
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
@@ -115,11 +157,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonalize_all(
-    matrices: Sequence[Tensor], *, steps: int, dtype: torch.dtype
+    matrices: Sequence[Tensor], *, steps: int, dtype: torch.dtype, ns: str
 ) -> list[Tensor]:
     """Orthogonalise same-shape matrices, as one batch where that is faster."""
     first = matrices[0]
     if len(matrices) > 1 and (first.is_cuda or min(first.shape[-2:]) <= BATCHED_SIDE[dtype]):
-        batch = orthogonalize(torch.stack(list(matrices)), steps=steps, dtype=dtype)
+        batch = orthogonalize(torch.stack(list(matrices)), steps=steps, dtype=dtype, ns=ns)
         return list(batch.to(first.dtype).unbind())
-    return [orthogonalize(m, steps=steps, dtype=dtype).to(m.dtype) for m in matrices]
+    return [orthogonalize(m, steps=steps, dtype=dtype, ns=ns).to(m.dtype) for m in matrices]

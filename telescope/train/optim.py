@@ -15,7 +15,7 @@ from torch import nn
 
 from telescope.records import Point
 from telescope.train.config import OptimizerConfig, TrainConfig
-from telescope.train.muon import NS_COEFFICIENTS, NS_EPS, Muon
+from telescope.train.muon import NS_EPS, Muon, quintics
 from telescope.train.parametrization import RMS_MATCH, Role, Tag, scaling
 
 
@@ -78,10 +78,11 @@ def parameter_groups(tags: dict[str, Tag], point: Point, config: OptimizerConfig
 
 
 def _muon_kwargs(config: OptimizerConfig) -> dict[str, Any]:
+    per_step = tuple(quintics(config.ns, config.ns_steps))
     return {
         "momentum": config.momentum,
         "nesterov": config.nesterov,
-        "ns_coefficients": NS_COEFFICIENTS,
+        "ns_coefficients": per_step[0] if config.ns == "jordan" else per_step,
         "eps": NS_EPS,
         "ns_steps": config.ns_steps,
         "adjust_lr_fn": "match_rms_adamw",
@@ -113,7 +114,7 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         defaults = {key: muon[0][key] for key in ("momentum", "nesterov", "ns_steps")}
-        optimizers.append(Muon(muon, ns_dtype=config.ns_dtype, **defaults))
+        optimizers.append(Muon(muon, ns_dtype=config.ns_dtype, ns=config.ns, **defaults))
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw))
     return optimizers

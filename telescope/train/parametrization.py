@@ -250,14 +250,15 @@ def initialise(model: nn.Module, tags: dict[str, Tag], *, seed: int) -> None:
 
 def set_multipliers(model: nn.Module, tags: dict[str, Tag], *, optimizer: str, rule: str) -> None:
     """Make every readout's multiplier the rule's; mup's own forward divides by r."""
-    for module, tag in _readouts(model, tags):
+    for module, name in readouts(model):
+        tag = tags[name]
         wanted = scaling(tag.role, tag.shape, tag.base_shape, optimizer=optimizer, rule=rule)
         module.output_mult *= wanted.multiplier * module.width_mult()
 
 
-def _readouts(model: nn.Module, tags: dict[str, Tag]) -> Iterator[tuple[mup.MuReadout, Tag]]:
-    """Every MuReadout with its weight's tag; a tied weight is named after its embedding."""
+def readouts(model: nn.Module) -> Iterator[tuple[mup.MuReadout, str]]:
+    """Every MuReadout with its weight's name; a tied weight is named after its embedding."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, mup.MuReadout):
-            yield module, tags[names[id(module.weight)]]
+            yield module, names[id(module.weight)]

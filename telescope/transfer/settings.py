@@ -135,6 +135,12 @@ def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
     if group.is_muon and optimizer.ns_dtype != "bf16":
         name = None
         notes.append("needs a Muon with fp32 Newton–Schulz; torch.optim.Muon computes in bf16")
+    if group.is_muon and optimizer.ns != "jordan":
+        name = None
+        notes.append(
+            f"needs a Muon with {optimizer.ns} Newton–Schulz (arXiv 2505.16932, Algorithm 1); "
+            "torch.optim.Muon has one quintic for all steps"
+        )
     if group.is_muon and len(group.shape) > 2:
         name = None
         notes.append(

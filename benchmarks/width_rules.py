@@ -1,0 +1,217 @@
+"""Does a learning rate found at width 32 hold at 256? A dense grid at four widths, per width rule.
+
+    python benchmarks/width_rules.py run            about an hour on 2 cores, resumable
+    python benchmarks/width_rules.py report         seconds: the table, the figure, the numbers
+
+`run` trains 7 learning rates × 3 weight decays × 2 seeds at widths 32, 64 and 128, and 5 × 1 × 2 at
+256, under every rule, and appends each result to `results/reference/width-rules/trials.csv`. All
+rules of an optimizer are the same at base width (`tests/test_parametrization.py`), so width 32 is
+trained once per optimizer and stands there with rule "any".
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from telescope.dispatch.ray_tune import run_ray
+from telescope.files import write_json
+from telescope.ladder.grid import grid_trials, values_at
+from telescope.prepare import prepare
+from telescope.records import Point, Result, Status, Trial
+from telescope.spec import Spec
+from telescope.train.loop import TelescopeTrainer
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parent / "results" / "reference" / "width-rules"
+ARMS = (
+    ("muon", "mup"),
+    ("muon", "paper"),
+    ("muon", "moonlight"),
+    ("muon", "standard"),
+    ("adamw", "mup"),
+    ("adamw", "standard"),
+)
+ADAMW_RANGE = (0.0008, 0.1)
+"""AdamW's optimum at base width is near 0.01, Muon's near 0.1; the grid's spacing is the same."""
+LRS_AT_THE_WIDEST = 5
+EVALS = 8
+COLUMNS = (
+    "optimizer",
+    "rule",
+    "width",
+    "seed",
+    "lr",
+    "weight_decay",
+    "status",
+    "loss",
+    "reason",
+    "seconds",
+    *(f"held_out_{i + 1}" for i in range(EVALS)),
+)
+
+
+def load_spec(optimizer: str, rule: str) -> Spec:
+    """The evidence's spec under one rule."""
+    low, high = ADAMW_RANGE if optimizer == "adamw" else (0.004, 0.5)
+    overrides = [f"optimizer.name={optimizer}", f"optimizer.rule={rule}"]
+    overrides += [f"axes.lr.low={low}", f"axes.lr.high={high}", f"train.evals={EVALS}"]
+    return Spec.load(HERE / "width_rules.toml", overrides)
+
+
+class Grid:
+    """The trials of one rule as a dispatcher's source; every result is a row of the table.
+
+    The widest width is asked for when the others are answered: its learning rates surround the
+    best one of the width before and the one that base width would have handed over.
+    """
+
+    def __init__(self, spec: Spec, table: Table) -> None:
+        """Take what the table already has under the spec's rule."""
+        self.spec = spec
+        self.table = table
+        self.optimizer, self.rule = spec.optimizer.name, spec.optimizer.rule
+        self.known = table.results(self.optimizer, self.rule)
+
+    def ask(self) -> Sequence[Trial]:
+        """All trials without a result, narrow widths first."""
+        *narrow, widest = self.spec.ladder.widths
+        trials = [trial for width in narrow for trial in self.trials_at(width, self.grid())]
+        missing = [trial for trial in trials if trial not in self.known]
+        if missing:
+            return missing
+        last = self.trials_at(widest, self.widest_grid())
+        return [trial for trial in last if trial not in self.known]
+
+    def tell(self, result: Result) -> None:
+        """Write the row."""
+        self.known[result.trial] = result
+        self.table.add(self.optimizer, self.rule, result)
+        print(f"{self.optimizer} {self.rule} {result.trial}: {result.loss or result.reason}")
+
+    def trials_at(self, width: int, grid: Mapping[str, Sequence[float]]) -> Sequence[Trial]:
+        """The trials of one width."""
+        return grid_trials(width, grid, self.spec.ladder.seeds)
+
+    def grid(self) -> dict[str, tuple[float, ...]]:
+        """Axis → values, the same at every width but the widest."""
+        base = self.spec.base_width
+        return {
+            axis.name: values_at(axis, width=base, base_width=base, swept=2, centre=axis.low)
+            for axis in self.spec.ladder_spec.axes
+        }
+
+    def widest_grid(self) -> dict[str, tuple[float, ...]]:
+        """Five learning rates at base width's best weight decay."""
+        lrs, base = self.grid()["lr"], self.best(self.spec.base_width)
+        before = lrs.index(self.best(self.spec.ladder.widths[-2]).lr)
+        handed_over = lrs.index(base.lr)
+        middle = (before + handed_over) / 2
+        start = round(middle - (LRS_AT_THE_WIDEST - 1) / 2)
+        start = max(0, min(start, len(lrs) - LRS_AT_THE_WIDEST))
+        return {
+            "lr": lrs[start : start + LRS_AT_THE_WIDEST],
+            "weight_decay": (base.weight_decay,),
+        }
+
+    def best(self, width: int) -> Point:
+        """The point with the lowest seed mean at a width."""
+        trials = self.trials_at(width, self.grid())
+        losses: dict[Point, list[float]] = {}
+        for trial in trials:
+            losses.setdefault(trial.point, []).append(self.known[trial].loss or float("inf"))
+        return min(losses, key=lambda point: fmean(losses[point]))
+
+
+class Table:
+    """The rows so far, appended to as results come."""
+
+    def __init__(self, path: Path, base_width: int) -> None:
+        """Read what is there."""
+        self.path = path
+        self.base_width = base_width
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def results(self, optimizer: str, rule: str) -> dict[Trial, Result]:
+        """What is known under one rule, base width included."""
+        return dict(self._results(optimizer, rule))
+
+    def _results(self, optimizer: str, rule: str) -> Iterator[tuple[Trial, Result]]:
+        for row in self.rows:
+            if row["optimizer"] == optimizer and row["rule"] in (rule, "any"):
+                point = Point.of(lr=float(row["lr"]), weight_decay=float(row["weight_decay"]))
+                trial = Trial(int(row["width"]), point, int(row["seed"]))
+                loss = float(row["loss"]) if row["loss"] else None
+                yield trial, Result(trial, Status(row["status"]), loss=loss, reason=row["reason"])
+
+    def add(self, optimizer: str, rule: str, result: Result) -> None:
+        """Append a result; a failed one stops the run, because a grid with holes proves nothing."""
+        if result.status is Status.FAILED:
+            sys.exit(f"{result.trial}: {result.reason}")
+        trial = result.trial
+        held_out = [p.held_out_loss for p in result.curve if p.held_out_loss is not None]
+        row: dict[str, Any] = {
+            "optimizer": optimizer,
+            "rule": "any" if trial.width == self.base_width else rule,
+            "width": trial.width,
+            "seed": trial.seed,
+            "lr": trial.lr,
+            "weight_decay": trial.weight_decay,
+            "status": str(result.status),
+            "loss": "" if result.loss is None else f"{result.loss:.6f}",
+            "reason": result.reason,
+            "seconds": f"{result.seconds:.2f}",
+        } | {f"held_out_{i + 1}": f"{loss:.6f}" for i, loss in enumerate(held_out)}
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def run(arms: Sequence[tuple[str, str]], workers: int) -> None:
+    """Train what the table misses."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for optimizer, rule in arms:
+        spec = load_spec(optimizer, rule)
+        prepared = prepare(spec)
+        check_comparable(
+            f"{optimizer} {rule}", spec.strict_fields(prepared.trial_config.corpus_digest)
+        )
+        grid = Grid(spec, Table(FOLDER / "trials.csv", spec.base_width))
+        run_ray(grid, TelescopeTrainer(prepared.trial_config), workers=workers)
+
+
+def check_comparable(arm: str, fields: Mapping[str, Any]) -> None:
+    """Keep what makes losses comparable beside the table, and refuse to mix."""
+    path = FOLDER / "comparable.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    fields = json.loads(json.dumps(fields))
+    if known.setdefault(arm, fields) != fields:
+        changed = [key for key in fields if known[arm].get(key) != fields[key]]
+        sys.exit(f"{path}: {arm} was trained with other {', '.join(changed)}; move the folder away")
+    write_json(path, known)
+
+
+def main() -> None:
+    """Parse and go."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("verb", choices=("run", "report"))
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.verb == "run":
+        run(ARMS, arguments.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The coordinate check: right models pass, each known mistake fails, slopes are hand-made lines.
+
+Mistakes are made where people make them: in the rule, in the model file's forward, and, patched in
+because the program overwrites a file's own initialisation, in the tables of the program itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import GPT, gpt_config
+
+from telescope.records import Point
+from telescope.train import optim, parametrization
+from telescope.train.config import (
+    PYTHON_STDLIB,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrialConfig,
+)
+from telescope.train.coordcheck import (
+    SHORT,
+    THRESHOLD,
+    CoordCheck,
+    check_config,
+    check_trials,
+    coordinate_check,
+    judge,
+)
+from telescope.train.data import load_corpus
+from telescope.train.parametrization import Role, Scaling
+
+POINT = Point.of(lr=0.004, weight_decay=0.1)
+MUP = OptimizerConfig()
+ADAMW = OptimizerConfig(name="adamw")
+
+MIXER = '''
+import torch
+from mup import MuReadout
+from torch import nn
+
+class Stack(nn.Module):
+    """A matrix per expert, used as a batch."""
+    def __init__(self, experts, out, in_, residual_output=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, out, in_))
+        self.residual_output = residual_output
+    def forward(self, x):
+        return x @ self.weight.mT
+
+class Block(nn.Module):
+    """Each token sees the mean of its past; then a mixture of two experts."""
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.second_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mix = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.out.residual_output = True
+        self.router = MuReadout(width, 2)
+        self.up = Stack(2, 2 * width, width)
+        self.down = Stack(2, width, 2 * width, residual_output=True)
+    def forward(self, x):
+        past = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+        x = x + self.out(torch.tanh(self.mix(self.norm(x).cumsum(1) / past)))
+        h = self.second_norm(x)
+        share = self.router(h).softmax(-1).movedim(-1, 1)[..., None]
+        return x + (share * self.down(torch.relu(self.up(h[:, None])))).sum(1), share
+
+class Mixer(nn.Module):
+    def __init__(self, width, vocab_size):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.readout = MuReadout(width, vocab_size)
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.readout(self.norm(x))
+
+def build(width, *, vocab_size):
+    return Mixer(width, vocab_size)
+'''
+
+
+def mixer() -> ModelConfig:
+    return ModelConfig(name="mixer.py", text=MIXER, kwargs={"vocab_size": 256})
+
+
+def gpt_with(before: str, after: str) -> ModelConfig:
+    """The bundled model with one line changed."""
+    text = GPT.read_text()
+    assert text.count(before) == 1
+    return replace(gpt_config(depth=2), text=text.replace(before, after))
+
+
+def check(model: ModelConfig, optimizer: OptimizerConfig = MUP) -> CoordCheck:
+    data = DataConfig(source=PYTHON_STDLIB)
+    config = TrialConfig(
+        model=model,
+        optimizer=optimizer,
+        train=TrainConfig(steps=50, batch_size=8, sequence_length=32),
+        data=data,
+        base_width=16,
+        corpus_digest=load_corpus(data).digest,
+    )
+    return coordinate_check(config, POINT, SHORT)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        (gpt_config(depth=2), MUP),
+        (gpt_config(depth=2, tied=True), MUP),
+        (gpt_config(depth=2, head_dim=16, tied=True), MUP),  # one head at base width
+        (gpt_config(depth=2, head_dim=4, heads_per_kv=2), MUP),
+        (gpt_config(depth=2), replace(MUP, ns="polar-express")),
+        (gpt_config(depth=2), ADAMW),
+        (gpt_config(depth=2, tied=True), ADAMW),
+        (mixer(), MUP),
+        (mixer(), ADAMW),
+    ],
+)
+def test_right_models_pass(model: ModelConfig, optimizer: OptimizerConfig) -> None:
+    checked = check(model, optimizer)
+    assert checked.verdict == "PASS", checked.problems
+    moved = {name for name, slope in checked.slopes.items() if slope is not None}
+    assert {"output", "output change", "embedding change", "blocks.1 change"} <= moved
+    assert {"hidden update", "residual update", "vector update"} <= moved
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name", "slope"),
+    [
+        # A hidden update that is off by √r or by r, as SCIENCE's table has it.
+        (replace(MUP, rule="paper"), "hidden update", -0.5),
+        (replace(MUP, rule="moonlight"), "hidden update", 0.5),
+        (replace(MUP, rule="standard"), "readout update", 1.0),
+        (replace(ADAMW, rule="standard"), "hidden update", 1.0),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_wrong_rules_fail(optimizer: OptimizerConfig, name: str, slope: float, tied: bool) -> None:
+    checked = check(gpt_config(depth=2, tied=tied), optimizer)
+    assert checked.verdict == "FAIL"
+    if not (tied and name == "readout update"):  # a tied readout's update is the embedding's
+        assert name in checked.problems
+        assert checked.slopes[name] == pytest.approx(slope, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [
+        (
+            "x_BTD = self.embedding(tokens_BT)\n",
+            "x_BTD = self.embedding(tokens_BT) * self.embedding.weight.shape[1] ** 0.5\n",
+            "blocks.0",
+        ),
+        (
+            "return self.readout(self.norm(x_BTD))",
+            "return self.readout(self.norm(x_BTD) / x_BTD.shape[-1] ** 0.5)",
+            "output",
+        ),
+        (
+            "return x_BTD + self.mlp(self.mlp_norm(x_BTD))",
+            "return x_BTD + x_BTD.shape[-1] ** 0.5 * self.mlp(self.mlp_norm(x_BTD))",
+            "blocks.0 change",
+        ),
+    ],
+    ids=["embedding", "norm", "block"],
+)
+def test_a_part_that_scales_with_the_width_fails(before: str, after: str, name: str) -> None:
+    checked = check(gpt_with(before, after))
+    assert name in checked.problems, checked.slopes
+
+
+def twice(rule: Callable[..., Scaling], by: Callable[[Scaling, Scaling], float]) -> Any:
+    """A table of rules in which hidden matrices get one more factor of the width."""
+
+    def wrong(role: Role, shape: tuple[int, ...], base_shape: tuple[int, ...], **names: str) -> Any:
+        right = rule(role, shape, base_shape, **names)
+        at_base = rule(role, base_shape, base_shape, **names)
+        return replace(right, lr=right.lr * by(right, at_base)) if role.is_hidden else right
+
+    return wrong
+
+
+def test_the_adam_rule_applied_twice_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = twice(parametrization.scaling, lambda right, base: right.lr / base.lr)
+    monkeypatch.setattr(optim, "scaling", again)
+    checked = check(gpt_config(depth=2), ADAMW)
+    assert checked.slopes["hidden update"] == pytest.approx(-1.0, abs=0.1)
+    assert "hidden update" in checked.problems
+
+
+def test_torchs_factor_applied_twice_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Muon's step already has 0.2·√max in it; once more is √r too much."""
+
+    def with_torchs_factor(role: Role, shape: Any, base_shape: Any, **names: str) -> Scaling:
+        right = parametrization.scaling(role, shape, base_shape, **names)
+        factor = math.sqrt(max(shape[-2:]) / max(base_shape[-2:])) if role.is_hidden else 1.0
+        return replace(right, lr=right.lr * factor)
+
+    monkeypatch.setattr(optim, "scaling", with_torchs_factor)
+    checked = check(gpt_config(depth=2))
+    assert checked.slopes["hidden update"] == pytest.approx(0.5, abs=0.1)
+    assert "hidden update" in checked.problems
+
+
+def test_an_initialisation_that_ignores_fan_in_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = parametrization._init_std
+
+    def constant(role: Role, shape: tuple[int, ...]) -> float:
+        return 0.25 if role is Role.HIDDEN else right(role, shape)
+
+    monkeypatch.setattr(parametrization, "_init_std", constant)
+    checked = check(gpt_config(depth=2))
+    assert "blocks.1 change" in checked.problems, checked.slopes
+
+
+WIDTHS = (16, 32, 64, 128)
+
+
+def judged(sizes: dict[str, list[list[float]]]) -> CoordCheck:
+    """Quantity → seeds' sizes per width, after one step."""
+    measured = {name: {3: values} for name, values in sizes.items()}
+    return judge(measured, widths=WIDTHS, steps=(3,), seeds=(0, 1), rule="mup", point=POINT)
+
+
+def line(slope: float, noise: float = 0.0) -> list[list[float]]:
+    """Sizes along width^slope, the two seeds `noise` octaves above and below."""
+    return [[width**slope * 2**noise, width**slope * 2**-noise] for width in WIDTHS]
+
+
+@pytest.mark.parametrize("slope", [-1.0, -0.5, 0.5, 1.0])
+def test_a_line_has_its_slope_and_half_a_power_fails(slope: float) -> None:
+    checked = judged({"output": line(slope)})
+    assert checked.slopes["output"] == pytest.approx(slope)
+    assert checked.verdict == "FAIL"
+    assert f"slope {slope:+.2f}" in checked.problems["output"]
+    assert ("grows" if slope > 0 else "shrinks") in checked.problems["output"]
+
+
+def test_half_way_between_right_and_half_a_power_is_the_border() -> None:
+    assert judged({"output": line(THRESHOLD - 0.01)}).passed
+    assert not judged({"output": line(THRESHOLD + 0.01)}).passed
+
+
+def test_noise_alone_does_not_fail_but_cannot_hide_a_half() -> None:
+    """Slope error by hand: 8 points, residuals ±0.3, Σ(x−x̄)² = 10, 6 degrees of freedom."""
+    noisy = judged({"output": line(0.3, noise=0.3)})
+    assert noisy.errors["output"] == pytest.approx(math.sqrt(8 * 0.09 / 6 / 10))
+    assert noisy.passed  # 0.3 − 2 · 0.11 is below the threshold
+    assert not judged({"output": line(0.5, noise=0.3)}).passed
+
+
+def test_a_router_may_shrink_but_not_grow() -> None:
+    assert judged({"blocks.0.router (inner)": line(-0.5), "output": line(0)}).passed
+    assert not judged({"blocks.0.router (inner)": line(0.5), "output": line(0)}).passed
+
+
+def test_what_never_moves_is_null_and_passes() -> None:
+    checked = judged({"output": line(0), "frozen update": [[0.0, 0.0]] * 4})
+    assert checked.slopes == {"output": pytest.approx(0), "frozen update": None}
+    assert checked.errors["frozen update"] is None
+    assert checked.passed
+
+
+def test_what_moves_at_some_widths_only_fails() -> None:
+    checked = judged({"output": [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]})
+    assert checked.problems == {"output": "moves at some widths but not at 64"}
+
+
+def test_nothing_moved_at_all_fails() -> None:
+    assert judged({"output": [[0.0, 0.0]] * 4}).problems == {"output": "nothing moved"}
+
+
+def test_nan_fails_and_is_never_written() -> None:
+    sizes = [[1.0, 1.0], [1.0, 1.0], [1.0, math.nan], [math.inf, 1.0]]
+    checked = judged({"output": sizes})
+    assert checked.problems == {"output": "is not finite"}
+    assert checked.slopes["output"] is None
+
+
+def test_a_long_sequence_is_cut_to_2048_tokens_a_step() -> None:
+    config = TrialConfig(
+        model=gpt_config(),
+        optimizer=MUP,
+        train=TrainConfig(steps=9, batch_size=512, sequence_length=8192, warmup=0.5),
+        data=DataConfig(source=PYTHON_STDLIB),
+        base_width=256,
+        corpus_digest="",
+    )
+    train = check_config(config, SHORT).train
+    assert (train.batch_size, train.sequence_length) == (1, 2048)
+    assert (train.schedule, train.warmup) == ("constant", 0.0)
+    warm = Point.of(lr=0.1, weight_decay=0.1, warmup=0.5)
+    trials = check_trials(config, warm, SHORT)
+    assert [trial.width for trial in trials] == [256, 256, 512, 512, 1024, 1024, 2048, 2048]
+    assert "warmup" not in trials[0].point
