@@ -46,9 +46,8 @@ def run_check(
         ModelError: the model file cannot be built, or fails, at one of the widths.
     """
     extent = extent or Extent()
-    # Nothing else runs yet, so the check may have the whole machine.
-    threads = len(os.sched_getaffinity(0))
-    config, point = replace(prepared.trial_config, threads=threads), check_point(prepared.spec)
+    config = replace(prepared.trial_config, threads=check_threads())
+    point = check_point(prepared.spec)
     seconds = expected_seconds(prepared, extent)
     if seconds > ANNOUNCED_SECONDS:
         widths = ", ".join(str(factor * config.base_width) for factor in extent.width_factors)
@@ -57,6 +56,11 @@ def run_check(
             f"{describe_seconds(seconds)} expected; `run --no-check` leaves it out"
         )
     return coordinate_check(config, point, extent)
+
+
+def check_threads() -> int:
+    """All CPUs: nothing else of the sweep runs yet."""
+    return len(os.sched_getaffinity(0))
 
 
 def check_point(spec: Spec) -> Point:
@@ -76,8 +80,7 @@ def _middle(axis: AxisTable) -> float:
 
 def expected_seconds(prepared: Prepared, extent: Extent) -> float:
     """How long the check takes, by counted FLOPs at the spec's rate or the assumed one."""
-    compute, threads = prepared.spec.compute, len(os.sched_getaffinity(0))
-    rate = compute.flop_rate or ASSUMED_FLOP_RATE * threads
+    rate = prepared.spec.compute.flop_rate or ASSUMED_FLOP_RATE * check_threads()
     config = check_config(prepared.trial_config, extent)
     trials = check_trials(config, Point.of(lr=1.0), extent)
     flops = {

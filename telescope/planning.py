@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from telescope.errors import DataError
 from telescope.prepare import (
     ASSUMED_FLOP_RATE,
     Prepared,
+    check_corpus,
     estimate_seconds,
     over_budget,
     plan_as_json,
@@ -28,11 +30,22 @@ def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
         TelescopeError: the spec, its model file or its corpus is wrong.
     """
     prepared = prepare(spec)
+    if probe:
+        check_corpus(prepared)
     number = workers(spec, None, is_cluster=False)
     seconds, basis = _probed(prepared) if probe else _assumed(prepared)
     estimate = estimate_seconds(spec.ladder_spec, seconds, number)
     basis += f"; {number} worker{'s' if number > 1 else ''}, start-up not counted"
-    return plan_as_json(prepared, {"estimate": estimate, "basis": basis}), over_budget(prepared)
+    return plan_as_json(prepared, {"estimate": estimate, "basis": basis}), _refusal(prepared)
+
+
+def _refusal(prepared: Prepared) -> str | None:
+    """Why `run` would refuse what can be planned all the same."""
+    try:
+        check_corpus(prepared)
+    except DataError as error:
+        return str(error)
+    return over_budget(prepared)
 
 
 def _probed(prepared: Prepared) -> tuple[dict[int, float], str]:

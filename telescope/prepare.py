@@ -89,7 +89,7 @@ def prepare(spec: Spec) -> Prepared:
     Raises:
         SpecError: a keyword that the model file does not take, a device that is not there.
         ModelError: the model file fails, or has a parameter without a clear role.
-        DataError: the corpus is missing, empty or too short.
+        DataError: the corpus is missing or empty.
     """
     model, train = required_tables(spec)
     check_keywords(model)
@@ -99,10 +99,6 @@ def prepare(spec: Spec) -> Prepared:
         width: step_cost(model, train, spec.optimizer, width=width, base_width=spec.base_width)
         for width in spec.ladder.widths
     }
-    corpus = load_corpus(spec.data)
-    check_size(
-        corpus, spec.data, batch_size=train.batch_size, sequence_length=train.sequence_length
-    )
     return Prepared(
         spec=spec,
         trial_config=TrialConfig(
@@ -111,7 +107,7 @@ def prepare(spec: Spec) -> Prepared:
             train=train,
             data=spec.data,
             base_width=spec.base_width,
-            corpus_digest=corpus.digest,
+            corpus_digest=load_corpus(spec.data).digest,
             device=spec.compute.device,
             threads=spec.compute.cpus,
             flops_per_step={width: cost.total for width, cost in costs.items()},
@@ -120,6 +116,21 @@ def prepare(spec: Spec) -> Prepared:
         target_cost=step_cost(
             model, target, spec.optimizer, width=spec.target.width, base_width=spec.base_width
         ),
+    )
+
+
+def check_corpus(prepared: Prepared) -> None:
+    """Check that the corpus is long enough to train and to measure on.
+
+    Raises:
+        DataError: naming the part that is too short, its size and what it needs.
+    """
+    config = prepared.trial_config
+    check_size(
+        load_corpus(config.data),
+        config.data,
+        batch_size=config.train.batch_size,
+        sequence_length=config.train.sequence_length,
     )
 
 

@@ -26,7 +26,14 @@ from telescope.dispatch.store import Store, check_exists, sqlite_url, without_pa
 from telescope.errors import RefusedError, ResumeError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.ladder.plan import plan_stages
-from telescope.prepare import Prepared, check_this_machine, over_budget, prepare, workers
+from telescope.prepare import (
+    Prepared,
+    check_corpus,
+    check_this_machine,
+    over_budget,
+    prepare,
+    workers,
+)
 from telescope.records import Point, Result, Status, Trial
 from telescope.report.figures import write_loss_figure
 from telescope.report.frames import write_csv
@@ -167,6 +174,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         KeyboardInterrupt: as it came; what finished is kept.
     """
     prepared = prepare(spec)
+    check_corpus(prepared)
     if refusal := over_budget(prepared):
         raise RefusedError(f"{spec.name}: {refusal}")
     is_cluster = options.ray_address is not None
@@ -195,11 +203,18 @@ def _recording(
     """Check, open the store, replay it, and leave folder and heartbeat in a true state."""
     spec = prepared.spec
     _check_comparable(folder, prepared)
-    write_verdict = check_before_run(prepared, folder, wanted=options.check, say=view.note)
     storage = _chosen_storage(folder, options.storage)
     record = _spec_record(prepared, storage)
     url = storage or sqlite_url(folder.path)
-    with closing(Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"])) as store:
+
+    def open_store() -> closing[Store]:
+        return closing(Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"]))
+
+    if storage:  # what is wrong with it is said before the check takes its time
+        with open_store() as store:
+            store.results()
+    write_verdict = check_before_run(prepared, folder, wanted=options.check, say=view.note)
+    with open_store() as store:
         known = store.results()
         folder.write_spec(record, prepared.trial_config.model.text)
         write_verdict()

@@ -28,6 +28,7 @@ STABLE_OPTIONS = {
     # The surface that others' scripts use: additions are fine, removals are not.
     "init": set(),
     "plan": {"--set", "--probe", "--json"},
+    "check": {"--set", "--json"},
     "run": {
         "--results",
         "--name",
@@ -36,6 +37,7 @@ STABLE_OPTIONS = {
         "--ray-address",
         "--storage",
         "--set",
+        "--no-check",
     },
     "status": {"--json"},
     "show": {"--json", "--csv"},
@@ -94,6 +96,7 @@ def test_the_surface_is_there(verb: str, tmp_path: Path) -> None:
 
 def test_run_ends_with_choices_answer_cost_and_place(place: Path) -> None:
     out = (place / "stdout").read_text()
+    assert "tiny: coordinate check PASS in " in out
     assert "[9/9] width 32" in out
     assert "width 16: chose lr" in out
     assert "answer   width 64: lr" in out
@@ -119,6 +122,21 @@ def test_plan_keys(place: Path) -> None:
     assert list(plan["range"]) == ["best", "expected", "worst"]
     assert plan["seconds"]["estimate"] > 0
     assert "assumed" in plan["seconds"]["basis"]
+
+
+def test_check_keys_table_and_figure(place: Path) -> None:
+    arguments = ("check", "tiny.toml", "--results", "checks")
+    checked = from_json(*arguments, cwd=place)
+    assert list(checked)[:5] == ["verdict", "rule", "widths", "threshold", "slopes"]
+    assert (checked["verdict"], checked["rule"]) == ("PASS", "mup")
+    assert checked["widths"] == [16, 32, 64, 128]
+    assert checked["slopes"].keys() == checked["sizes"].keys()
+    assert (place / "checks" / "tiny" / "coordcheck.png").read_bytes().startswith(b"\x89PNG")
+    failed = telescope(*arguments, "--set", "optimizer.rule=paper", cwd=place)
+    assert failed.returncode == 1
+    assert "verdict  FAIL: " in failed.stdout
+    assert "hidden update" in failed.stdout
+    assert failed.stderr == ""
 
 
 def test_probe_measures(place: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import gpt_config, trial_config
 
 from telescope.errors import DataError
 from telescope.records import Point, Result, Status, Trial
-from telescope.train.config import ModelConfig
+from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from telescope.train.loop import TelescopeTrainer, held_out_loss, set_up, train
 
 GOOD = Point.of(lr=0.05, weight_decay=0.1)
@@ -139,3 +140,48 @@ def test_a_trial_runs_on_the_device_that_it_is_given(corpus_file: Path) -> None:
     setup = set_up(config, Trial(16, GOOD, 0))
     assert {p.device.type for p in setup.model.parameters()} == {"meta"}
     assert {t.device.type for t in setup.held_out} == {"meta"}
+
+
+OTHER_OPTIMIZER: dict[str, Any] = {
+    "name": "adamw",
+    "rule": "paper",
+    "adamw_lr_ratio": 0.5,
+    "momentum": 0.5,
+    "nesterov": False,
+    "ns": "polar-express",
+    "ns_steps": 3,
+    "ns_dtype": "fp32",
+    "betas": (0.8, 0.9),
+    "eps": 1e-3,
+}
+OTHER_TRAIN: dict[str, Any] = {
+    "steps": 9,
+    "batch_size": 8,
+    "sequence_length": 8,
+    "schedule": "constant",
+    "warmup": 0.5,
+    "final_lr": 0.9,
+    "decay": 0.9,
+    "evals": 2,
+}
+
+
+@pytest.mark.parametrize("key", [item.name for item in fields(OptimizerConfig)])
+def test_every_key_of_the_optimizer_changes_the_training(corpus_file: Path, key: str) -> None:
+    assert _trained(corpus_file) != _trained(
+        corpus_file, optimizer=replace(OptimizerConfig(), **{key: OTHER_OPTIMIZER[key]})
+    )
+
+
+@pytest.mark.parametrize("key", [item.name for item in fields(TrainConfig)])
+def test_every_key_of_the_training_changes_it(corpus_file: Path, key: str) -> None:
+    plain: dict[str, Any] = {"steps": 8, "schedule": "wsd" if key == "decay" else "cosine"}
+    assert _trained(corpus_file, **plain) != _trained(
+        corpus_file, **{**plain, key: OTHER_TRAIN[key]}
+    )
+
+
+def _trained(corpus: Path, optimizer: OptimizerConfig | None = None, **settings: Any) -> Any:
+    """The curve of a trial at twice the base width, where every rule is at work."""
+    config = trial_config(corpus, optimizer=optimizer, **{"steps": 8, **settings})
+    return train(config, Trial(32, GOOD, 0)).curve

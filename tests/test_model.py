@@ -13,8 +13,8 @@ from telescope.train.config import ModelConfig
 from telescope.train.model import (
     build_meta,
     build_model,
-    check_forward,
     check_keywords,
+    checked_logits,
     load_model_file,
 )
 
@@ -67,9 +67,9 @@ def test_the_loaded_module_has_its_source_and_hash() -> None:
 
 def test_forward_must_give_logits() -> None:
     tagged = build_meta(GOOD, width=32, base_width=16)
-    check_forward(GOOD, tagged.module, sequence_length=16, vocab_size=256)
+    checked_logits(GOOD, tagged.module, sequence_length=16, vocab_size=256)
     with pytest.raises(ModelError, match=r"gave shape \(1, 16, 256\).*\(1, 16, 300\)"):
-        check_forward(GOOD, tagged.module, sequence_length=16, vocab_size=300)
+        checked_logits(GOOD, tagged.module, sequence_length=16, vocab_size=300)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"tied": True}, {"heads_per_kv": 2}])

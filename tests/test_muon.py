@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from telescope.train.muon import Muon, orthogonalize
+from telescope.train.muon import Muon, orthogonalize, quintics
 
 SHAPES = [(16, 16), (32, 8), (8, 32), (96, 96), (80, 160)]  # fp32 batches up to 64, bf16 to 192
 
@@ -49,6 +50,31 @@ def test_singular_vectors_stay_and_values_come_near_one(
     mixed = u.T @ got @ vt.T
     off_diagonal = mixed - torch.diag(torch.diag(mixed))
     assert off_diagonal.abs().max() < (0.03 if dtype is torch.bfloat16 else 1e-4)
+
+
+def test_polar_express_is_algorithm_1_of_its_paper() -> None:
+    """Singular values by scalars alone, in float64: where they end, and the matrix version's."""
+    values = np.geomspace(1e-3, 1, 2000)
+    ends = {}
+    for ns, steps in (("polar-express", 5), ("polar-express", 6), ("jordan", 5)):
+        x = values / (1.01 if ns == "polar-express" else 1.0)
+        for a, b, c in quintics(ns, steps):
+            x = a * x + b * x**3 + c * x**5
+        ends[ns, steps] = (x.min(), x.max())
+    assert 0.84 < ends["polar-express", 5][0] < ends["polar-express", 5][1] < 1.13
+    assert 0.99 < ends["polar-express", 6][0] < ends["polar-express", 6][1] < 1.01
+    assert ends["jordan", 5][0] < 0.5  # what Polar Express mends
+    # A matrix whose Frobenius norm is its largest singular value has them untouched.
+    matrix = torch.diag(torch.tensor([1.0, 1e-3, 0.0, 0.0]))
+    got = orthogonalize(matrix, steps=6, dtype=torch.float32, ns="polar-express")
+    torch.testing.assert_close(got, torch.diag(torch.tensor([1.0, 1.0, 0, 0])), atol=0.01, rtol=0)
+
+
+def test_quintics_go_on_with_the_last() -> None:
+    assert len(quintics("polar-express", 11)) == 11
+    assert quintics("polar-express", 11)[7:] == [(1.875, -1.25, 0.375)] * 4
+    first = quintics("polar-express", 1)[0]
+    assert first == pytest.approx((8.28721 / 1.01, -23.59589 / 1.01**3, 17.30039 / 1.01**5), 1e-5)
 
 
 def test_a_batch_is_its_matrices() -> None:

@@ -22,7 +22,7 @@ from telescope.errors import RefusedError, ResumeError, SpecError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import prepare
 from telescope.records import Result, Trial
-from telescope.report.live import View, make_view
+from telescope.report.live import PlainView, View, make_view
 from telescope.report.tables import show_as_json
 from telescope.sweep import Options, Recorder, open_result, run
 from telescope.train import loop
@@ -322,3 +322,83 @@ def test_the_answer_of_show_is_that_of_transfer(tmp_path: Path, corpus_file: Pat
     handed = transfer(open_result(folder.path, tmp_path).spec, ladder, width=None, steps=None)
     assert (shown["lr"], shown["weight_decay"]) == (handed.lr, handed.weight_decay)
     assert handed.weight_decay == pytest.approx(ladder.choices[-1].point.weight_decay / 10)
+
+
+class Notes(PlainView):
+    """A view that remembers what it was told in words."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True))
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def checked(results: Path, data: dict[str, Any]) -> list[str]:
+    """Run with the coordinate check; returns what was said of it."""
+    view = Notes()
+    run(Spec.from_dict(data), Options(results, dispatcher="inline"), lambda: view)
+    return view.notes
+
+
+def test_the_coordinate_check_is_made_once_per_sweep(tmp_path: Path, corpus_file: Path) -> None:
+    data = tiny_spec(corpus_file, ladder={"widths": [16]})
+    (note,) = checked(tmp_path, data)
+    assert note.startswith("tiny: coordinate check PASS")
+    kept = json.loads((tmp_path / "tiny" / "coordcheck.json").read_text())
+    assert kept["verdict"] == "PASS"
+    assert (tmp_path / "tiny" / "coordcheck.png").exists()
+    assert checked(tmp_path, tiny_spec(corpus_file)) == []  # it goes on, with another width
+
+
+def wide_block(tmp_path: Path) -> str:
+    """The bundled model with a block that grows with the width."""
+    before = "return x_BTD + self.mlp(self.mlp_norm(x_BTD))"
+    text = GPT.read_text().replace(before, before.replace("+ self", "+ x_BTD.shape[-1] * self"))
+    assert text != GPT.read_text()
+    (tmp_path / "wide.py").write_text(text)
+    return str(tmp_path / "wide.py")
+
+
+def test_a_wrong_model_is_refused_before_a_trial_and_can_be_mended(
+    tmp_path: Path, corpus_file: Path, trained: list[Trial]
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    wrong = {"ladder": {"widths": [16]}, "model": {"file": wide_block(tmp_path)}}
+    with pytest.raises(RefusedError, match=r"coordinate check FAIL: .*grows.*--no-check"):
+        checked(results, tiny_spec(corpus_file, **wrong))
+    assert trained == []
+    assert list(results.iterdir()) == []  # so the mended model is not another sweep's
+    url = f"sqlite:///{tmp_path / 'team.db'}"
+    with pytest.raises(RefusedError, match="coordinate check FAIL"):
+        run(Spec.from_dict(tiny_spec(corpus_file, **wrong)), Options(results, storage=url), quiet)
+    assert list(results.iterdir()) == []
+    mended = Spec.from_dict(tiny_spec(corpus_file, ladder={"widths": [16]}))
+    folder, ladder = run(mended, inline(results, storage=url), quiet)
+    assert ladder.is_finished
+    assert folder.read_check() is None
+    assert not (folder.path / "coordcheck.png").exists()
+
+
+def test_no_check_runs_a_wrong_model_all_the_same(
+    tmp_path: Path, corpus_file: Path, trained: list[Trial]
+) -> None:
+    wrong = {"ladder": {"widths": [16]}, "model": {"file": wide_block(tmp_path)}}
+    _, ladder = sweep(tmp_path, tiny_spec(corpus_file, **wrong))
+    assert ladder.is_finished
+    assert trained
+
+
+def test_another_rule_on_purpose_is_warned_of_and_goes_on(
+    tmp_path: Path, corpus_file: Path
+) -> None:
+    data = tiny_spec(corpus_file, ladder={"widths": [16]}, optimizer={"rule": "paper"})
+    (note,) = checked(tmp_path, data)
+    assert "warning: coordinate check FAIL, expected of rule 'paper'" in note
+    folder = Folder(tmp_path / "tiny")
+    verdict = folder.read_check()
+    assert verdict is not None
+    assert verdict["verdict"] == "FAIL"
+    assert open_result("tiny", tmp_path).ladder.is_finished

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
-from telescope.train.model import blamed_on, build_meta, check_forward
-from telescope.train.parametrization import Tag
+from telescope.train.model import blamed_on, build_meta, checked_logits
+from telescope.train.parametrization import Role, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +26,8 @@ class StepCost:
     """Parameters, and floating-point operations of one optimizer step."""
 
     parameters: int
+    """Of matrices and lookup tables, as the literature counts; norm gains and biases, less than a
+    ten-thousandth at any size that matters, are left out."""
     model: float
     """Forward and backward, without attention's two products."""
     attention: float
@@ -76,20 +77,23 @@ def step_cost(
         ModelError: the model file fails or its forward pass gives the wrong shape.
     """
     tagged = build_meta(model, width=width, base_width=base_width)
-    check_forward(
-        model,
-        tagged.module,
-        sequence_length=train.sequence_length,
-        vocab_size=model.kwargs["vocab_size"],
-    )
-    tokens = torch.zeros(1, train.sequence_length, dtype=torch.int64, device="meta")
     counter, attention_counter = FlopCounterMode(display=False), _AttentionCounter()
     with blamed_on(model), counter, attention_counter:
-        tagged.module(tokens).sum().backward()
+        logits = checked_logits(
+            model,
+            tagged.module,
+            sequence_length=train.sequence_length,
+            vocab_size=model.kwargs["vocab_size"],
+        )
+        logits.sum().backward()  # type: ignore[no-untyped-call]
     # A backward pass has two products for each of the forward's.
     attention = 3 * attention_counter.flops
     return StepCost(
-        parameters=sum(p.numel() for p in tagged.module.parameters()),
+        parameters=sum(
+            math.prod(tag.shape)
+            for tag in tagged.tags.values()
+            if tag.role not in (Role.VECTOR, Role.FINITE)
+        ),
         model=float(counter.get_total_flops() - attention) * train.batch_size,
         attention=float(attention) * train.batch_size,
         optimizer=_optimizer_flops(tagged.tags, optimizer),

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from telescope.errors import ModelError, SpecError, TelescopeError
 from telescope.train.config import ModelConfig
@@ -161,10 +161,10 @@ def build_model(
     return tagged
 
 
-def check_forward(
+def checked_logits(
     config: ModelConfig, model: Any, *, sequence_length: int, vocab_size: int
-) -> None:
-    """Check on the meta device that tokens (1, T) give logits (1, T, vocab_size).
+) -> Tensor:
+    """Run the model on the meta device: tokens (1, T) must give logits (1, T, vocab_size).
 
     Raises:
         ModelError: the forward pass fails or gives another shape.
@@ -182,3 +182,5 @@ def check_forward(
             f"{config.name}: forward gave shape {shape} for tokens (1, {sequence_length}), must be "
             f"(batch, sequence, vocab_size) = {wanted}"
         )
+    assert isinstance(logits, Tensor)
+    return logits
