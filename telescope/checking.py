@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError
-from telescope.prepare import ASSUMED_FLOP_RATE, Prepared
+from telescope.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_usable
 from telescope.records import Point
 from telescope.report.figures import write_check_figure
 from telescope.report.live import describe_seconds
@@ -44,9 +44,13 @@ def run_check(
 
     Raises:
         ModelError: the model file cannot be built, or fails, at one of the widths.
+        SpecError: this machine has not the device that the spec names.
+        DataError: the corpus is too short for the check's small batches.
     """
     extent = extent or Extent()
+    check_usable(prepared.spec.compute.device)
     config = replace(prepared.trial_config, threads=check_threads())
+    check_corpus(check_config(config, extent))
     point = check_point(prepared.spec)
     seconds = expected_seconds(prepared, extent)
     if seconds > ANNOUNCED_SECONDS:
@@ -92,10 +96,10 @@ def expected_seconds(prepared: Prepared, extent: Extent) -> float:
     return sum(flops[trial.width] for trial in trials) * config.train.steps / rate
 
 
-def write_check(folder: Folder, check: CoordCheck, title: str) -> None:
-    """Keep the verdict and its figure in the results folder."""
-    folder.write_check(check.as_dict())
-    write_check_figure(folder.path / "coordcheck.png", check, title)
+def write_check(folder: Folder, check: CoordCheck, prepared: Prepared) -> None:
+    """Keep the verdict, whose it is, and its figure in the results folder."""
+    folder.write_check({**check.as_dict(), "fingerprint": prepared.fingerprint})
+    write_check_figure(folder.path / "coordcheck.png", check, check_title(prepared.spec))
 
 
 def check_before_run(
@@ -105,7 +109,7 @@ def check_before_run(
 
     Args:
         prepared: the sweep.
-        folder: its results folder; a verdict found there is not measured again.
+        folder: its results folder; a verdict on the same training is not measured again.
         wanted: False for `--no-check`.
         say: takes what there is to say, a line each.
 
@@ -115,8 +119,10 @@ def check_before_run(
     Raises:
         RefusedError: the check failed, and the spec's rule claims to transfer.
     """
-    spec = prepared.spec
-    if folder.read_check() is not None:
+    spec, on_purpose = prepared.spec, prepared.spec.optimizer.rule != "mup"
+    known = folder.read_check() or {}
+    is_settled = known.get("verdict") == "PASS" or on_purpose
+    if is_settled and known.get("fingerprint") == prepared.fingerprint:
         return lambda: None
     if not wanted:
         say(f"{spec.name}: no coordinate check (--no-check)")
@@ -126,18 +132,18 @@ def check_before_run(
     took = describe_seconds(time.monotonic() - start)
     if check.passed:
         say(f"{spec.name}: coordinate check PASS in {took}: {describe_verdict(check)}")
-    elif spec.optimizer.rule == "mup":
-        raise RefusedError(
-            f"{spec.name}: coordinate check FAIL: {describe_verdict(check)}; `telescope check` "
-            "shows all of it; mend the model file, or run with --no-check"
-        )
-    else:
+    elif on_purpose:
         say(
             f"{spec.name}: warning: coordinate check FAIL, expected of rule "
             f"{spec.optimizer.rule!r}: {describe_verdict(check)}; what is found need not hold at "
             "the target"
         )
-    return lambda: write_check(folder, check, check_title(spec))
+    else:
+        raise RefusedError(
+            f"{spec.name}: coordinate check FAIL: {describe_verdict(check)}; `telescope check` "
+            "shows all of it; mend the model file, or run with --no-check"
+        )
+    return lambda: write_check(folder, check, prepared)
 
 
 def check_title(spec: Spec) -> str:

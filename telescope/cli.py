@@ -121,10 +121,11 @@ def check(
     from telescope.prepare import prepare
     from telescope.report.tables import print_check
 
-    measured = run_check(prepare(loaded), say=lambda text: typer.echo(text, err=True))
+    prepared = prepare(loaded)
+    measured = run_check(prepared, say=lambda text: typer.echo(text, err=True))
     folder = Folder(results / loaded.name)
     folder.create()
-    write_check(folder, measured, check_title(loaded))
+    write_check(folder, measured, prepared)
     if as_json:
         _print_json(measured.as_dict())
     else:

@@ -31,7 +31,7 @@ def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
     """
     prepared = prepare(spec)
     if probe:
-        check_corpus(prepared)
+        check_corpus(prepared.trial_config)
     number = workers(spec, None, is_cluster=False)
     seconds, basis = _probed(prepared) if probe else _assumed(prepared)
     estimate = estimate_seconds(spec.ladder_spec, seconds, number)
@@ -42,7 +42,7 @@ def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
 def _refusal(prepared: Prepared) -> str | None:
     """Why `run` would refuse what can be planned all the same."""
     try:
-        check_corpus(prepared)
+        check_corpus(prepared.trial_config)
     except DataError as error:
         return str(error)
     return over_budget(prepared)

@@ -17,7 +17,7 @@ import torch
 from telescope.errors import SpecError
 from telescope.ladder.plan import StagePlan, plan_stages, sweep_cost, what_fits
 from telescope.records import LadderSpec
-from telescope.spec import Spec
+from telescope.spec import Spec, fingerprint
 from telescope.train.config import ModelConfig, TrainConfig, TrialConfig
 from telescope.train.data import check_size, load_corpus
 from telescope.train.flops import StepCost, step_cost
@@ -38,6 +38,16 @@ class Prepared:
     """Width → cost of one step; the ladder's widths."""
     target_cost: StepCost
     """Cost of one step at the target, with the target's batch size."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that makes losses incomparable when it differs."""
+        return fingerprint(self.comparable)
+
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """Dotted key → value of all that makes losses incomparable when it differs."""
+        return self.spec.strict_fields(self.trial_config.corpus_digest)
 
     @property
     def cost_per_trial(self) -> dict[int, float]:
@@ -119,13 +129,12 @@ def prepare(spec: Spec) -> Prepared:
     )
 
 
-def check_corpus(prepared: Prepared) -> None:
+def check_corpus(config: TrialConfig) -> None:
     """Check that the corpus is long enough to train and to measure on.
 
     Raises:
         DataError: naming the part that is too short, its size and what it needs.
     """
-    config = prepared.trial_config
     check_size(
         load_corpus(config.data),
         config.data,
@@ -153,14 +162,22 @@ def check_this_machine(spec: Spec) -> None:
     cpus = len(os.sched_getaffinity(0))
     if spec.compute.cpus > cpus:
         raise SpecError(f"compute.cpus: got {spec.compute.cpus}, this machine has {cpus}; lower it")
-    device = torch.device(resolve_device(spec.compute.device))
+    check_usable(spec.compute.device)
+
+
+def check_usable(device: str) -> None:
+    """Check that this machine can compute on a device.
+
+    Raises:
+        SpecError: it cannot.
+    """
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=torch.device(resolve_device(device)))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SpecError(
-            f"compute.device: got {spec.compute.device!r}, which this machine cannot use "
-            f"({reason}); use auto or cpu"
+            f"compute.device: got {device!r}, which this machine cannot use ({reason}); use auto "
+            "or cpu"
         ) from error
 
 

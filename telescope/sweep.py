@@ -38,7 +38,7 @@ from telescope.records import Point, Result, Status, Trial
 from telescope.report.figures import write_loss_figure
 from telescope.report.frames import write_csv
 from telescope.report.live import Progress, View
-from telescope.spec import Spec, fingerprint
+from telescope.spec import Spec
 from telescope.transfer.settings import rescale_horizon
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
@@ -174,7 +174,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         KeyboardInterrupt: as it came; what finished is kept.
     """
     prepared = prepare(spec)
-    check_corpus(prepared)
+    check_corpus(prepared.trial_config)
     if refusal := over_budget(prepared):
         raise RefusedError(f"{spec.name}: {refusal}")
     is_cluster = options.ray_address is not None
@@ -267,11 +267,10 @@ def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: 
 
 def _spec_record(prepared: Prepared, storage: str | None) -> dict[str, Any]:
     """What `spec.json` holds."""
-    fields = prepared.spec.strict_fields(prepared.trial_config.corpus_digest)
     return {
         "spec": prepared.spec.as_dict(),
-        "fingerprint": fingerprint(fields),
-        "comparable_if_equal": fields,
+        "fingerprint": prepared.fingerprint,
+        "comparable_if_equal": prepared.comparable,
         "storage": without_password(storage) if storage else None,
         "target_flops": prepared.target_flops,
         "versions": {"python": platform.python_version()}
@@ -288,7 +287,7 @@ def _check_comparable(folder: Folder, prepared: Prepared) -> None:
     if not folder.exists:
         return
     before = folder.read_spec()["comparable_if_equal"]
-    now = prepared.spec.strict_fields(prepared.trial_config.corpus_digest)
+    now = prepared.comparable
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if differing:
         shown = ", ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in differing)

@@ -175,6 +175,15 @@ class Body(nn.Module):
             self.hidden = nn.Linear(64, 64, bias=False)
         elif odd == "growing stack":
             self.stack = nn.Parameter(torch.zeros(width, width, width))
+        elif odd == "shared without embedding":
+            self.table = nn.Parameter(torch.zeros(256, width))
+            self.readout = mup.MuSharedReadout(self.table, bias=False)
+        elif odd == "ends a branch sometimes":
+            self.second = nn.Linear(width, width, bias=False)
+            self.second.weight = self.hidden.weight
+            self.second.residual_output = True  # type: ignore[assignment]
+        elif odd == "positions":
+            self.positions = nn.Parameter(torch.zeros(64, width))
         elif odd == "only when wide" and width > 16:
             self.extra = nn.Linear(width, width)
 
@@ -193,6 +202,9 @@ class Body(nn.Module):
         ("growing vocabulary", r"embedding.weight: .*in its last dimension alone"),
         ("finite matrix", r"hidden.weight: .*no clear role"),
         ("growing stack", r"stack: .*no clear role"),
+        ("shared without embedding", r"table: .*no nn.Embedding's weight"),
+        ("ends a branch sometimes", r"hidden.weight: .*only some say residual_output"),
+        ("positions", r"positions: .*positional table nn.Embedding"),
         ("only when wide", r"extra.bias: exists at one width only"),
     ],
 )
@@ -200,6 +212,17 @@ def test_unclear_parameters_are_refused_in_our_words(odd: str, message: str) -> 
     model, base, delta = (Body(width, odd) for width in (64, 16, 32))
     with pytest.raises(ModelError, match=message):
         tag(model, base, delta)
+
+
+def test_one_table_looked_up_twice_is_an_embedding() -> None:
+    def model(width: int) -> nn.Module:
+        body = Body(width, "")
+        body.second_embedding = nn.Embedding(256, width)
+        body.second_embedding.weight = body.embedding.weight
+        return body
+
+    tags = tag(model(64), model(16), model(32))
+    assert tags["embedding.weight"].role is Role.EMBEDDING
 
 
 def test_biases_start_at_zero_and_stacks_are_hidden() -> None:

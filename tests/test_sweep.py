@@ -352,6 +352,14 @@ def test_the_coordinate_check_is_made_once_per_sweep(tmp_path: Path, corpus_file
     assert checked(tmp_path, tiny_spec(corpus_file)) == []  # it goes on, with another width
 
 
+def test_a_verdict_on_another_training_does_not_count(tmp_path: Path, corpus_file: Path) -> None:
+    data = tiny_spec(corpus_file, ladder={"widths": [16]})
+    folder = Folder(tmp_path / "tiny")
+    folder.create()
+    folder.write_check({"verdict": "PASS", "fingerprint": "of another model"})
+    assert len(checked(tmp_path, data)) == 1
+
+
 def wide_block(tmp_path: Path) -> str:
     """The bundled model with a block that grows with the width."""
     before = "return x_BTD + self.mlp(self.mlp_norm(x_BTD))"

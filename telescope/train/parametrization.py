@@ -186,27 +186,35 @@ def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
     grows = [dimension.isinf() for dimension in parameter.infshape]  # type: ignore[attr-defined]
     shared = any(isinstance(owner, mup.MuSharedReadout) for owner in owners)
     readout = any(isinstance(owner, mup.MuReadout) for owner in owners)
-    embedding = any(isinstance(owner, nn.Embedding) for owner in owners)
+    embeddings = sum(isinstance(owner, nn.Embedding) for owner in owners)
     if parameter.ndim <= 1:
         if shared:
             raise ModelError(
                 f"{name}: MuSharedReadout takes bias=False; its bias has the wrong size"
             )
         return Role.VECTOR if any(grows) else Role.FINITE
-    if embedding and len(owners) > 1:
-        if not shared:
-            raise ModelError(f"{name}: an embedding that is tied needs mup.MuSharedReadout")
-        return Role.TIED
-    if readout or embedding:
+    if shared and not embeddings:
+        raise ModelError(
+            f"{name}: is shared with a MuSharedReadout but is no nn.Embedding's weight; share an "
+            "embedding's, or use mup.MuReadout"
+        )
+    if 0 < embeddings < len(owners) and not shared:
+        raise ModelError(f"{name}: an embedding that is tied needs mup.MuSharedReadout")
+    if readout or embeddings:
         if grows != [False, True]:
             raise ModelError(
                 f"{name}: shape {tuple(parameter.shape)} must grow with the width in its last "
                 f"dimension alone, for {'a readout' if readout else 'an embedding'}"
             )
-        return Role.READOUT if readout else Role.EMBEDDING
+        return Role.TIED if shared else Role.READOUT if readout else Role.EMBEDDING
     if grows[-2:] == [True, True] and not any(grows[:-2]):
-        ends_branch = any(getattr(owner, "residual_output", False) for owner in owners)
-        return Role.RESIDUAL if ends_branch else Role.HIDDEN
+        ends_branch = {bool(getattr(owner, "residual_output", False)) for owner in owners}
+        if len(ends_branch) > 1:
+            raise ModelError(
+                f"{name}: is shared by modules of which only some say residual_output = True; "
+                "all of them must, or none"
+            )
+        return Role.RESIDUAL if ends_branch == {True} else Role.HIDDEN
     raise ModelError(_unclear(name, parameter, grows))
 
 
@@ -216,7 +224,8 @@ def _unclear(name: str, parameter: Tensor, grows: list[bool]) -> str:
     if grows[-2:] == [False, True]:
         return (
             f"{name}: shape (out, in) = {shape} grows in its input alone; an output layer must be "
-            "mup.MuReadout, a hidden layer's output must grow with the width too"
+            "mup.MuReadout, a lookup or positional table nn.Embedding, and a hidden layer's output "
+            "must grow with the width too (key-value heads as a ratio, not a number)"
         )
     if grows[-2:] == [True, False]:
         return (
