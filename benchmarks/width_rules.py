@@ -1,12 +1,15 @@
 """Does a learning rate found at width 32 hold at 256? A dense grid at four widths, per width rule.
 
-    python benchmarks/width_rules.py run            about an hour on 2 cores, resumable
-    python benchmarks/width_rules.py report         seconds: the table, the figure, the numbers
+    python benchmarks/width_rules.py            about an hour and a half on 2 cores, resumable
+    python benchmarks/width_rules_report.py     seconds: the tables, the figures, the numbers
 
-`run` trains 7 learning rates × 3 weight decays × 2 seeds at widths 32, 64 and 128, and 5 × 1 × 2 at
-256, under every rule, and appends each result to `results/reference/width-rules/trials.csv`. All
-rules of an optimizer are the same at base width (`tests/test_parametrization.py`), so width 32 is
-trained once per optimizer and stands there with rule "any".
+Trains 7 learning rates × 3 weight decays × 2 seeds at widths 32, 64 and 128, and 5 × 1 × 2 at 256,
+under every rule, and appends each result to `results/reference/width-rules/trials.csv`. All rules
+of an optimizer are the same at base width (`tests/test_parametrization.py`), so width 32 is trained
+once per optimizer and stands there with rule "any".
+
+There, one learning rate drives Muon and AdamW together. `hidden-lr.csv` is the same for Muon's
+alone: AdamW's stays at 0.1, the weight decay at 0.1.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,6 +44,9 @@ ARMS = (
 )
 ADAMW_RANGE = (0.0008, 0.1)
 """AdamW's optimum at base width is near 0.01, Muon's near 0.1; the grid's spacing is the same."""
+HIDDEN_ARMS = ARMS[:3]
+ADAMW_LR, WEIGHT_DECAY = 0.1, 0.1
+"""Where only Muon's learning rate is swept: near the best that the joint grids found."""
 LRS_AT_THE_WIDEST = 5
 EVALS = 8
 COLUMNS = (
@@ -72,12 +79,13 @@ class Grid:
     best one of the width before and the one that base width would have handed over.
     """
 
-    def __init__(self, spec: Spec, table: Table) -> None:
+    def __init__(self, spec: Spec, table: Table, *, hidden_alone: bool) -> None:
         """Take what the table already has under the spec's rule."""
         self.spec = spec
+        self.hidden_alone = hidden_alone
         self.table = table
         self.optimizer, self.rule = spec.optimizer.name, spec.optimizer.rule
-        self.known = table.results(self.optimizer, self.rule)
+        self.known = dict(table.results(self.optimizer, self.rule, hidden_alone=hidden_alone))
 
     def ask(self) -> Sequence[Trial]:
         """All trials without a result, narrow widths first."""
@@ -97,15 +105,19 @@ class Grid:
 
     def trials_at(self, width: int, grid: Mapping[str, Sequence[float]]) -> Sequence[Trial]:
         """The trials of one width."""
-        return grid_trials(width, grid, self.spec.ladder.seeds)
+        trials = grid_trials(width, grid, self.spec.ladder.seeds)
+        if not self.hidden_alone:
+            return trials
+        return [replace(trial, point=with_adamw_at(trial.point, ADAMW_LR)) for trial in trials]
 
     def grid(self) -> dict[str, tuple[float, ...]]:
         """Axis → values, the same at every width but the widest."""
         base = self.spec.base_width
-        return {
+        grid = {
             axis.name: values_at(axis, width=base, base_width=base, swept=2, centre=axis.low)
             for axis in self.spec.ladder_spec.axes
         }
+        return {**grid, "weight_decay": (WEIGHT_DECAY,)} if self.hidden_alone else grid
 
     def widest_grid(self) -> dict[str, tuple[float, ...]]:
         """Five learning rates at base width's best weight decay."""
@@ -129,6 +141,11 @@ class Grid:
         return min(losses, key=lambda point: fmean(losses[point]))
 
 
+def with_adamw_at(point: Point, lr: float) -> Point:
+    """The same point with AdamW's learning rate at `lr`, whatever Muon's is."""
+    return Point.of({**point, "adamw_lr_ratio": lr / point.lr})
+
+
 class Table:
     """The rows so far, appended to as results come."""
 
@@ -141,14 +158,15 @@ class Table:
             with path.open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
 
-    def results(self, optimizer: str, rule: str) -> dict[Trial, Result]:
+    def results(
+        self, optimizer: str, rule: str, *, hidden_alone: bool
+    ) -> Iterator[tuple[Trial, Result]]:
         """What is known under one rule, base width included."""
-        return dict(self._results(optimizer, rule))
-
-    def _results(self, optimizer: str, rule: str) -> Iterator[tuple[Trial, Result]]:
         for row in self.rows:
             if row["optimizer"] == optimizer and row["rule"] in (rule, "any"):
                 point = Point.of(lr=float(row["lr"]), weight_decay=float(row["weight_decay"]))
+                if hidden_alone:
+                    point = with_adamw_at(point, ADAMW_LR)
                 trial = Trial(int(row["width"]), point, int(row["seed"]))
                 loss = float(row["loss"]) if row["loss"] else None
                 yield trial, Result(trial, Status(row["status"]), loss=loss, reason=row["reason"])
@@ -179,16 +197,14 @@ class Table:
             writer.writerow(row)
 
 
-def run(arms: Sequence[tuple[str, str]], workers: int) -> None:
-    """Train what the table misses."""
+def run(file: str, arms: Sequence[tuple[str, str]], workers: int, *, hidden_alone: bool) -> None:
+    """Train what a table misses."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     for optimizer, rule in arms:
         spec = load_spec(optimizer, rule)
         prepared = prepare(spec)
-        check_comparable(
-            f"{optimizer} {rule}", spec.strict_fields(prepared.trial_config.corpus_digest)
-        )
-        grid = Grid(spec, Table(FOLDER / "trials.csv", spec.base_width))
+        check_comparable(f"{optimizer} {rule}", prepared.comparable)
+        grid = Grid(spec, Table(FOLDER / file, spec.base_width), hidden_alone=hidden_alone)
         run_ray(grid, TelescopeTrainer(prepared.trial_config), workers=workers)
 
 
@@ -205,12 +221,11 @@ def check_comparable(arm: str, fields: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Parse and go."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("verb", choices=("run", "report"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
-    arguments = parser.parse_args()
-    if arguments.verb == "run":
-        run(ARMS, arguments.workers)
+    workers = parser.parse_args().workers
+    run("trials.csv", ARMS, workers, hidden_alone=False)
+    run("hidden-lr.csv", HIDDEN_ARMS, workers, hidden_alone=True)
 
 
 if __name__ == "__main__":
