@@ -289,6 +289,14 @@ def test_nan_fails_and_is_never_written() -> None:
     assert checked.slopes["output"] is None
 
 
+def test_of_many_blocks_the_steepest_is_shown() -> None:
+    slopes = {f"blocks.{i} change": 0.01 * i for i in range(30)}
+    many = judged({name: line(slope) for name, slope in slopes.items()} | {"output": line(0)})
+    assert many.shown(24) == ["blocks.29 change", "output"]
+    assert len(many.shown(31)) == 31
+    assert many.steepest == ("blocks.29 change", pytest.approx(0.29))
+
+
 def test_a_long_sequence_is_cut_to_2048_tokens_a_step() -> None:
     config = TrialConfig(
         model=gpt_config(),

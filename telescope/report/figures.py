@@ -83,6 +83,8 @@ def write_loss_figure(path: Path, ladder: Ladder, title: str) -> None:
     _write(path, loss_figure(ladder, title))
 
 
+SHOWN_LINES = 24
+"""A check of more quantities than this draws the steepest of each kind alone."""
 CHECK_PANELS = {"output": "outputs", "change": "changes since initialisation", "update": "updates"}
 """Kind of quantity, by the last word of its name → what its panel is called."""
 
@@ -95,10 +97,9 @@ def check_figure(check: CoordCheck, title: str) -> Figure:
     figure = Figure(figsize=(12.5, 4.2), layout="constrained")
     figure.suptitle(f"{title}: coordinate check {check.verdict}", fontsize=11)
     panels = dict(zip(CHECK_PANELS, figure.subplots(1, 3, sharey=True), strict=True))
-    for name, by_step in check.sizes.items():
-        kind = name.rsplit(" ", 1)[-1]
-        panel = panels.get(kind, panels["output"])
-        sizes = by_step[check.steps[-1]]
+    for name in check.shown(SHOWN_LINES):
+        panel = panels.get(name.rsplit(" ", 1)[-1], panels["output"])
+        sizes = check.sizes[name][check.steps[-1]]
         if all(math.isfinite(size) and size > 0 for size in sizes):
             relative = [size / sizes[0] for size in sizes]
             thick = 1.8 if name in check.problems else 0.9
@@ -111,6 +112,7 @@ def check_figure(check: CoordCheck, title: str) -> Figure:
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
         panel.set_xticks(check.widths, [str(width) for width in check.widths])
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.set_title(CHECK_PANELS[kind], fontsize=10)
         panel.set_xlabel("width")
         panel.grid(alpha=0.25)

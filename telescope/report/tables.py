@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,7 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
     steps = ", ".join(map(str, check.steps))
     console.print(f"{title}, {check.point}: {len(check.seeds)} seeds, after steps {steps}")
     table = _table("quantity", *(f"width {width}" for width in check.widths), "slope", "verdict")
-    for name in _shown(check):
+    for name in check.shown(SHOWN_QUANTITIES):
         slope, sizes = check.slopes[name], check.sizes[name][check.steps[-1]]
         failed = name in check.problems
         table.add_row(
@@ -90,19 +89,6 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
         "slope    of log2 RMS against log2 width ± its standard error, of the steps the surest; "
         f"FAIL where it is beyond ±{check.threshold:g} by two errors"
     )
-
-
-def _shown(check: CoordCheck) -> list[str]:
-    """The quantities worth a row: all, or of many the steepest of those that differ in digits."""
-    if len(check.slopes) <= SHOWN_QUANTITIES:
-        return list(check.slopes)
-    steepest: dict[str, str] = {}
-    for name, slope in check.slopes.items():
-        kind = re.sub(r"\d+", "*", name)
-        before = check.slopes[steepest[kind]] if kind in steepest else None
-        if kind not in steepest or abs(slope or 0.0) > abs(before or 0.0):
-            steepest[kind] = name
-    return list(steepest.values())
 
 
 def print_answer(console: Console, finished: Finished, settings: Transfer | None = None) -> None:

@@ -16,6 +16,7 @@ learning rate is the grid's lowest, constant, and the batches are real.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -97,6 +98,21 @@ class CoordCheck:
         """The quantity with the slope farthest from 0, and that slope."""
         slopes = {name: slope for name, slope in self.slopes.items() if slope is not None}
         return max(slopes.items(), key=lambda item: abs(item[1]), default=("nothing", 0.0))
+
+    def shown(self, limit: int) -> list[str]:
+        """The quantities worth showing: all, or of more than `limit` the steepest of each kind.
+
+        Of a kind are those whose names differ in digits alone, as 34 blocks do.
+        """
+        if len(self.slopes) <= limit:
+            return list(self.slopes)
+        steepest: dict[str, str] = {}
+        for name, slope in self.slopes.items():
+            kind = re.sub(r"\d+", "*", name)
+            before = self.slopes[steepest[kind]] if kind in steepest else None
+            if kind not in steepest or abs(slope or 0.0) > abs(before or 0.0):
+                steepest[kind] = name
+        return list(steepest.values())
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of `telescope check --json`."""
