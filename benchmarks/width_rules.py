@@ -203,7 +203,8 @@ def run(file: str, arms: Sequence[tuple[str, str]], workers: int, *, hidden_alon
     for optimizer, rule in arms:
         spec = load_spec(optimizer, rule)
         prepared = prepare(spec)
-        check_comparable(f"{optimizer} {rule}", prepared.comparable)
+        fields = spec.strict_fields(prepared.trial_config.corpus_digest)
+        check_comparable(f"{optimizer} {rule}", fields)
         grid = Grid(spec, Table(FOLDER / file, spec.base_width), hidden_alone=hidden_alone)
         run_ray(grid, TelescopeTrainer(prepared.trial_config), workers=workers)
 

@@ -6,6 +6,7 @@ counted at every width and at the target, the corpus read and measured. All befo
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from telescope.train.config import ModelConfig, TrainConfig, TrialConfig
 from telescope.train.data import check_size, load_corpus
 from telescope.train.flops import StepCost, step_cost
 from telescope.train.loop import resolve_device
-from telescope.train.model import check_keywords
+from telescope.train.model import check_keywords, keyword_defaults
 
 ASSUMED_FLOP_RATE = 2e10
 """FLOP/s of one CPU thread on small models. An assumption for `plan`; `--probe` measures."""
@@ -46,8 +47,15 @@ class Prepared:
 
     @property
     def comparable(self) -> dict[str, Any]:
-        """Dotted key → value of all that makes losses incomparable when it differs."""
-        return self.spec.strict_fields(self.trial_config.corpus_digest)
+        """Dotted key → value of all that makes losses incomparable when it differs.
+
+        With the model file's own defaults: to write one into the spec changes nothing.
+        """
+        defaults = keyword_defaults(self.trial_config.model)
+        return self.spec.strict_fields(self.trial_config.corpus_digest) | {
+            f"model.{key}": value
+            for key, value in json.loads(json.dumps(defaults, default=repr)).items()
+        }
 
     @property
     def cost_per_trial(self) -> dict[int, float]:

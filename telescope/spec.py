@@ -38,6 +38,8 @@ from telescope.train.config import (
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MAX_POINTS = 1000
+MIN_STEP = 1.001
+"""Smallest factor between an axis's values; below about 1.2 they are within the noise anyway."""
 BYTE_VOCABULARY = 256
 
 
@@ -114,6 +116,9 @@ class AxisTable(Table):
         require(self.low < self.high, "low", self.low, f"less than high ({self.high:g})")
         allowed = f"an integer from 2 to {MAX_POINTS}; for one value, set `value`"
         require(2 <= self.points <= MAX_POINTS, "points", self.points, allowed)
+        step = (self.high / self.low) ** (1 / (self.points - 1))
+        allowed = f"higher: points from {self.low:g} on are less than {MIN_STEP:g} times apart"
+        require(step >= MIN_STEP, "high", self.high, allowed)
         return self
 
     def as_axis(self, name: str) -> Axis:

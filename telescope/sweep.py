@@ -39,7 +39,7 @@ from telescope.report.figures import write_loss_figure
 from telescope.report.frames import write_csv
 from telescope.report.live import Progress, View
 from telescope.spec import Spec
-from telescope.transfer.settings import rescale_horizon
+from telescope.transfer.settings import at_horizon
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
 
@@ -328,11 +328,8 @@ class Finished:
         """The last choice, its weight decay rescaled if the target has other steps; or None."""
         if not self.ladder.choices:
             return None
-        point, train = self.ladder.choices[-1].point, self.spec.train
-        steps = self.spec.target.steps
-        if train and steps and steps != train.steps:
-            return rescale_horizon(point, sweep_steps=train.steps, steps=steps)
-        return point
+        point = self.ladder.choices[-1].point
+        return at_horizon(point, self.spec.train, self.spec.target.steps)
 
     def cost(self) -> dict[str, float]:
         """What all stored trials cost, in the keys of `show --json`."""

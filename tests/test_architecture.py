@@ -74,6 +74,21 @@ def test_rooms_import_downward(room: str) -> None:
         assert not upward, f"{path.relative_to(ROOT)} imports {upward}"
 
 
+LAYERS = [
+    # below the rooms, bottom up; above them, bottom up
+    *("errors", "records", "files", "catalog"),
+    *("spec", "prepare", "checking", "planning", "sweep", "api", "cli"),
+]
+
+
+def test_the_modules_beside_the_rooms_import_downward() -> None:
+    own = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert own == set(LAYERS)
+    for height, name in enumerate(LAYERS):
+        upward = inner(PACKAGE / f"{name}.py") & set(LAYERS[height:])
+        assert not upward, f"{name}.py imports {upward}"
+
+
 def test_each_library_has_its_place() -> None:
     for path in FILES:
         name = path.relative_to(PACKAGE).as_posix()

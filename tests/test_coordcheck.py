@@ -294,7 +294,9 @@ def test_of_many_blocks_the_steepest_is_shown() -> None:
     many = judged({name: line(slope) for name, slope in slopes.items()} | {"output": line(0)})
     assert many.shown(24) == ["blocks.29 change", "output"]
     assert len(many.shown(31)) == 31
-    assert many.steepest == ("blocks.29 change", pytest.approx(0.29))
+    name, slope = many.steepest
+    assert name == "blocks.29 change"
+    assert slope == pytest.approx(0.29)
 
 
 def test_a_long_sequence_is_cut_to_2048_tokens_a_step() -> None:

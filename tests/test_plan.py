@@ -1,6 +1,13 @@
-"""Plans against sums written out by hand."""
+"""Plans against sums written out by hand, and the published ladder's own numbers."""
 
 from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
 
 from telescope.ladder.grid import paper_stage
 from telescope.ladder.plan import plan_stages, sweep_cost, what_fits
@@ -43,3 +50,22 @@ def test_plans_count_what_the_ladder_asks_for() -> None:
 
 def test_nothing_fits_a_budget_of_nothing() -> None:
     assert what_fits(SPEC, COST, budget=1) == []
+
+
+def test_the_papers_ladder_costs_what_the_paper_spent() -> None:
+    """arXiv 2505.02222: 64, 25, 9 and 1 runs of 0.0663 to 2.4018 B parameters for one of 3.6707 B.
+
+    4.80 target runs by parameters, 7.9 by FLOPs, attention in full: derived from its shapes.
+    """
+    command = [sys.executable, "-m", "telescope", "plan", "essential-4b", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    stages = plan["stages"]
+    assert [stage["trials"] for stage in stages] == [64, 25, 9, 1]
+    sizes = [stage["parameters"] for stage in [*stages, plan["target"]]]
+    assert [round(size / 1e9, 4) for size in sizes] == [0.0663, 0.1994, 0.6661, 2.4018, 3.6707]
+    assert plan["sweep_over_target_parameters"] == pytest.approx(4.80, abs=0.005)
+    assert plan["sweep_over_target"] == pytest.approx(7.9, abs=0.05)
+    assert plan["target"]["tokens"] == 20_000 * 2**23
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20  # kilobytes

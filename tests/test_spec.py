@@ -38,6 +38,7 @@ WRONG = [
     ("axes.lr.low=0.5", "axes.lr.low: got 0.5", "less than high (0.5)"),
     ("axes.lr.low=0.0", "axes.lr.low: got 0.0", "log-spaced"),
     ("axes.lr.low=nan", "axes.lr.low: got nan", "a finite number"),
+    ("axes.lr.high=0.0040001", "axes.lr.high: got 0.0040001", "less than 1.001 times apart"),
     ("axes.lr.high=inf", "axes.lr.high: got inf", "a finite number"),
     ("axes.lr.points=1", "axes.lr.points: got 1", "from 2 to 1000"),
     ("axes.lr.value=3.0", "axes.lr.low: got 0.004", "left out beside value"),

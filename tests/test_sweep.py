@@ -170,6 +170,18 @@ def test_incomparable_changes_are_refused_with_the_fields(
         assert answers(folder) == before
 
 
+def test_a_default_written_into_the_spec_changes_nothing(
+    tmp_path: Path, corpus_file: Path, trained: list[Trial]
+) -> None:
+    data = tiny_spec(corpus_file, ladder={"widths": [16]})
+    sweep(tmp_path, data)
+    trained.clear()
+    sweep(tmp_path, {**data, "model": {**data["model"], "mlp_ratio": 4}})
+    assert trained == []
+    with pytest.raises(ResumeError, match=r"model.mlp_ratio was 4, now 2"):
+        sweep(tmp_path, {**data, "model": {**data["model"], "mlp_ratio": 2}})
+
+
 def test_over_budget_is_refused_before_anything_is_written(
     tmp_path: Path, corpus_file: Path
 ) -> None:

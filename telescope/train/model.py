@@ -107,6 +107,16 @@ def check_keywords(config: ModelConfig) -> None:
             raise SpecError(f"model.{key}: missing; {config.name} needs it to build a model")
 
 
+def keyword_defaults(config: ModelConfig) -> dict[str, Any]:
+    """The keywords of `build` that the spec leaves out, with their defaults."""
+    parameters = inspect.signature(_build_function(config)).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.default is not p.empty and p.name not in {"width", *config.kwargs}
+    }
+
+
 def _build_function(config: ModelConfig) -> Callable[..., nn.Module]:
     build: Callable[..., nn.Module] = load_model_file(config).build
     return build

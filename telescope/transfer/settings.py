@@ -78,6 +78,13 @@ def rescale_horizon(point: Point, *, sweep_steps: int, steps: int) -> Point:
     return Point.of({**point, "weight_decay": point.weight_decay * sweep_steps / steps})
 
 
+def at_horizon(point: Point, train: TrainConfig | None, steps: int | None) -> Point:
+    """The point for a run of `steps`: rescaled where the sweep's runs had another number."""
+    if train is None or steps is None or steps == train.steps:
+        return point
+    return rescale_horizon(point, sweep_steps=train.steps, steps=steps)
+
+
 def transfer_settings(
     point: Point,
     *,
@@ -100,9 +107,10 @@ def transfer_settings(
     notes = []
     if tagged:
         notes.append(CONVENTION_NOTE.format(rule=optimizer.rule))
-    if train and steps and steps != train.steps:
-        point = rescale_horizon(point, sweep_steps=train.steps, steps=steps)
+    rescaled = at_horizon(point, train, steps)
+    if rescaled != point:
         notes.append(HORIZON_NOTE)
+    point = rescaled
     groups = tagged and [
         _as_dict(group, optimizer) for group in parameter_groups(tagged.tags, point, optimizer)
     ]
