@@ -45,8 +45,10 @@ ARMS = (
 ADAMW_RANGE = (0.0008, 0.1)
 """AdamW's optimum at base width is near 0.01, Muon's near 0.1; the grid's spacing is the same."""
 HIDDEN_ARMS = ARMS[:3]
-ADAMW_LR, WEIGHT_DECAY = 0.1, 0.1
-"""Where only Muon's learning rate is swept: near the best that the joint grids found."""
+WEIGHT_DECAY = 0.1
+"""The middle of the grid: the only one at the widest width, and where Muon's lr is swept alone."""
+ADAMW_LR = 0.1
+"""Where Muon's learning rate is swept alone: near the best that the joint grids found."""
 LRS_AT_THE_WIDEST = 5
 EVALS = 8
 COLUMNS = (
@@ -120,25 +122,22 @@ class Grid:
         return {**grid, "weight_decay": (WEIGHT_DECAY,)} if self.hidden_alone else grid
 
     def widest_grid(self) -> dict[str, tuple[float, ...]]:
-        """Five learning rates at base width's best weight decay."""
-        lrs, base = self.grid()["lr"], self.best(self.spec.base_width)
-        before = lrs.index(self.best(self.spec.ladder.widths[-2]).lr)
-        handed_over = lrs.index(base.lr)
-        middle = (before + handed_over) / 2
-        start = round(middle - (LRS_AT_THE_WIDEST - 1) / 2)
+        """Five learning rates at one weight decay, the middle of the grid."""
+        lrs, widths = self.grid()["lr"], self.spec.ladder.widths
+        places = [lrs.index(self.best_lr(width)) for width in (widths[0], widths[-2])]
+        start = round(fmean(places) - (LRS_AT_THE_WIDEST - 1) / 2)
         start = max(0, min(start, len(lrs) - LRS_AT_THE_WIDEST))
         return {
             "lr": lrs[start : start + LRS_AT_THE_WIDEST],
-            "weight_decay": (base.weight_decay,),
+            "weight_decay": (WEIGHT_DECAY,),
         }
 
-    def best(self, width: int) -> Point:
-        """The point with the lowest seed mean at a width."""
-        trials = self.trials_at(width, self.grid())
-        losses: dict[Point, list[float]] = {}
-        for trial in trials:
-            losses.setdefault(trial.point, []).append(self.known[trial].loss or float("inf"))
-        return min(losses, key=lambda point: fmean(losses[point]))
+    def best_lr(self, width: int) -> float:
+        """The learning rate with the lowest seed mean at a width and the middle weight decay."""
+        losses: dict[float, list[float]] = {}
+        for trial in self.trials_at(width, {**self.grid(), "weight_decay": (WEIGHT_DECAY,)}):
+            losses.setdefault(trial.lr, []).append(self.known[trial].loss or float("inf"))
+        return min(losses, key=lambda lr: fmean(losses[lr]))
 
 
 def with_adamw_at(point: Point, lr: float) -> Point:

@@ -3,9 +3,13 @@
     python benchmarks/width_rules_report.py         seconds: prints the table, writes the figure
 
 Per rule and width the optimum is the vertex of a parabola in log2 lr through the best learning rate
-and its two neighbours, at the weight decay that is best at base width (the one that a transfer
-would hand over). Noise is one number per width, from the differences between seeds; intervals are
+and its two neighbours, at weight decay 0.1: the middle of the grid, and Muon's best cell at every
+width but for noise.
+Noise is one number per width, from the differences between seeds; intervals are
 the 5th and 95th percentile of optima refitted after adding that noise to every cell.
+
+"Handed over" compares two losses at the widest width: at base width's optimum, and at its own. Both
+lie between cells, so both are read off the parabola through the three nearest.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from width_rules import ARMS, FOLDER, load_spec
+from width_rules import ARMS, FOLDER, HIDDEN_ARMS, WEIGHT_DECAY, load_spec
 
 from telescope.files import write_json
 from telescope.ladder.grid import values_at
@@ -46,6 +49,15 @@ class Optimum:
     draws: NDArray[np.float64]
     """Refitted optima, log2 lr."""
     at_edge: bool
+
+    def loss_at(self, log2_lr: float) -> float:
+        """Off the parabola through the three nearest cells; NaN where one of them diverged."""
+        x = np.log2(self.lrs)
+        middle = int(np.clip(np.abs(x - log2_lr).argmin(), 1, len(x) - 2))
+        near = slice(middle - 1, middle + 2)
+        # Coordinates from the middle, or polyfit loses digits.
+        bend = np.polyfit(x[near] - x[middle], np.asarray(self.losses[near]), 2)
+        return float(np.polyval(bend, log2_lr - x[middle]))
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -99,12 +111,9 @@ def summarise(spec: Spec, rows: pd.DataFrame) -> tuple[dict[str, Any], list[Opti
     """All that is said of one rule."""
     generator = np.random.default_rng(0)
     widths = [width for width in spec.ladder.widths if (rows.width == width).any()]
-    base_lr, weight_decay = best_cell(rows, widths[0])
-    optima = [optimum(rows, width, weight_decay, generator) for width in widths]
-    widest = optima[-1]
-    losses = dict(zip(widest.lrs, widest.losses, strict=True))
-    handed_over = losses[base_lr]
-    tuned = min(loss for loss in losses.values() if math.isfinite(loss))
+    optima = [optimum(rows, width, WEIGHT_DECAY, generator) for width in widths]
+    base, widest = optima[0], optima[-1]
+    handed_over, tuned = widest.loss_at(base.log2_lr), widest.loss_at(widest.log2_lr)
     doublings = np.log2(widths)
     centred = doublings - doublings.mean()
     weights = centred / (centred @ centred)
@@ -112,9 +121,9 @@ def summarise(spec: Spec, rows: pd.DataFrame) -> tuple[dict[str, Any], list[Opti
     summary = {
         "optimizer": spec.optimizer.name,
         "rule": spec.optimizer.rule,
-        "weight_decay": {
-            "chosen": weight_decay,
-            "best": {o.width: best_cell(rows, o.width)[1] for o in optima[:-1]},
+        "best_cell": {
+            o.width: dict(zip(("lr", "weight_decay"), best_cell(rows, o.width), strict=True))
+            for o in optima
         },
         "optimum_lr": {
             o.width: {
@@ -132,10 +141,10 @@ def summarise(spec: Spec, rows: pd.DataFrame) -> tuple[dict[str, Any], list[Opti
         "window_loses_the_optimum_at": lost_at(spec, optima),
         "at_the_widest": {
             "width": widest.width,
-            "handed_over_lr": base_lr,
-            "handed_over_loss": handed_over if math.isfinite(handed_over) else None,
+            "handed_over_lr": 2**base.log2_lr,
+            "handed_over_loss": handed_over,
             "tuned_loss": tuned,
-            "excess": (handed_over - tuned) / tuned if math.isfinite(handed_over) else None,
+            "excess": (handed_over - tuned) / tuned,
             "noise_of_a_mean": widest.noise / math.sqrt(2) / tuned,
         },
     }
@@ -177,20 +186,21 @@ def draw(panel: Axes, summary: dict[str, Any], optima: Sequence[Optimum]) -> Non
     panel.grid(alpha=0.25)
 
 
-def figure(results: Sequence[tuple[dict[str, Any], list[Optimum]]]) -> Figure:
-    """One panel per rule."""
-    drawing = Figure(figsize=(12.5, 7), layout="constrained")
+def figure(results: Sequence[tuple[dict[str, Any], list[Optimum]]], what: str) -> Figure:
+    """One panel per rule, three in a row."""
+    rows = -(-len(results) // 3)
+    drawing = Figure(figsize=(12.5, 3.4 * rows + 0.4), layout="constrained")
     drawing.suptitle(
-        "Held-out loss against learning rate at four widths; in the titles the optimum's drift in "
+        f"Held-out loss against {what} at four widths; in the titles the optimum's drift in "
         "log2 lr per doubling of the width, with its 90 % interval",
         fontsize=10,
     )
-    panels = drawing.subplots(2, 3, sharey=True)
+    panels = drawing.subplots(rows, 3, sharey=True, squeeze=False)
     for panel, (summary, optima) in zip(panels.flat, results, strict=False):
         draw(panel, summary, optima)
     panels[0, 0].legend(title="width", fontsize=8, title_fontsize=8)
-    for panel in panels[1]:
-        panel.set_xlabel("learning rate (base-width units)")
+    for panel in panels[-1]:
+        panel.set_xlabel(f"{what} (base-width units)")
     for panel in panels[:, 0]:
         panel.set_ylabel("nats per token")
     panels[0, 0].set_ylim(top=3.0)
@@ -204,33 +214,39 @@ def as_row(summary: dict[str, Any]) -> str:
         f"{o['lr']:.3f}{'*' if o['at_edge'] else ''}" for o in summary["optimum_lr"].values()
     )
     lost = summary["window_loses_the_optimum_at"]
-    excess = "diverged" if end["excess"] is None else f"{end['excess']:+.1%}"
     return (
         f"| {summary['optimizer']} | `{summary['rule']}` | {optima} "
         f"| {drift['value']:+.2f} [{drift['interval'][0]:+.2f}, {drift['interval'][1]:+.2f}] "
-        f"| {f'at {lost}' if lost else 'never'} | {excess} ± {end['noise_of_a_mean']:.1%} |"
+        f"| {f'at {lost}' if lost else 'never'} | {end['tuned_loss']:.3f} "
+        f"| {end['excess']:+.1%} ± {end['noise_of_a_mean']:.1%} |"
     )
+
+
+def report(table: str, arms: Sequence[tuple[str, str]], what: str) -> None:
+    """Print what one table says; write its numbers and its figure beside it."""
+    rows = pd.read_csv(FOLDER / f"{table}.csv")
+    results = []
+    for optimizer, rule in arms:
+        spec = load_spec(optimizer, rule)
+        mine = rows[(rows.optimizer == optimizer) & rows.rule.isin([rule, "any"])]
+        results.append(summarise(spec, mine))
+    widths = " / ".join(map(str, load_spec(*arms[0]).ladder.widths))
+    print(f"\n{what}:\n")
+    print(
+        f"| optimizer | rule | best at {widths} | drift | window loses it | tuned | handed over |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for summary, _ in results:
+        print(as_row(summary))
+    write_json(FOLDER / f"{table}.json", json.loads(json.dumps([s for s, _ in results])))
+    figure(results, what).savefig(FOLDER / f"{table}.png", dpi=110)
 
 
 def main() -> None:
-    """Read the table, print and write what it says."""
-    rows = pd.read_csv(FOLDER / "trials.csv")
-    results = []
-    for optimizer, rule in ARMS:
-        spec = load_spec(optimizer, rule)
-        mine = rows[(rows.optimizer == optimizer) & rows.rule.isin([rule, "any"])]
-        if (mine.width == spec.ladder.widths[-1]).sum() >= 10:
-            results.append(summarise(spec, mine))
-    widths = " / ".join(map(str, load_spec(*ARMS[0]).ladder.widths))
-    print(
-        f"| optimizer | rule | best lr at width {widths} | drift | window loses it | handed over |"
-    )
-    print("|---|---|---|---|---|---|")
-    for summary, _ in results:
-        print(as_row(summary))
-    write_json(FOLDER / "summary.json", json.loads(json.dumps([s for s, _ in results])))
-    figure(results).savefig(FOLDER / "width-rules.png", dpi=110)
-    print(f"\n* on the grid's border; figure: {Path(FOLDER / 'width-rules.png')}")
+    """Both tables."""
+    report("trials", ARMS, "learning rate")
+    report("hidden-lr", HIDDEN_ARMS, "Muon's learning rate alone")
+    print(f"\n* on the grid's border; figures and numbers in {FOLDER}")
 
 
 if __name__ == "__main__":
