@@ -3,10 +3,10 @@
     python benchmarks/width_rules_report.py         seconds: prints the table, writes the figure
 
 Per rule and width the optimum is the vertex of a parabola in log2 lr through the best learning rate
-and its two neighbours, at weight decay 0.1: the middle of the grid, and Muon's best cell at every
-width but for noise.
-Noise is one number per width, from the differences between seeds; intervals are
-the 5th and 95th percentile of optima refitted after adding that noise to every cell.
+and its two neighbours, at weight decay 0.1, the middle of the grid; at the grid's border or beside
+a divergence it is the best cell itself. Noise is one number per width, from the differences between
+seeds; intervals are the 5th and 95th percentile of optima refitted after adding that noise to all
+cells.
 
 "Handed over" compares two losses at the widest width: at base width's optimum, and at its own. Both
 lie between cells, so both are read off the parabola through the three nearest.
@@ -51,8 +51,10 @@ class Optimum:
     at_edge: bool
 
     def loss_at(self, log2_lr: float) -> float:
-        """Off the parabola through the three nearest cells; NaN where one of them diverged."""
+        """A cell's own, else off a parabola through the three nearest; NaN beside a divergence."""
         x = np.log2(self.lrs)
+        if np.isclose(x, log2_lr).any():
+            return self.losses[int(np.abs(x - log2_lr).argmin())]
         middle = int(np.clip(np.abs(x - log2_lr).argmin(), 1, len(x) - 2))
         near = slice(middle - 1, middle + 2)
         # Coordinates from the middle, or polyfit loses digits.
@@ -129,7 +131,7 @@ def summarise(spec: Spec, rows: pd.DataFrame) -> tuple[dict[str, Any], list[Opti
             o.width: {
                 "lr": 2**o.log2_lr,
                 "interval": [2**end for end in o.interval],
-                "at_edge": o.at_edge,
+                "at_edge_or_wall": o.at_edge,
                 "noise": o.noise,
             }
             for o in optima
@@ -142,9 +144,9 @@ def summarise(spec: Spec, rows: pd.DataFrame) -> tuple[dict[str, Any], list[Opti
         "at_the_widest": {
             "width": widest.width,
             "handed_over_lr": 2**base.log2_lr,
-            "handed_over_loss": handed_over,
+            "handed_over_loss": handed_over if math.isfinite(handed_over) else None,
             "tuned_loss": tuned,
-            "excess": (handed_over - tuned) / tuned,
+            "excess": (handed_over - tuned) / tuned if math.isfinite(handed_over) else None,
             "noise_of_a_mean": widest.noise / math.sqrt(2) / tuned,
         },
     }
@@ -211,14 +213,18 @@ def as_row(summary: dict[str, Any]) -> str:
     """One rule as a row of a Markdown table."""
     drift, end = summary["drift_log2_per_doubling"], summary["at_the_widest"]
     optima = " / ".join(
-        f"{o['lr']:.3f}{'*' if o['at_edge'] else ''}" for o in summary["optimum_lr"].values()
+        f"{o['lr']:.3f}{'*' if o['at_edge_or_wall'] else ''}"
+        for o in summary["optimum_lr"].values()
     )
     lost = summary["window_loses_the_optimum_at"]
+    excess = "beside a divergence"
+    if end["excess"] is not None:
+        excess = f"{end['excess']:+.1%} ± {end['noise_of_a_mean']:.1%}"
     return (
         f"| {summary['optimizer']} | `{summary['rule']}` | {optima} "
         f"| {drift['value']:+.2f} [{drift['interval'][0]:+.2f}, {drift['interval'][1]:+.2f}] "
         f"| {f'at {lost}' if lost else 'never'} | {end['tuned_loss']:.3f} "
-        f"| {end['excess']:+.1%} ± {end['noise_of_a_mean']:.1%} |"
+        f"| {excess} |"
     )
 
 
@@ -246,7 +252,7 @@ def main() -> None:
     """Both tables."""
     report("trials", ARMS, "learning rate")
     report("hidden-lr", HIDDEN_ARMS, "Muon's learning rate alone")
-    print(f"\n* on the grid's border; figures and numbers in {FOLDER}")
+    print(f"\n* on the grid's border or beside a divergence; figures and numbers in {FOLDER}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from telescope.train.flops import step_cost
 HIGHEST_LR = 0.004
 """The check's lr where the grid starts higher: there even the right rule's logits shrink with the
 width, by up to a slope of -0.37 (measured at lr 0.02), and the check would say nothing."""
+LOWEST_LR = 1e-4
+"""The check's lr where the grid starts lower: twenty smaller steps drown in float32's rounding."""
 ANNOUNCED_SECONDS = 300.0
 """A check that is expected to take longer says so first."""
 
@@ -68,9 +70,10 @@ def check_threads() -> int:
 
 
 def check_point(spec: Spec) -> Point:
-    """The grid's lowest learning rate, or `HIGHEST_LR`, and the middle of every other axis."""
+    """The grid's lowest lr, within `LOWEST_LR` and `HIGHEST_LR`; the middle of every other axis."""
     point = {name: _middle(axis) for name, axis in spec.axes.items()}
-    return Point.of({**point, "lr": min(spec.axes["lr"].low or point["lr"], HIGHEST_LR)})
+    low = spec.axes["lr"].low or point["lr"]
+    return Point.of({**point, "lr": min(max(low, LOWEST_LR), HIGHEST_LR)})
 
 
 def _middle(axis: AxisTable) -> float:

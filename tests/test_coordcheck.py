@@ -6,15 +6,19 @@ because the program overwrites a file's own initialisation, in the tables of the
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GPT, gpt_config
+from conftest import GPT, gpt_config, tiny_spec
 
+from telescope.checking import check_point
 from telescope.records import Point
+from telescope.spec import Spec
 from telescope.train import optim, parametrization
 from telescope.train.config import (
     PYTHON_STDLIB,
@@ -287,6 +291,49 @@ def test_nan_fails_and_is_never_written() -> None:
     checked = judged({"output": sizes})
     assert checked.problems == {"output": "is not finite"}
     assert checked.slopes["output"] is None
+    written = json.loads(json.dumps(checked.as_dict(), allow_nan=False))
+    assert written["sizes"]["output"]["3"] == [1.0, 1.0, None, None]
+
+
+@pytest.mark.parametrize(
+    ("axis", "lr"),
+    [
+        ({"low": 0.001, "high": 1.0, "points": 3}, 0.001),
+        ({"low": 0.1, "high": 1.0, "points": 3}, 0.004),
+        ({"low": 1e-9, "high": 1.0, "points": 3}, 1e-4),
+        ({"value": 0.002}, 0.002),
+    ],
+)
+def test_the_point_is_low_and_central(axis: dict[str, Any], lr: float, corpus_file: Path) -> None:
+    decay = {"low": 0.01, "high": 1.0, "points": 3}
+    axes = {"lr": axis, "weight_decay": decay, "warmup": {"value": 0.2}}
+    spec = Spec.from_dict({**tiny_spec(corpus_file), "axes": axes})
+    assert check_point(spec) == Point.of(lr=lr, weight_decay=0.1, warmup=0.2)
+
+
+def test_an_expert_without_a_token_is_not_judged() -> None:
+    """Two experts of which the second never gets one: nothing is measured where nothing is."""
+    text = (
+        MIXER.replace(
+            "def forward(self, x):\n        return x @ self.weight.mT",
+            "def forward(self, x):\n        return x @ self.weight.mT\n\n"
+            "class Idle(nn.Module):\n    def forward(self, x):\n        return x[:0]\n",
+        )
+        .replace(
+            "for block in self.blocks:\n",
+            "self.idle[0](x)\n        for block in self.blocks:\n",
+        )
+        .replace(
+            "self.norm = nn.LayerNorm(width)\n",
+            "self.norm = nn.LayerNorm(width)\n        self.idle = nn.ModuleList([Idle()])\n",
+        )
+    )
+    assert "self.idle[0](x)" in text
+    assert "Idle()" in text
+    checked = check(replace(mixer(), text=text))
+    assert checked.passed
+    assert "blocks.1" in checked.slopes
+    assert "idle.0" not in checked.slopes
 
 
 def test_of_many_blocks_the_steepest_is_shown() -> None:

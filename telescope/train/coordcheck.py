@@ -128,10 +128,15 @@ class CoordCheck:
             "seeds": list(self.seeds),
             "point": dict(self.point),
             "sizes": {
-                name: {str(step): list(values) for step, values in by_step.items()}
+                name: {str(step): [_or_none(v) for v in values] for step, values in by_step.items()}
                 for name, by_step in self.sizes.items()
             },
         }
+
+
+def _or_none(value: float) -> float | None:
+    """A number that JSON can hold."""
+    return value if math.isfinite(value) else None
 
 
 def check_trials(config: TrialConfig, point: Point, extent: Extent) -> list[Trial]:
@@ -160,7 +165,8 @@ def check_config(config: TrialConfig, extent: Extent) -> TrialConfig:
         warmup=0.0,
         evals=1,
     )
-    data = replace(config.data, eval_tokens=train.tokens_per_step)
+    measured = min(config.data.eval_tokens, train.tokens_per_step)
+    data = replace(config.data, eval_tokens=measured)
     return replace(config, train=train, data=data)
 
 
@@ -234,7 +240,8 @@ def _recorded(model: nn.Module, outputs: dict[str, Tensor]) -> Iterator[None]:
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if (tensor := _first_tensor(output)) is not None:
+            tensor = _first_tensor(output)
+            if tensor is not None and tensor.numel():  # an expert may get no token
                 outputs[name] = tensor.detach().clone()
 
         return hook
