@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError
@@ -51,9 +49,8 @@ def run_check(
     """
     extent = extent or Extent()
     check_usable(prepared.spec.compute.device)
-    config = replace(prepared.trial_config, threads=check_threads())
+    config, point = prepared.trial_config, check_point(prepared.spec)
     check_corpus(check_config(config, extent))
-    point = check_point(prepared.spec)
     seconds = expected_seconds(prepared, extent)
     if seconds > ANNOUNCED_SECONDS:
         widths = ", ".join(str(factor * config.base_width) for factor in extent.width_factors)
@@ -62,11 +59,6 @@ def run_check(
             f"{describe_seconds(seconds)} expected; `run --no-check` leaves it out"
         )
     return coordinate_check(config, point, extent)
-
-
-def check_threads() -> int:
-    """All CPUs: nothing else of the sweep runs yet."""
-    return len(os.sched_getaffinity(0))
 
 
 def check_point(spec: Spec) -> Point:
@@ -87,7 +79,8 @@ def _middle(axis: AxisTable) -> float:
 
 def expected_seconds(prepared: Prepared, extent: Extent) -> float:
     """How long the check takes, by counted FLOPs at the spec's rate or the assumed one."""
-    rate = prepared.spec.compute.flop_rate or ASSUMED_FLOP_RATE * check_threads()
+    compute = prepared.spec.compute
+    rate = compute.flop_rate or ASSUMED_FLOP_RATE * compute.cpus
     config = check_config(prepared.trial_config, extent)
     trials = check_trials(config, Point.of(lr=1.0), extent)
     flops = {

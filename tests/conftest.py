@@ -31,12 +31,6 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The coordinate check takes all CPUs, but tests run beside each other."""
-    monkeypatch.setattr("telescope.checking.check_threads", lambda: 1)
-
-
 def tiny_spec(corpus: Path, **tables: Any) -> dict[str, Any]:
     """A sweep that trains in seconds: two widths, 3 × 2 points, a few steps."""
     spec: dict[str, Any] = {
