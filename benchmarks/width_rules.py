@@ -28,7 +28,7 @@ from telescope.dispatch.ray_tune import run_ray
 from telescope.files import write_json
 from telescope.ladder.grid import grid_trials, values_at
 from telescope.prepare import prepare
-from telescope.records import Point, Result, Status, Trial
+from telescope.records import Point, Result, Status, Trial, as_json
 from telescope.spec import Spec
 from telescope.train.loop import TelescopeTrainer
 
@@ -68,9 +68,9 @@ COLUMNS = (
 
 def load_spec(optimizer: str, rule: str) -> Spec:
     """The evidence's spec under one rule."""
-    low, high = ADAMW_RANGE if optimizer == "adamw" else (0.004, 0.5)
-    overrides = [f"optimizer.name={optimizer}", f"optimizer.rule={rule}"]
-    overrides += [f"axes.lr.low={low}", f"axes.lr.high={high}", f"train.evals={EVALS}"]
+    overrides = [f"optimizer.name={optimizer}", f"optimizer.rule={rule}", f"train.evals={EVALS}"]
+    if optimizer == "adamw":
+        overrides += [f"axes.lr.low={ADAMW_RANGE[0]}", f"axes.lr.high={ADAMW_RANGE[1]}"]
     return Spec.load(HERE / "width_rules.toml", overrides)
 
 
@@ -212,7 +212,7 @@ def check_comparable(arm: str, fields: Mapping[str, Any]) -> None:
     """Keep what makes losses comparable beside the table, and refuse to mix."""
     path = FOLDER / "comparable.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    fields = json.loads(json.dumps(fields))
+    fields = as_json(fields)
     if known.setdefault(arm, fields) != fields:
         changed = [key for key in fields if known[arm].get(key) != fields[key]]
         sys.exit(f"{path}: {arm} was trained with other {', '.join(changed)}; move the folder away")

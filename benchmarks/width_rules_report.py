@@ -15,7 +15,6 @@ lie between cells, so both are read off the parabola through the three nearest.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -244,7 +243,7 @@ def report(table: str, arms: Sequence[tuple[str, str]], what: str) -> None:
     print("|---|---|---|---|---|---|---|")
     for summary, _ in results:
         print(as_row(summary))
-    write_json(FOLDER / f"{table}.json", json.loads(json.dumps([s for s, _ in results])))
+    write_json(FOLDER / f"{table}.json", [summary for summary, _ in results])
     figure(results, what).savefig(FOLDER / f"{table}.png", dpi=110)
 
 

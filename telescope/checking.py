@@ -18,7 +18,6 @@ from telescope.train.coordcheck import (
     CoordCheck,
     Extent,
     check_config,
-    check_trials,
     coordinate_check,
 )
 from telescope.train.flops import step_cost
@@ -53,7 +52,7 @@ def run_check(
     check_corpus(check_config(config, extent))
     seconds = expected_seconds(prepared, extent)
     if seconds > ANNOUNCED_SECONDS:
-        widths = ", ".join(str(factor * config.base_width) for factor in extent.width_factors)
+        widths = ", ".join(map(str, extent.widths(config.base_width)))
         say(
             f"{prepared.spec.name}: coordinate check at widths {widths}: about "
             f"{describe_seconds(seconds)} expected; `run --no-check` leaves it out"
@@ -82,14 +81,13 @@ def expected_seconds(prepared: Prepared, extent: Extent) -> float:
     compute = prepared.spec.compute
     rate = compute.flop_rate or ASSUMED_FLOP_RATE * compute.cpus
     config = check_config(prepared.trial_config, extent)
-    trials = check_trials(config, Point.of(lr=1.0), extent)
-    flops = {
-        width: step_cost(
+    flops_per_step = sum(
+        step_cost(
             config.model, config.train, config.optimizer, width=width, base_width=config.base_width
         ).total
-        for width in {trial.width for trial in trials}
-    }
-    return sum(flops[trial.width] for trial in trials) * config.train.steps / rate
+        for width in extent.widths(config.base_width)
+    )
+    return flops_per_step * config.train.steps * len(extent.seeds) / rate
 
 
 def write_check(folder: Folder, check: CoordCheck, prepared: Prepared) -> None:

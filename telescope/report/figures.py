@@ -83,8 +83,6 @@ def write_loss_figure(path: Path, ladder: Ladder, title: str) -> None:
     _write(path, loss_figure(ladder, title))
 
 
-SHOWN_LINES = 24
-"""A check of more quantities than this draws the steepest of each kind alone."""
 CHECK_PANELS = {"output": "outputs", "change": "changes since initialisation", "update": "updates"}
 """Kind of quantity, by the last word of its name → what its panel is called."""
 
@@ -97,7 +95,7 @@ def check_figure(check: CoordCheck, title: str) -> Figure:
     figure = Figure(figsize=(12.5, 4.2), layout="constrained")
     figure.suptitle(f"{title}: coordinate check {check.verdict}", fontsize=11)
     panels = dict(zip(CHECK_PANELS, figure.subplots(1, 3, sharey=True), strict=True))
-    for name in check.shown(SHOWN_LINES):
+    for name in check.shown():
         panel = panels.get(name.rsplit(" ", 1)[-1], panels["output"])
         sizes = check.sizes[name][check.steps[-1]]
         if all(math.isfinite(size) and size > 0 for size in sizes):

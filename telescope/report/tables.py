@@ -61,16 +61,13 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         console.print(f"`run` would refuse: {warning}", style="yellow")
 
 
-SHOWN_QUANTITIES = 24
-"""A check of more quantities than this shows the steepest of each kind alone."""
-
-
 def print_check(console: Console, check: CoordCheck, title: str) -> None:
     """Print the sizes of the coordinate check after its last step, and the slopes over all."""
     steps = ", ".join(map(str, check.steps))
     console.print(f"{title}, {check.point}: {len(check.seeds)} seeds, after steps {steps}")
     table = _table("quantity", *(f"width {width}" for width in check.widths), "slope", "verdict")
-    for name in check.shown(SHOWN_QUANTITIES):
+    shown = check.shown()
+    for name in shown:
         slope, sizes = check.slopes[name], check.sizes[name][check.steps[-1]]
         failed = name in check.problems
         table.add_row(
@@ -81,7 +78,7 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
             style="red" if failed else None,
         )
     console.print(table)
-    if len(check.slopes) > SHOWN_QUANTITIES:
+    if len(shown) < len(check.slopes):
         console.print(
             f"the steepest of each kind of {len(check.slopes)} quantities; --json has all"
         )

@@ -35,6 +35,8 @@ WIDTH_FACTORS = (1, 2, 4, 8)
 """Widths as multiples of the base width, whatever the ladder."""
 STEPS = (3, 10, 20)
 SEEDS = (0, 1, 2)
+SHOWN_QUANTITIES = 24
+"""A table or figure of more quantities than this shows the steepest of each kind alone."""
 INNER = " (inner)"
 """Marks a readout inside a block, such as a router. Among equal experts its gradient is mostly
 noise, which Adam's normalised steps turn into logits that shrink as 1/√width under the right rule
@@ -56,6 +58,10 @@ class Extent:
     width_factors: tuple[int, ...] = WIDTH_FACTORS
     steps: tuple[int, ...] = STEPS
     seeds: tuple[int, ...] = SEEDS
+
+    def widths(self, base_width: int) -> list[int]:
+        """What is trained, narrow first."""
+        return [factor * base_width for factor in self.width_factors]
 
 
 SHORT = Extent(steps=(10,), seeds=(0, 1))
@@ -99,7 +105,7 @@ class CoordCheck:
         slopes = {name: slope for name, slope in self.slopes.items() if slope is not None}
         return max(slopes.items(), key=lambda item: abs(item[1]), default=("nothing", 0.0))
 
-    def shown(self, limit: int) -> list[str]:
+    def shown(self, limit: int = SHOWN_QUANTITIES) -> list[str]:
         """The quantities worth showing: all, or of more than `limit` the steepest of each kind.
 
         Of a kind are those whose names differ in digits alone, as 34 blocks do.
@@ -148,7 +154,7 @@ def check_trials(config: TrialConfig, point: Point, extent: Extent) -> list[Tria
         extent: which widths and seeds.
     """
     plain = Point.of({axis: value for axis, value in point.items() if axis != "warmup"})
-    widths = [factor * config.base_width for factor in extent.width_factors]
+    widths = extent.widths(config.base_width)
     return [Trial(width, plain, seed) for width in widths for seed in extent.seeds]
 
 
