@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from telescope.errors import RefusedError, TrialError
 from telescope.ladder.ladder import Ladder as PureLadder
 from telescope.ladder.ladder import replay
-from telescope.records import Choice, Result, Status, Trial
+from telescope.records import (
+    Certificate,
+    Choice,
+    LadderSpec,
+    Result,
+    Skipped,
+    Status,
+    Trial,
+)
 from telescope.spec import Spec
 
 if TYPE_CHECKING:
@@ -37,7 +45,7 @@ class Ladder:
                 and failures that left it stuck are asked for again.
         """
         self.spec = spec
-        self._ladder = replay(spec.ladder_spec, results, retry_failures=True)
+        self._ladder = replay(_with_costs(spec), results, retry_failures=True)
 
     def ask(self) -> list[Trial]:
         """The open stage's trials still unanswered; [] when the ladder is finished or stuck."""
@@ -86,6 +94,11 @@ class Ladder:
         """Why the ladder cannot go on; None when it can, or is finished."""
         return self._ladder.stuck
 
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """The widths that were left out, with the reason."""
+        return self._ladder.skipped
+
     def transfer(self, width: int | None = None, steps: int | None = None) -> Transfer:
         """What to use at a width.
 
@@ -101,8 +114,46 @@ class Ladder:
         return transfer(self.spec, self._ladder, width=width, steps=steps)
 
 
-def transfer(spec: Spec, ladder: PureLadder, *, width: int | None, steps: int | None) -> Transfer:
-    """The last choice of a ladder, handed over at a width; see `Ladder.transfer`."""
+def _with_costs(spec: Spec) -> LadderSpec:
+    """The ladder's spec, with FLOPs counted where the spec says what is trained."""
+    if spec.model is None or spec.train is None:
+        return spec.ladder_spec
+    from telescope.prepare import count_costs
+
+    return count_costs(spec).ladder_spec
+
+
+def certificate_of(
+    spec: Spec, ladder: PureLadder, *, width: int | None = None, rule_checked: bool
+) -> Certificate | None:
+    """What a ladder says of a width, with what the spec's rule adds; None without a certificate.
+
+    Args:
+        spec: the sweep.
+        ladder: its ladder, with a choice or more.
+        width: the width to predict; left out, the spec's target.
+        rule_checked: a coordinate check of the model has passed.
+    """
+    certificate = ladder.certificate(width, rule_checked=rule_checked)
+    if certificate is None or spec.optimizer.rule == "mup":
+        return certificate
+    problem = (
+        f"optimizer.rule is {spec.optimizer.rule}, under which an optimum is not known to hold "
+        "across widths; use mup"
+    )
+    verdict = "WARN" if certificate.verdict == "PASS" else certificate.verdict
+    return replace(certificate, verdict=verdict, problems=(*certificate.problems, problem))
+
+
+def transfer(
+    spec: Spec,
+    ladder: PureLadder,
+    *,
+    width: int | None,
+    steps: int | None,
+    rule_checked: bool = False,
+) -> Transfer:
+    """The answer of a ladder, handed over at a width; see `Ladder.transfer`."""
     if ladder.stuck or not ladder.choices:
         why = ladder.stuck or "no stage has finished yet; go on with `telescope run`"
         raise RefusedError(f"{spec.name}: nothing to transfer: {why}")
@@ -111,11 +162,12 @@ def transfer(spec: Spec, ladder: PureLadder, *, width: int | None, steps: int | 
 
     width = width or spec.target.width
     last = ladder.choices[-1]
+    certificate = certificate_of(spec, ladder, width=width, rule_checked=rule_checked)
     steps = steps or spec.target.steps or (spec.train.steps if spec.train else None)
     model = spec.resolved_model
     tagged = build_meta(model, width=width, base_width=spec.base_width) if model else None
     answer = transfer_settings(
-        last.point,
+        certificate.point if certificate else last.point,
         width=width,
         steps=steps,
         train=spec.train,
@@ -130,4 +182,4 @@ def transfer(spec: Spec, ladder: PureLadder, *, width: int | None, steps: int | 
         notes.insert(
             0, f"the sweep has NOT finished: this is the choice of width {last.width} alone"
         )
-    return replace(answer, notes=tuple(notes))
+    return replace(answer, notes=tuple(notes), certificate=certificate)

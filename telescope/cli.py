@@ -187,8 +187,11 @@ def run(
     if ladder.stuck:
         typer.echo(f"telescope: {loaded.name}: stuck: {ladder.stuck}", err=True)
         raise typer.Exit(1)
-    settings = transfer_ladder(loaded, ladder, width=None, steps=None)
-    print_answer(console, open_result(folder.path, results), settings)
+    finished = open_result(folder.path, results)
+    settings = transfer_ladder(
+        loaded, ladder, width=None, steps=None, rule_checked=finished.rule_checked
+    )
+    print_answer(console, finished, settings)
 
 
 @app.command()
@@ -244,7 +247,13 @@ def transfer(
     finished = _open(sweep, results)
     from telescope.api import transfer as transfer_ladder
 
-    settings = transfer_ladder(finished.spec, finished.ladder, width=width, steps=steps)
+    settings = transfer_ladder(
+        finished.spec,
+        finished.ladder,
+        width=width,
+        steps=steps,
+        rule_checked=finished.rule_checked,
+    )
     if out:
         from telescope.files import write_json
 
@@ -260,6 +269,8 @@ def transfer(
         from telescope.report.tables import print_transfer
 
         print_transfer(_console(), settings)
+    if settings.certificate and settings.certificate.verdict == "FAIL":
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -34,7 +34,7 @@ def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
         check_corpus(prepared.trial_config)
     number = workers(spec, None, is_cluster=False)
     seconds, basis = _probed(prepared) if probe else _assumed(prepared)
-    estimate = estimate_seconds(spec.ladder_spec, seconds, number)
+    estimate = estimate_seconds(prepared, seconds, number)
     basis += f"; {number} worker{'s' if number > 1 else ''}, start-up not counted"
     return plan_as_json(prepared, {"estimate": estimate, "basis": basis}), _refusal(prepared)
 

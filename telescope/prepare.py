@@ -11,12 +11,14 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from telescope.errors import SpecError
-from telescope.ladder.plan import StagePlan, plan_stages, sweep_cost, what_fits
+from telescope.ladder.plan import Plan, StagePlan, least_cost, plan_ladder, what_fits
+from telescope.ladder.view import round_size
 from telescope.records import LadderSpec
 from telescope.spec import Spec, fingerprint
 from telescope.train.config import ModelConfig, TrainConfig, TrialConfig
@@ -30,15 +32,34 @@ ASSUMED_FLOP_RATE = 2e10
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A spec, checked against its model file and its corpus, with the costs."""
+class Counted:
+    """A spec with the FLOPs of its trials and of the target run."""
 
     spec: Spec
-    trial_config: TrialConfig
     costs: Mapping[int, StepCost]
     """Width → cost of one step; the ladder's widths."""
     target_cost: StepCost
     """Cost of one step at the target, with the target's batch size."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """[train], which the spec has."""
+        return required_tables(self.spec)[1]
+
+    @property
+    def cost_per_trial(self) -> dict[int, float]:
+        """Width → FLOPs of one trial."""
+        steps = self.train.steps
+        return {width: cost.total * steps for width, cost in self.costs.items()}
+
+    @property
+
+
+@dataclass(frozen=True)
+class Prepared(Counted):
+    """A counted spec, checked against its corpus too: ready to run."""
+
+    trial_config: TrialConfig
 
     @property
     def fingerprint(self) -> str:
@@ -57,14 +78,8 @@ class Prepared:
             for key, value in json.loads(json.dumps(defaults, default=repr)).items()
         }
 
-    @property
-    def cost_per_trial(self) -> dict[int, float]:
-        """Width → FLOPs of one trial."""
-        steps = self.trial_config.train.steps
-        return {width: cost.total * steps for width, cost in self.costs.items()}
 
-    @property
-    def target_train(self) -> TrainConfig:
+def target_train(self) -> TrainConfig:
         """[train] with the target's steps and batch size."""
         return target_train(self.spec, self.trial_config.train)
 
@@ -73,10 +88,22 @@ class Prepared:
         """FLOPs of the target run."""
         return self.target_cost.total * self.target_train.steps
 
+    @cached_property
+    def ladder_spec(self) -> LadderSpec:
+        """What the ladder's decisions depend on, costs and budget in FLOPs."""
+        return self.spec.ladder_spec_with(self.cost_per_trial, self.target_flops)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the ladder will ask for, costs in FLOPs."""
+        return plan_ladder(self.ladder_spec)
+
     @property
-    def over_target(self) -> float:
-        """The planned sweep's cost as a multiple of the target run's."""
-        return sweep_cost(self.spec.ladder_spec, self.cost_per_trial) / self.target_flops
+    def planned(self) -> dict[str, float]:
+        """Best, expected and worst cost of the sweep, in target runs."""
+        plan = self.plan
+        costs = {"best": plan.best, "expected": plan.expected, "worst": plan.worst}
+        return {case: cost / self.target_flops for case, cost in costs.items()}
 
 
 def target_train(spec: Spec, train: TrainConfig) -> TrainConfig:
@@ -101,6 +128,28 @@ def required_tables(spec: Spec) -> tuple[ModelConfig, TrainConfig]:
     return model, spec.train
 
 
+def count_costs(spec: Spec) -> Counted:
+    """Check the model file, and count what a step costs at every width and at the target.
+
+    Raises:
+        SpecError: a table is missing, or a keyword is none that the model file takes.
+        ModelError: the model file fails, or has a parameter without a clear role.
+    """
+    model, train = required_tables(spec)
+    check_keywords(model)
+    base_width, target = spec.base_width, target_train(spec, train)
+    return Counted(
+        spec=spec,
+        costs={
+            width: step_cost(model, train, spec.optimizer, width=width, base_width=base_width)
+            for width in spec.ladder.widths
+        },
+        target_cost=step_cost(
+            model, target, spec.optimizer, width=spec.target.width, base_width=base_width
+        ),
+    )
+
+
 def prepare(spec: Spec) -> Prepared:
     """Check the model file and the corpus, and count the costs.
 
@@ -112,13 +161,11 @@ def prepare(spec: Spec) -> Prepared:
     model, train = required_tables(spec)
     check_keywords(model)
     _check_device(spec.compute.device)
-    target = target_train(spec, train)
-    costs = {
-        width: step_cost(model, train, spec.optimizer, width=width, base_width=spec.base_width)
-        for width in spec.ladder.widths
-    }
+    counted = count_costs(spec)
     return Prepared(
         spec=spec,
+        costs=counted.costs,
+        target_cost=counted.target_cost,
         trial_config=TrialConfig(
             model=model,
             optimizer=spec.optimizer,
@@ -128,11 +175,7 @@ def prepare(spec: Spec) -> Prepared:
             corpus_digest=load_corpus(spec.data).digest,
             device=spec.compute.device,
             threads=spec.compute.cpus,
-            flops_per_step={width: cost.total for width, cost in costs.items()},
-        ),
-        costs=costs,
-        target_cost=step_cost(
-            model, target, spec.optimizer, width=spec.target.width, base_width=spec.base_width
+            flops_per_step={width: cost.total for width, cost in counted.costs.items()},
         ),
     )
 
@@ -214,15 +257,15 @@ def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> int:
 
 def over_budget(prepared: Prepared) -> str | None:
     """Why the plan is refused, with what would fit; None when it is within the budget."""
-    limit = prepared.spec.budget.max_over_target
-    if prepared.over_target <= limit:
+    ladder, limit = prepared.ladder_spec, prepared.spec.budget.max_over_target
+    least = least_cost(ladder) / prepared.target_flops
+    if least <= limit:
         return None
-    ladder = prepared.spec.ladder_spec
-    fits = what_fits(ladder, prepared.cost_per_trial, limit * prepared.target_flops)
-    fits.append(f"budget.max_over_target = {math.ceil(prepared.over_target * 10) / 10:g}")
+    fits = [*what_fits(ladder), f"budget.max_over_target = {math.ceil(least * 10) / 10:g}"]
+    would = "would cost" if prepared.spec.ladder.policy == "paper" else "would cost at least"
     return (
-        f"the sweep would cost {prepared.over_target:.3g} target runs, budget.max_over_target is "
-        f"{limit:g}; any of these would fit: {'; '.join(fits)}"
+        f"the sweep {would} {least:.3g} target runs, budget.max_over_target is {limit:g}; any of "
+        f"these would fit: {'; '.join(fits)}"
     )
 
 
@@ -233,27 +276,27 @@ def plan_as_json(prepared: Prepared, seconds: Mapping[str, Any]) -> dict[str, An
         prepared: the sweep.
         seconds: {"estimate", "basis"}.
     """
-    ladder = prepared.spec.ladder_spec
+    plan = prepared.plan
     train, target = prepared.trial_config.train, prepared.target_train
-    by_parameters = {
-        width: float(cost.parameters) * train.tokens for width, cost in prepared.costs.items()
-    }
-    over = prepared.over_target
+    by_parameters = sum(
+        stage.trials * prepared.costs[stage.width].parameters * train.tokens
+        for stage in plan.stages
+    )
     return {
         "name": prepared.spec.name,
-        "stages": [_stage_as_json(prepared, stage) for stage in plan_stages(ladder)],
+        "policy": prepared.spec.ladder.policy,
+        "stages": [_stage_as_json(prepared, stage) for stage in plan.stages],
         "target": {
             "width": prepared.spec.target.width,
             "parameters": prepared.target_cost.parameters,
             "tokens": target.tokens,
             "flops": prepared.target_flops,
         },
-        "sweep_flops": sweep_cost(ladder, prepared.cost_per_trial),
-        "sweep_over_target": over,
-        "sweep_over_target_parameters": sweep_cost(ladder, by_parameters)
+        "sweep_flops": plan.expected,
+        "sweep_over_target": prepared.planned["expected"],
+        "sweep_over_target_parameters": by_parameters
         / (prepared.target_cost.parameters * target.tokens),
-        # Algorithm 1 asks for the same trials whatever their results are.
-        "range": {"best": over, "expected": over, "worst": over},
+        "range": prepared.planned,
         "seconds": dict(seconds),
     }
 
@@ -278,10 +321,14 @@ def _stage_as_json(prepared: Prepared, stage: StagePlan) -> dict[str, Any]:
 
 
 def estimate_seconds(
-    ladder: LadderSpec, seconds_per_trial: Mapping[int, float], number_of_workers: int
+    prepared: Prepared, seconds_per_trial: Mapping[int, float], number_of_workers: int
 ) -> float:
-    """Wall time of the ladder: its stages one after the other, each spread over the workers."""
-    return sum(
-        math.ceil(stage.trials / number_of_workers) * seconds_per_trial[stage.width]
-        for stage in plan_stages(ladder)
-    )
+    """Wall time of the expected ladder: one round after the other, each spread over the workers."""
+    spec, stages = prepared.ladder_spec, prepared.plan.stages
+    rounds = round_size(spec) * len(spec.seeds) if spec.policy == "adaptive" else math.inf
+    total = 0.0
+    for stage in stages:
+        at_once = min(float(stage.trials), rounds) or 1.0
+        waves = stage.trials / at_once * math.ceil(at_once / number_of_workers)
+        total += waves * seconds_per_trial[stage.width]
+    return total

@@ -162,6 +162,39 @@ class LadderSpec:
     axes: tuple[Axis, ...]
     widths: tuple[int, ...]
     seeds: tuple[int, ...] = (0,)
+    policy: str = "adaptive"
+    """"adaptive", or "paper" for Algorithm 1 of arXiv 2505.02222 as printed."""
+    target_width: int | None = None
+    """Width of the run that the ladder is for; None is the last width."""
+    tolerance: float = 0.001
+    """Predicted excess loss at the target, as a share of the loss, below which adaptive stops."""
+    round: int | None = None
+    """Points per round of the adaptive policy; None is 4, or two more than there are
+    swept axes."""
+    until_proven: bool = False
+    """Whether adaptive also goes on until a drift that never settles is ruled out."""
+    costs: Mapping[int, float] = field(default_factory=dict)
+    """Width → cost of one trial, any unit; where it is empty, the square of the width."""
+    budget: float | None = None
+    """The most that all trials may cost, in the unit of `costs`; a wall for the adaptive policy."""
+
+    @property
+    def target(self) -> int:
+        """Width of the run that the ladder is for."""
+        return self.target_width or self.widths[-1]
+
+    @property
+    def swept(self) -> tuple[Axis, ...]:
+        """The axes with more than one value."""
+        return tuple(axis for axis in self.axes if not axis.is_fixed)
+
+    def cost(self, width: int) -> float:
+        """Cost of one trial at a width.
+
+        >>> LadderSpec((), (32, 64)).cost(64), LadderSpec((), (32,), costs={32: 7.5}).cost(32)
+        (4096.0, 7.5)
+        """
+        return self.costs[width] if self.costs else float(width) ** 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +203,10 @@ class Stage:
 
     width: int
     grid: Mapping[str, tuple[float, ...]]
-    """Axis → its values in rising order; a fixed axis has one."""
+    """Axis → its values in rising order, of which trials are made; a fixed axis has one."""
     trials: tuple[Trial, ...]
+    rounds: tuple[str, ...] = ()
+    """Why each round of trials was asked for; empty where the grid is asked for whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +216,44 @@ class Choice:
     width: int
     point: Point
     loss: float
-    """Seed-mean held-out loss of the chosen point, nats per token."""
+    """Held-out loss of the chosen point, nats per token: the seed mean, or the fit's if fitted."""
     intervals: Mapping[str, tuple[float, float] | None]
-    """Axis → the interval of its optimum; None where the policy makes none."""
+    """Axis → the interval that holds its optimum with 90 %; None where there is none: a fixed or
+    an unidentified axis, or a policy that makes no intervals."""
     at_edge: tuple[str, ...]
     """Axes on whose border the choice lies."""
     reason: str
     counts: Mapping[Status, int]
     """How the stage's trials ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A width that the ladder left out, and why."""
+
+    width: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a ladder says of one width that it did not train, and how sure it is."""
+
+    verdict: str
+    """"PASS", "WARN" or "FAIL"."""
+    width: int
+    point: Point
+    """The predicted optimum, base-width units."""
+    predicted_excess_loss: float
+    """Expected loss above the optimum's at that width, as a share of the loss."""
+    intervals: Mapping[str, tuple[float, float] | None]
+    """Axis → the interval that holds the optimum at that width with 90 %, or None."""
+    evidence: tuple[str, ...]
+    """What was measured and predicted, in words."""
+    problems: tuple[str, ...]
+    """What keeps it from PASS, each with what would mend it."""
+    assumptions: tuple[str, ...]
+    """What was taken for granted."""
 
 
 class TrialSource(Protocol):

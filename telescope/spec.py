@@ -15,7 +15,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -54,8 +54,15 @@ class LadderTable(Table):
 
     widths: tuple[int, ...]
     """Widths of the stages, rising, each at most double the one before; the first is the base."""
-    policy: Literal["paper"] = "paper"
+    policy: Literal["adaptive", "paper"] = "adaptive"
     """"paper" is Algorithm 1 of arXiv 2505.02222 as printed."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    """Adaptive: predicted excess loss at the target, as a share of the loss, that is good enough."""
+    until: Literal["predicted", "proven"] = "predicted"
+    """Adaptive: stop when the prediction is within the tolerance, or when a drift that never
+    settles is ruled out too."""
+    round: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Adaptive: points asked for at a time; left out, 4, or two more than there are swept axes."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     """Seeds of every point: each sets initialisation and data order."""
 
@@ -150,7 +157,8 @@ class BudgetTable(Table):
     """Table ``[budget]``."""
 
     max_over_target: Annotated[float, Field(gt=0)] = 4.0
-    """`run` refuses a plan that costs more than this many target runs."""
+    """The most that the sweep may cost, in target runs. `run` refuses what must cost more; the
+    adaptive policy stops there."""
 
 
 class ModelTable(pydantic.BaseModel):
@@ -288,7 +296,26 @@ class Spec(Table):
     def ladder_spec(self) -> LadderSpec:
         """What the ladder's decisions depend on."""
         axes = tuple(table.as_axis(name) for name, table in self.axes.items())
-        return LadderSpec(axes, self.ladder.widths, self.ladder.seeds)
+        return LadderSpec(
+            axes,
+            self.ladder.widths,
+            self.ladder.seeds,
+            policy=self.ladder.policy,
+            target_width=self.target.width,
+            tolerance=self.ladder.tolerance,
+            round=self.ladder.round,
+            until_proven=self.ladder.until == "proven",
+        )
+
+    def ladder_spec_with(self, costs: Mapping[int, float], target_cost: float) -> LadderSpec:
+        """The same with what trials cost.
+
+        Args:
+            costs: width → FLOPs of one trial.
+            target_cost: FLOPs of the target run, of which the budget is a multiple.
+        """
+        budget = self.budget.max_over_target * target_cost
+        return replace(self.ladder_spec, costs=dict(costs), budget=budget)
 
     @property
     def resolved_model(self) -> ModelConfig | None:

@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from telescope.api import certificate_of
 from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError
 from telescope.ladder.ladder import Ladder, replay
-from telescope.ladder.plan import plan_stages
 from telescope.prepare import (
     Prepared,
     check_corpus,
@@ -34,7 +35,7 @@ from telescope.prepare import (
     prepare,
     workers,
 )
-from telescope.records import Point, Result, Status, Trial
+from telescope.records import Certificate, Point, Result, Status, Trial
 from telescope.report.figures import write_loss_figure
 from telescope.report.frames import write_csv
 from telescope.report.live import Progress, View
@@ -67,7 +68,8 @@ class Recorder:
     view: View
     name: str
     workers: int
-    cost_per_trial: Mapping[int, float]
+    planned: Mapping[int, int]
+    """Width → trials that the plan expects."""
     known: list[Result]
     """Results so far, those of earlier runs included."""
     running: set[Trial] = field(default_factory=set)
@@ -75,7 +77,6 @@ class Recorder:
 
     def __post_init__(self) -> None:
         """Prepare what progress needs, which is asked for twice per trial."""
-        self._plan = {plan.width: plan.trials for plan in plan_stages(self.ladder.spec)}
         self._seconds: dict[int, list[float]] = {}
         for result in self.known:
             self._note_seconds(result)
@@ -126,6 +127,7 @@ class Recorder:
         in_stage = self.ladder.results(stage)
         complete = [result for result in in_stage if result.loss is not None]
         closed = sum(len(s.trials) for s in self.ladder.stages[:-1])
+        expected = self._expected_trials()
         return Progress(
             name=self.name,
             state=state,
@@ -133,31 +135,46 @@ class Recorder:
             stages=len(self.ladder.spec.widths),
             width=stage.width,
             stage_done=len(in_stage),
-            stage_total=len(stage.trials),
+            stage_total=expected.get(stage.width, len(stage.trials)),
             done=closed + len(in_stage),
-            total=sum(self._plan.values()),
+            total=closed + len(in_stage) + self._left(expected),
             running=len(self.running),
             best=min(complete, key=lambda r: r.loss or 0.0, default=None),
             seconds=time.monotonic() - self.started,
-            eta_seconds=self._eta_seconds(len(in_stage)),
+            eta_seconds=self._eta_seconds(expected),
         )
 
-    def _eta_seconds(self, done_in_stage: int) -> float | None:
+    def _expected_trials(self) -> dict[int, int]:
+        """Width → trials that are asked for or expected, from the open stage on.
+
+        Of a policy that asks in rounds, what the plan expects, or what is asked for if more.
+        """
+        if self.ladder.is_finished or self.ladder.stuck:
+            return {}
+        stage = self.ladder.stages[-1]
+        rest = {width: trials for width, trials in self.planned.items() if width > stage.width}
+        return {stage.width: max(len(stage.trials), self.planned[stage.width]), **rest}
+
+    def _left(self, expected: Mapping[int, int]) -> int:
+        """How many of the expected trials have no result yet."""
+        done = len(self.ladder.results(self.ladder.stages[-1])) if expected else 0
+        return sum(expected.values()) - done
+
+    def _eta_seconds(self, expected: Mapping[int, int]) -> float | None:
         """Time left: what remains, at the seconds measured per width, spread over the workers."""
         if not self._seconds:
             return None
         seconds = {width: fmean(times) for width, times in self._seconds.items()}
-        widest = max(seconds)
-        rate = (
-            seconds[widest] / self.cost_per_trial[widest] if widest in self.cost_per_trial else 0.0
+        widest, spec = max(seconds), self.ladder.spec
+        rate = seconds[widest] / spec.cost(widest) if widest in self.planned else 0.0
+        left = sum(
+            trials * seconds.get(width, rate * spec.cost(width))
+            for width, trials in expected.items()
         )
-        open_width, left = self.ladder.stages[-1].width, 0.0
-        for width, trials in self._plan.items():
-            each = seconds.get(width, rate * self.cost_per_trial[width])
-            if width > open_width:
-                left += each * trials
-            elif width == open_width:
-                left += each * (trials - done_in_stage)
+        if expected:
+            stage = self.ladder.stages[-1]
+            each = seconds.get(stage.width, rate * spec.cost(stage.width))
+            left -= len(self.ladder.results(stage)) * each
         return left / self.workers
 
 
@@ -219,13 +236,13 @@ def _recording(
         folder.write_spec(record, prepared.trial_config.model.text)
         write_verdict()
         recorder = Recorder(
-            ladder=replay(spec.ladder_spec, known, retry_failures=True),
+            ladder=replay(prepared.ladder_spec, known, retry_failures=True),
             store=store,
             folder=folder,
             view=view,
             name=spec.name,
             workers=1 if options.dispatcher == "inline" else number,
-            cost_per_trial=prepared.cost_per_trial,
+            planned={stage.width: stage.trials for stage in prepared.plan.stages},
             known=known,
         )
         state = "interrupted"
@@ -273,6 +290,8 @@ def _spec_record(prepared: Prepared, storage: str | None) -> dict[str, Any]:
         "comparable_if_equal": prepared.comparable,
         "storage": without_password(storage) if storage else None,
         "target_flops": prepared.target_flops,
+        "costs": {str(width): cost for width, cost in prepared.cost_per_trial.items()},
+        "planned": prepared.planned,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
     }
@@ -323,21 +342,36 @@ class Finished:
     ladder: Ladder
     results: list[Result]
     target_flops: float
+    planned: Mapping[str, float] | None
+    """Best, expected and worst cost that the plan gave, in target runs."""
+
+    @cached_property
+    def certificate(self) -> Certificate | None:
+        """What the ladder says of the target; None where its policy says nothing."""
+        return certificate_of(self.spec, self.ladder, rule_checked=self.rule_checked)
+
+    @property
+    def rule_checked(self) -> bool:
+        """Whether a coordinate check of this very training has passed."""
+        check = self.folder.read_check() or {}
+        same = check.get("fingerprint") == self.folder.read_spec()["fingerprint"]
+        return same and check.get("verdict") == "PASS"
 
     def target_point(self) -> Point | None:
-        """The last choice, its weight decay rescaled if the target has other steps; or None."""
+        """The answer, its weight decay rescaled if the target has other steps; None without one."""
         if not self.ladder.choices:
             return None
-        point = self.ladder.choices[-1].point
+        point = self.certificate.point if self.certificate else self.ladder.choices[-1].point
         return at_horizon(point, self.spec.train, self.spec.target.steps)
 
-    def cost(self) -> dict[str, float]:
-        """What all stored trials cost, in the keys of `show --json`."""
+    def cost(self) -> dict[str, Any]:
+        """What all stored trials cost, and what was planned, in the keys of `show --json`."""
         flops = sum(result.flops for result in self.results)
         return {
             "flops": flops,
             "seconds": sum(result.seconds for result in self.results),
             "over_target": flops / self.target_flops,
+            "planned": self.planned and dict(self.planned),
         }
 
 
@@ -355,5 +389,7 @@ def open_result(sweep: str | Path, results: Path) -> Finished:
     check_exists(url)
     with closing(Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"])) as store:
         known = store.results()
-    ladder = replay(spec.ladder_spec, known)
-    return Finished(folder, spec, ladder, known, record["target_flops"])
+    costs = {int(width): cost for width, cost in record.get("costs", {}).items()}
+    ladder_spec = spec.ladder_spec_with(costs, record["target_flops"])
+    ladder = replay(ladder_spec, known)
+    return Finished(folder, spec, ladder, known, record["target_flops"], record.get("planned"))

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
+from telescope.ladder.adaptive import REPEATS
 from telescope.ladder.grid import points_at
-from telescope.records import LadderSpec
+from telescope.ladder.ladder import Ladder
+from telescope.ladder.view import MOST_TRIALS, round_size
+from telescope.ladder.window import middle, octaves, star
+from telescope.records import LadderSpec, Result, Status, Trial
+
+TYPICAL_STEP = 0.01
+"""Share of the loss that one lattice step off the optimum costs. An assumption, for plans alone."""
+TYPICAL_NOISE = 0.003
+"""Noise between seeds as a share of the loss. An assumption, for plans alone."""
+TYPICAL_OFFSET = 0.7
+"""Lattice steps between the middle of an axis and its optimum. An assumption, for plans alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +29,87 @@ class StagePlan:
 
     width: int
     points: Mapping[str, int]
-    """Axis → how many values it has."""
+    """Axis → how many values it has, of which an adaptive stage takes few combinations."""
     trials: int
+    """How many trials are expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a ladder will ask for; costs are in the unit of the spec's."""
+
+    stages: tuple[StagePlan, ...]
+    """One per width; of a width that is expected to be left out, no trials."""
+    best: float
+    """The least that any results can lead to."""
+    expected: float
+    worst: float
+    """The most, and never more than an adaptive ladder's budget."""
+
+
+def plan_ladder(spec: LadderSpec) -> Plan:
+    """Plan a ladder before anything trains.
+
+    Algorithm 1 asks for the same trials whatever their results are. What the adaptive policy is
+    expected to ask for is what it asks for on a typical simulated surface, `typical_result`.
+    """
+    if spec.policy == "paper" or not spec.swept:
+        stages = plan_stages(spec)
+        cost = _cost(spec, stages)
+        return Plan(tuple(stages), cost, cost, cost)
+    best, worst = _fewest(spec), _most(spec)
+    ladder = Ladder(replace(spec, budget=None))
+    while trials := ladder.ask():
+        for trial in trials:
+            ladder.tell(typical_result(spec, trial))
+    trials_at = {stage.width: len(stage.trials) for stage in ladder.stages}
+    stages = [replace(stage, trials=trials_at.get(stage.width, 0)) for stage in plan_stages(spec)]
+    wall = math.inf if spec.budget is None else max(spec.budget, best)
+    return Plan(
+        tuple(stages), best, min(_cost(spec, stages), wall), min(_cost_of(spec, worst), wall)
+    )
+
+
+def typical_result(spec: LadderSpec, trial: Trial) -> Result:
+    """A bowl without drift and with some noise, which depends on the trial's content alone."""
+    away = [
+        math.log2(trial.point[axis.name] / middle(axis)) / octaves(axis)[0] - TYPICAL_OFFSET
+        for axis in spec.swept
+    ]
+    share = (zlib.crc32(str(trial).encode()) + 0.5) / 2**32
+    noise = TYPICAL_NOISE * NormalDist().inv_cdf(share)
+    loss = 1 + TYPICAL_STEP * sum(x * x for x in away) + noise
+    return Result(trial, Status.COMPLETE, loss=loss)
+
+
+def _fewest(spec: LadderSpec) -> float:
+    """Cost of the first rounds alone: of the base width, its repeats, and the next width's."""
+    seeds = len(spec.seeds)
+    base = len(star(spec)) * seeds + (REPEATS if seeds == 1 else 0)
+    least = {spec.widths[0]: base}
+    if len(spec.widths) > 1:
+        least[spec.widths[1]] = round_size(spec) * seeds
+    return _cost_of(spec, least)
+
+
+def _most(spec: LadderSpec) -> dict[int, int]:
+    """Width → trials when every stage takes all rounds that it may."""
+    repeats = REPEATS if len(spec.seeds) == 1 else 0
+    each = (MOST_TRIALS + round_size(spec)) * len(spec.seeds)
+    return {width: each + repeats * (width == spec.widths[0]) for width in spec.widths}
+
+
+def _cost_of(spec: LadderSpec, trials: Mapping[int, int]) -> float:
+    return sum(number * spec.cost(width) for width, number in trials.items())
+
+
+def _cost(spec: LadderSpec, stages: Iterable[StagePlan]) -> float:
+    return _cost_of(spec, {stage.width: stage.trials for stage in stages})
 
 
 def plan_stages(spec: LadderSpec) -> list[StagePlan]:
     """The stages of Algorithm 1, which do not depend on any result."""
-    base, swept = spec.widths[0], sum(not axis.is_fixed for axis in spec.axes)
+    base, swept = spec.widths[0], len(spec.swept)
     plans = []
     for width in spec.widths:
         points = {
@@ -33,30 +120,34 @@ def plan_stages(spec: LadderSpec) -> list[StagePlan]:
     return plans
 
 
-def sweep_cost(spec: LadderSpec, cost_per_trial: Mapping[int, float]) -> float:
-    """The cost of all stages, in the unit of `cost_per_trial` (width → cost of one trial)."""
-    return sum(stage.trials * cost_per_trial[stage.width] for stage in plan_stages(spec))
+def least_cost(spec: LadderSpec) -> float:
+    """The least that a ladder can cost: a budget under it is refused."""
+    if spec.policy == "paper" or not spec.swept:
+        return _cost(spec, plan_stages(spec))
+    return _fewest(spec)
 
 
-def what_fits(spec: LadderSpec, cost_per_trial: Mapping[int, float], budget: float) -> list[str]:
-    """Changes to the spec, each enough alone, that bring the sweep under `budget`.
+def what_fits(spec: LadderSpec) -> list[str]:
+    """Changes to the spec, each enough alone, that bring the ladder's least cost under its budget.
 
     Args:
-        spec: a ladder that costs more than `budget`.
-        cost_per_trial: width → cost of one trial.
-        budget: the most that the sweep may cost, in the same unit.
+        spec: a ladder with a budget that it exceeds.
 
     Returns:
-        Sentences' ends such as ``ladder.widths = [32, 64] (1.2)``; empty when nothing fits.
+        Ends of sentences such as ``ladder.widths = [32, 64]``; empty when nothing fits.
     """
+
+    def fits(changed: LadderSpec) -> bool:
+        return spec.budget is None or least_cost(changed) <= spec.budget
+
     changes = []
     for count in range(len(spec.widths) - 1, 0, -1):
         shorter = replace(spec, widths=spec.widths[:count])
-        if sweep_cost(shorter, cost_per_trial) <= budget:
+        if fits(shorter):
             changes.append(f"ladder.widths = {list(shorter.widths)}")
             break
-    for thinner in _thinner(spec):
-        if sweep_cost(thinner, cost_per_trial) <= budget:
+    for thinner in _thinner(spec) if spec.policy == "paper" else ():
+        if fits(thinner):
             pairs = zip(spec.axes, thinner.axes, strict=True)
             changed = [new for old, new in pairs if new != old]
             changes.append(
@@ -65,7 +156,7 @@ def what_fits(spec: LadderSpec, cost_per_trial: Mapping[int, float], budget: flo
             break
     if len(spec.seeds) > 1:
         single = replace(spec, seeds=spec.seeds[:1])
-        if sweep_cost(single, cost_per_trial) <= budget:
+        if fits(single):
             changes.append(f"ladder.seeds = {list(single.seeds)}")
     return changes
 

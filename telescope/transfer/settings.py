@@ -6,10 +6,10 @@ The groups are those that the program's own training loop is built from, so plai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from telescope.records import Point, as_json
+from telescope.records import Certificate, Point, as_json
 from telescope.train.config import OptimizerConfig, TrainConfig
 from telescope.train.model import TaggedModel
 from telescope.train.optim import Group, parameter_groups
@@ -41,8 +41,8 @@ class Transfer:
     """One per (role, shape); None where the spec names no model file."""
     schedule: dict[str, Any] | None
     notes: tuple[str, ...]
-    certificate: dict[str, Any] | None = field(default=None)
-    """None until a policy that makes one has run."""
+    certificate: Certificate | None = field(default=None)
+    """How sure the answer is; None under policy `paper`, which cannot say."""
 
     @property
     def lr(self) -> float:
@@ -64,9 +64,17 @@ class Transfer:
             "steps": self.steps,
             "schedule": self.schedule,
             "groups": as_json(self.groups),
-            "certificate": self.certificate,
+            "certificate": certificate_as_json(self.certificate),
             "notes": list(self.notes),
         }
+
+
+def certificate_as_json(certificate: Certificate | None) -> dict[str, Any] | None:
+    """A certificate in the JSON's keys; the point stands beside it."""
+    if certificate is None:
+        return None
+    facts = asdict(certificate)
+    return as_json({key: value for key, value in facts.items() if key not in ("point", "width")})
 
 
 def rescale_horizon(point: Point, *, sweep_steps: int, steps: int) -> Point:

@@ -1,4 +1,4 @@
-"""The decision of one stage: the point with the lowest loss, or why there is none."""
+"""Policy `paper`: Algorithm 1 of arXiv 2505.02222 as printed. Whole grids, the argmin of each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
+from telescope.ladder.grid import paper_stage
+from telescope.ladder.state import Move, State
 from telescope.records import Choice, Point, Result, Stage, Status
 
 FAILED_SHARE = 0.1
 """A stage closes with failures up to this share of its trials. An assumption."""
+
+
+def next_move(state: State) -> Move | None:
+    """Open the next width's grid, or choose from the open one; None while results are missing."""
+    stage = state.open_stage
+    if stage is None:
+        centre = state.choices[-1].point if state.choices else {}
+        return Move(stage=paper_stage(state.spec, state.spec.widths[len(state.choices)], centre))
+    results = state.results(stage)
+    if stuck := stuck_reason(stage, results):
+        return Move(stuck=stuck)
+    return Move(choice=choose(stage, results)) if state.is_answered(stage) else None
 
 
 def choose(stage: Stage, results: Sequence[Result]) -> Choice:
@@ -79,29 +93,35 @@ def stuck_reason(stage: Stage, results: Sequence[Result]) -> str | None:
     """
     failed = [result for result in results if result.status is Status.FAILED]
     if len(failed) > FAILED_SHARE * len(stage.trials):
-        return (
-            f"width {stage.width}: {len(failed)} of {len(stage.trials)} trials failed, at most a "
-            f"tenth may; last reason: {_first_line(failed[-1].reason)}; run again to retry them"
-        )
+        return failures_reason(stage, failed)
     if len(results) < len(stage.trials):
         return None
     ranked = _ranked(results)
     if not ranked:
-        return _all_diverged(stage, len(failed))
+        return all_diverged(stage, len(failed))
     neighbours = [r for r in failed if _is_beside(stage, r.trial.point, ranked[0][1])]
     if neighbours:
         return (
             f"width {stage.width}: a trial beside the best point failed ({neighbours[0].trial}: "
-            f"{_first_line(neighbours[0].reason)}); run again to retry it"
+            f"{first_line(neighbours[0].reason)}); run again to retry it"
         )
     return None
 
 
-def _first_line(reason: str) -> str:
+def failures_reason(stage: Stage, failed: Sequence[Result]) -> str:
+    """The message for a stage with more failures than may be."""
+    return (
+        f"width {stage.width}: {len(failed)} of {len(stage.trials)} trials failed, at most a "
+        f"tenth may; last reason: {first_line(failed[-1].reason)}; run again to retry them"
+    )
+
+
+def first_line(reason: str) -> str:
+    """The first line of a reason, for a message of one line."""
     return reason.splitlines()[0] if reason else "none given"
 
 
-def _all_diverged(stage: Stage, failed: int) -> str:
+def all_diverged(stage: Stage, failed: int) -> str:
     """The message for a stage without a single loss, naming the axis to change."""
     values = stage.grid["lr"]
     lowest, key = values[0], "low" if len(values) > 1 else "value"

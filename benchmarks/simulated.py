@@ -1,0 +1,97 @@
+"""Simulated loss surfaces with a known optimum, for tests and benchmarks of the ladder.
+
+None has the form that the ladder fits: along an axis the excess loss is a LINEX bowl, exponential
+on one side, linear on the other, with a wall of divergence beyond. Loss at width n is
+
+    level(n) · (1 + excess + noise),   excess = Σ_axes κ · 2/a² · (e^(−a x) − 1 + a x)
+
+where x is the distance from the optimum in octaves, κ the curvature in shares of the loss per square
+octave and a the skew; each later axis is tilted against the first.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
+
+from telescope.records import Axis, LadderSpec, Point, Result, Status, Trial
+
+ESSENTIAL_COSTS = {256: 0.04095, 512: 0.09501, 1024: 0.24248, 2048: 0.69494, 2560: 1.0}
+"""FLOPs of one run of arXiv 2505.02222's ladder over its target run: `telescope plan essential-4b`."""
+ESSENTIAL = LadderSpec(
+    axes=(Axis("lr", 0.0008, 5.3, 8), Axis("weight_decay", 0.0009, 0.85, 8)),
+    widths=(256, 512, 1024, 2048),
+    target_width=2560,
+    costs=ESSENTIAL_COSTS,
+)
+"""The published geometry, as `sweeps/essential-4b.toml` has it."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """One simulated truth. Distances are in octaves, losses in shares of the level."""
+
+    spec: LadderSpec
+    optimum: Mapping[str, float]
+    """Axis → log2 of its optimum at base width."""
+    curvature: Mapping[str, float] = field(
+        default_factory=lambda: {"lr": 0.0039, "weight_decay": 0.001}
+    )
+    """Share of the loss per square octave; 0.0039 for lr is what 1,911 public runs show
+    (arXiv 2503.04715 by way of 2601.05049)."""
+    skew: float = 0.4
+    """a of the LINEX bowl; positive is steep towards low learning rates."""
+    tilt: float = 0.3
+    """Octaves by which a later axis's optimum falls per octave of the first."""
+    drift: float = 0.0
+    """Octaves that the optimum of every axis moves over the first doubling."""
+    exponent: float = 1.0
+    """p of the law n^−p of the drift; 0 never settles."""
+    noise: float = 0.003
+    """Standard deviation between seeds."""
+    cliff: float = 3.0
+    """Octaves above the optimal lr beyond which a trial diverges."""
+    seed: int = 0
+    """Of the noise."""
+    level: Callable[[int], float] = lambda width: 1.3 + (width / 256) ** -0.31
+
+    def best(self, width: int) -> dict[str, float]:
+        """Axis → log2 of its optimum at a width."""
+        ratio = width / self.spec.widths[0]
+        if self.exponent == 0:
+            gone = math.log2(ratio)
+        else:
+            gone = (1 - ratio**-self.exponent) / (1 - 2**-self.exponent)
+        return {axis: at + self.drift * gone for axis, at in self.optimum.items()}
+
+    def excess(self, point: Mapping[str, float], width: int) -> float:
+        """Loss above the optimum's at a width, as a share of the loss; no noise."""
+        best = self.best(width)
+        away = {axis: math.log2(point[axis]) - at for axis, at in best.items()}
+        first = next(iter(away.values()))
+        total = 0.0
+        for number, (axis, x) in enumerate(away.items()):
+            if number:
+                x = -(x + self.tilt * first)  # steep towards high decay
+            total += self.curvature[axis] * _linex(x, self.skew)
+        return total
+
+    def __call__(self, trial: Trial) -> Result:
+        """Answer a trial; the noise depends on its content alone."""
+        best = self.best(trial.width)
+        if math.log2(trial.lr) - best.get("lr", 0.0) > self.cliff:
+            return Result(trial, Status.DIVERGED, reason="loss nan")
+        share = zlib.crc32(f"{self.seed} {trial}".encode()) / 2**32
+        noise = self.noise * NormalDist().inv_cdf(min(max(share, 1e-9), 1 - 1e-9))
+        loss = self.level(trial.width) * (1 + self.excess(trial.point, trial.width) + noise)
+        return Result(trial, Status.COMPLETE, loss=loss)
+
+
+def _linex(x: float, skew: float) -> float:
+    """A bowl with curvature 1 · x² at its minimum, exponential where skew · x is negative."""
+    if abs(skew) < 1e-6:
+        return x * x
+    return 2 / skew**2 * (math.exp(-skew * x) - 1 + skew * x)

@@ -1,0 +1,320 @@
+"""Policy `adaptive`: few trials in rounds, a fitted optimum with an interval, and an end.
+
+At each width, rounds of a few trials, each chosen from all answered results as those that say most
+about the optimum *at the target* (`design`). The stage closes when the next width's trials say more
+per FLOP than its own. The ladder ends when the loss that its answer is expected to cost at the
+target is within the tolerance, when another round would hardly lower it, or with the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from telescope.ladder import paper
+from telescope.ladder.observe import diverged_points
+from telescope.ladder.state import Move, State
+from telescope.ladder.view import MOST_TRIALS, View, round_size
+from telescope.ladder.window import (
+    EXTENSION_CELLS,
+    WINDOW,
+    WINDOW_OF_MANY,
+    base_grid,
+    extended,
+    grid_around,
+    place_of,
+    star,
+)
+from telescope.records import Axis, Choice, LadderSpec, Point, Skipped, Stage, Status, Trial
+
+LEAST_LOSSES = 3
+"""Complete losses at base width without which there is nothing to fit."""
+REPEATS = 2
+"""Best cells of the base width that get a further seed before the stage closes."""
+MOST_EXTENSIONS = 3
+"""Times that the window of one axis grows at one width."""
+BORDER_TRIALS = 1
+"""Trials of a round that look beyond a border."""
+OWN_SHARE = 0.2
+"""Share of the excess predicted for the target below which a width's own is small enough."""
+LEAST_GAIN = 0.1
+"""Share of the predicted excess that a round must promise to take off at the last width."""
+
+
+def next_move(state: State) -> Move | None:
+    """Open the next stage, ask for another round, or close; None while results are missing."""
+    if not state.spec.swept:  # one point: nothing to search
+        return paper.next_move(state)
+    stage = state.open_stage
+    if stage is None:
+        return _open_next(state) if state.stages else _open_first(state.spec)
+    if stuck := _too_many_failures(state, stage):
+        return Move(stuck=stuck)
+    if not state.is_answered(stage):
+        return None
+    if sum(result.loss is not None for result in state.results(state.stages[0])) < LEAST_LOSSES:
+        return _search_lower(state, stage)
+    return _decide(View(state, state.spec.target))
+
+
+def _open_first(spec: LadderSpec) -> Move:
+    """The base width's first round. It is asked for whatever the budget: `run` has checked."""
+    reason = "first look: the middle of the lattice, and a third of the range up and down each axis"
+    stage = Stage(spec.widths[0], base_grid(spec), (), (reason,))
+    trials = tuple(t for point in star(spec) for t in _trials_of(spec, stage, point))
+    return Move(stage=replace(stage, trials=trials))
+
+
+def _open_next(state: State) -> Move:
+    """The next width's first round, around where the fit says that its optimum is."""
+    view = View(state, state.spec.target)
+    width = state.spec.widths[len(state.choices)]
+    stage = Stage(width, grid_around(state.spec, view.optimum(width).place), ())
+    how = "the drift so far" if len(state.stages) > 1 else "one width, drift unknown"
+    reason = f"around {view.point(width)}, predicted from {how}"
+    points = _best(view, stage, view.candidates(width, stage.grid), round_size(state.spec))
+    grown = _grown(state, stage, points, reason)
+    assert grown is not None, "a stage closes for another only where the budget has room"
+    return Move(stage=grown)
+
+
+def _decide(view: View) -> Move:
+    """Another round at this width, or the choice; and whether the ladder goes on."""
+    state, stage = view.state, view.stage
+    if move := _grow(view, *_beyond_the_border(view)):
+        return move
+    ending, widening = _is_good_enough(view), _should_widen(view)
+    giving_up = _should_give_up(view)
+    if ending or widening or giving_up:
+        if move := _grow(view, *_repeats(view)):
+            return move
+        if ending:
+            return _close(view, ending, ends=True)
+        return _close(view, widening or giving_up or "", ends=not widening)
+    best = _best(view, stage, view.candidates(stage.width, stage.grid), round_size(view.spec))
+    if move := _grow(view, stage, best, "these say most about the optimum at the target"):
+        return move
+    return _close(view, _out_of_budget(state), ends=True)
+
+
+def _grow(view: View, stage: Stage, points: Sequence[Point], reason: str) -> Move | None:
+    """A round more, where there are points for it and room for them."""
+    grown = _grown(view.state, stage, points, reason) if points else None
+    return Move(stage=grown) if grown else None
+
+
+def _is_full(stage: Stage) -> bool:
+    return len({trial.point for trial in stage.trials}) >= MOST_TRIALS
+
+
+def _best(view: View, stage: Stage, points: Sequence[Point], count: int) -> list[Point]:
+    """Those of a stage's points that say most about the target."""
+    return [picked.point for picked in view.picks({stage.width: points}, count)]
+
+
+def _next_width(view: View) -> int | None:
+    """The width after this stage's, if there is one and the budget has room for a trial of it."""
+    rest = view.spec.widths[len(view.state.stages) :]
+    return rest[0] if rest and _affordable(view.state, rest[0]) >= 1 else None
+
+
+def _is_unproven(view: View) -> bool:
+    """Whether the spec asks for more than the prediction: a drift that never settles ruled out."""
+    return view.spec.until_proven and not view.is_settled()
+
+
+def _should_widen(view: View) -> str | None:
+    """Why it is time for the next width, or None."""
+    stage = view.stage
+    if _next_width(view) is None:
+        return None
+    if _is_full(stage):
+        return f"{MOST_TRIALS} points are the most at one width"
+    own, at_target = view.excess(stage.width), view.excess(view.target)
+    if _is_unproven(view) and len(view.state.stages) > 1 and at_target <= view.tolerance:
+        return (
+            f"predicted excess loss at width {view.target} is {at_target:.2%}, but a drift that "
+            f"never settles is not ruled out and would cost {view.unsettled_excess:.2%}"
+        )
+    if own > OWN_SHARE * at_target:
+        return None
+    return (
+        f"what is not known here costs {own:.2%} of loss, of {at_target:.2%} at width "
+        f"{view.target}: only a wider model can say more"
+    )
+
+
+def _beyond_the_border(view: View) -> tuple[Stage, Sequence[Point], str]:
+    """A trial next to what was measured, where the optimum lies at or beyond it, and the best."""
+    for number, upward in view.open_sides if not _is_full(view.stage) else ():
+        axis = view.spec.swept[number]
+        sign, border = (1 if upward else -1), view.measured(number)[upward]
+        side = "above" if upward else "below"
+        reason = f"{axis.name}: the optimum lies at the border of what was measured, look {side} it"
+        for stage in (view.stage, _extended(view.spec, view.stage, axis, upward=upward)):
+            points = view.candidates(stage.width, stage.grid) if stage else []
+            ahead = {
+                point: sign * (float(place_of(view.spec, point)[number]) - border)
+                for point in points
+            }
+            beyond = [distance for distance in ahead.values() if distance > 1e-3]
+            if beyond and stage:
+                near = min(beyond) + view.surface.frame.step[number] * 0.51
+                probes = [point for point, distance in ahead.items() if 1e-3 < distance < near]
+                probe = _best(view, stage, probes, BORDER_TRIALS)
+                others = [point for point in points if point not in probe]
+                return (
+                    stage,
+                    [*probe, *_best(view, stage, others, round_size(view.spec) - len(probe))],
+                    reason,
+                )
+    return view.stage, (), ""
+
+
+def _extended(spec: LadderSpec, stage: Stage, axis: Axis, *, upward: bool) -> Stage | None:
+    """The stage with a wider window, or None where it has grown as often as it may."""
+    first = WINDOW.get(len(spec.swept), WINDOW_OF_MANY)
+    start = axis.points if stage.width == spec.widths[0] else len(first)
+    if len(stage.grid[axis.name]) >= start + MOST_EXTENSIONS * EXTENSION_CELLS:
+        return None
+    return replace(stage, grid=extended(stage.grid, axis, upward=upward))
+
+
+def _repeats(view: View) -> tuple[Stage, Sequence[Point], str]:
+    """A further seed for the base width's best cells, once: how large is the noise?"""
+    stage = view.stage
+    seeds = {trial.seed for trial in stage.trials}
+    if len(view.state.stages) > 1 or len(seeds) > 1:
+        return stage, (), ""
+    results = view.state.results(stage)
+    diverged = diverged_points(results)
+    losses: dict[Point, list[float]] = {}
+    for result in results:
+        if result.loss is not None and result.trial.point not in diverged:
+            losses.setdefault(result.trial.point, []).append(result.loss)
+    best = sorted(losses, key=lambda point: (fmean(losses[point]), point.axes))[:REPEATS]
+    return stage, best, "a further seed at the best cells, to measure the noise"
+
+
+def _is_good_enough(view: View) -> str | None:
+    """Why the answer for the target is good enough, or None."""
+    only_width = len(view.spec.widths) == 1
+    excess = view.excess(view.target)
+    if excess > view.tolerance or not (len(view.state.stages) > 1 or only_width):
+        return None
+    if _is_unproven(view) and _next_width(view) is not None:
+        return None
+    what = "the tolerance" if view.tolerance == view.spec.tolerance else "what the noise can show"
+    return (
+        f"predicted excess loss at width {view.target} is {excess:.2%}, within {what}, "
+        f"{view.tolerance:.2%}"
+    )
+
+
+def _should_give_up(view: View) -> str | None:
+    """Why another round at the last width would change nothing, or None."""
+    stage, state = view.stage, view.state
+    if len(state.stages) < len(view.spec.widths):
+        return None
+    if _is_full(stage):
+        return f"{MOST_TRIALS} points are the most at one width"
+    points = view.candidates(stage.width, stage.grid)
+    gain = sum(picked.gain for picked in view.picks({stage.width: points}, round_size(view.spec)))
+    excess = view.excess(view.target)
+    if gain >= LEAST_GAIN * excess:
+        return None
+    return (
+        f"predicted excess loss at width {view.target} is {excess:.2%}, and another round at the "
+        f"last width would take only {gain:.2%} off: noise is {view.surface.noise / view.loss:.2%}"
+    )
+
+
+def _close(view: View, reason: str, *, ends: bool) -> Move:
+    """The stage's choice; where the ladder ends, the widths that it leaves out."""
+    state, stage = view.state, view.stage
+    optimum = view.optimum(stage.width)
+    results = state.results(stage)
+    edges = dict.fromkeys(view.spec.swept[number].name for number, _ in view.open_sides)
+    complete = sum(result.loss is not None for result in results)
+    parts = [f"fit of {complete} losses", *_say_axes(view)]
+    if edges:
+        parts.append(f"on the border in {' and '.join(edges)}: the optimum may lie outside")
+    choice = Choice(
+        width=stage.width,
+        point=view.point(stage.width),
+        loss=view.surface.loss_at(stage.width, optimum.place),
+        intervals=view.intervals(stage.width),
+        at_edge=tuple(edges),
+        reason="; ".join([*parts, reason]),
+        counts=Counter(result.status for result in results),
+    )
+    rest = state.spec.widths[len(state.stages) :] if ends else ()
+    return Move(choice=choice, skipped=tuple(Skipped(width, reason) for width in rest))
+
+
+def _say_axes(view: View) -> list[str]:
+    """Per swept axis its interval, or that it is unidentified."""
+    said = []
+    for name, interval in view.intervals(view.stage.width).items():
+        if interval:
+            said.append(f"{name} in [{interval[0]:.3g}, {interval[1]:.3g}]")
+    for name in view.unidentified:
+        said.append(f"{name} unidentified, it keeps its prior value")
+    return said
+
+
+def _trials_of(spec: LadderSpec, stage: Stage, point: Point) -> list[Trial]:
+    """A point's trials: all of the spec's seeds, or one further seed where it has those."""
+    used = [trial.seed for trial in stage.trials if trial.point == point]
+    seeds = [max(*used, *spec.seeds) + 1] if used else spec.seeds
+    return [Trial(stage.width, point, seed) for seed in seeds]
+
+
+def _grown(state: State, stage: Stage, points: Sequence[Point], reason: str) -> Stage | None:
+    """The stage with a round more, as much of it as the budget has room for; None for none."""
+    trials = [trial for point in points for trial in _trials_of(state.spec, stage, point)]
+    trials = trials[: _affordable(state, stage.width)]
+    if not trials:
+        return None
+    return replace(stage, trials=(*stage.trials, *trials), rounds=(*stage.rounds, reason))
+
+
+def _affordable(state: State, width: int) -> int:
+    """How many trials of a width the budget still has room for."""
+    if state.spec.budget is None:
+        return 10**9
+    # A hair of room, so that a budget of exactly n trials is one of n.
+    room = (state.spec.budget - state.spent) / state.spec.cost(width)
+    return max(0, math.floor(room + 1e-9))
+
+
+def _out_of_budget(state: State) -> str:
+    return f"the budget is spent: {state.spent / (state.spec.budget or math.inf):.0%} of it"
+
+
+def _too_many_failures(state: State, stage: Stage) -> str | None:
+    """Why the stage cannot go on: one failure is missing information, many are a fault."""
+    results = state.results(stage)
+    failed = [result for result in results if result.status is Status.FAILED]
+    if len(failed) <= max(1.0, paper.FAILED_SHARE * len(stage.trials)):
+        return None
+    return paper.failures_reason(stage, failed)
+
+
+def _search_lower(state: State, stage: Stage) -> Move:
+    """Hardly anything survived: ask for lower learning rates, down to the lowest of the lattice."""
+    lr = next((axis for axis in state.spec.swept if axis.name == "lr"), None)
+    tried = {trial.point["lr"] for trial in stage.trials}
+    results = state.results(stage)
+    if lr:
+        below = [value for value in stage.grid["lr"] if value < min(tried)]
+        centre = star(state.spec)[0]
+        points = [Point.of({**centre, "lr": value}) for value in below[::-1]]
+        reason = "too few losses to fit: look at lower learning rates"
+        if grown := _grown(state, stage, points[: round_size(state.spec)], reason):
+            return Move(stage=grown)
+    failed = sum(result.status is Status.FAILED for result in results)
+    return Move(stuck=paper.all_diverged(stage, failed))

@@ -1,0 +1,243 @@
+"""What a ladder says of a width that it did not train, and whether that is proven.
+
+PASS: the loss that the answer is expected to cost is within the tolerance, several widths agree,
+and nothing that would make the prediction worthless was seen. WARN: something is missing; each
+problem says what would mend it. FAIL: the results contradict the prediction, or the width rule.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from telescope.ladder.basis import Array
+from telescope.ladder.drift import DRIFT_OCTAVES, LAWS
+from telescope.ladder.state import State
+from telescope.ladder.surface import Data
+from telescope.ladder.view import View
+from telescope.records import Certificate, Skipped, Status
+
+FAIL_EXCESS = 0.02
+"""Predicted excess loss, as a share of the loss, from which an answer is no answer."""
+CONTRADICTION = 3.0
+"""Standard errors by which the last width may miss what those before it predicted."""
+NOTICEABLE_DRIFT = 0.1
+"""Octaves per doubling below which a drift that does not settle is not held against a rule."""
+RIVAL_WITHIN, RIVAL_ABOVE = 3.0, 6.0
+"""Two minima: losses alike within so many standard deviations of the noise, and a loss between
+them that lies so many above both."""
+ASSUMPTIONS = (
+    "depth, batch size, steps, data and schedule are the same at every width and at the target",
+    f"before any result, an optimum is taken to move by {DRIFT_OCTAVES:g} octaves or less over the "
+    "first doubling, and to settle as 1/width (60 %), as 1/√width (30 %) or not at all (10 %)",
+    "the loss bends alike at all widths, up to a few per cent",
+)
+
+
+def certify(
+    state: State, skipped: Sequence[Skipped], width: int, *, rule_checked: bool
+) -> Certificate:
+    """Judge the answer for one width from the closed stages.
+
+    Args:
+        state: a ladder with a choice or more.
+        skipped: the widths that it left out.
+        width: the width to predict.
+        rule_checked: a coordinate check of the model has passed. It changes the verdict alone,
+            never a decision of the ladder.
+    """
+    closed = replace(state, stages=state.stages[: len(state.choices)])
+    view = View(closed, width)
+    failures = _contradictions(view)
+    problems = _problems(view, skipped, rule_checked=rule_checked)
+    return Certificate(
+        verdict="FAIL" if failures else "WARN" if problems else "PASS",
+        width=width,
+        point=view.point(width),
+        predicted_excess_loss=view.excess(width),
+        intervals=view.intervals(width),
+        evidence=tuple(_evidence(view, rule_checked=rule_checked)),
+        problems=(*failures, *problems),
+        assumptions=ASSUMPTIONS,
+    )
+
+
+def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> list[str]:
+    """What is missing for PASS."""
+    spec, state = view.spec, view.state
+    problems = []
+    if len(state.stages) == 1 and view.target != spec.widths[0]:
+        problems.append(
+            "only one width was trained: nothing shows that its optimum transfers; append a width "
+            "to ladder.widths"
+        )
+    if view.floor > spec.tolerance:
+        problems.append(
+            "the ladder is noisier than its tolerance: with "
+            f"{_percent(view.noise)} of loss between seeds it can show {_percent(view.floor)}, not {_percent(spec.tolerance)}; train "
+            "longer, measure the loss on more held-out tokens, or raise ladder.tolerance"
+        )
+    if view.excess(view.target) > spec.tolerance:
+        problems.append(
+            f"predicted excess loss {_percent(view.excess(view.target))} is above the tolerance of "
+            f"{_percent(spec.tolerance)}; append a width to ladder.widths"
+        )
+    elif not view.is_settled(rule_checked=rule_checked):
+        wider = 'set ladder.until = "proven"' if skipped else "append a width to ladder.widths"
+        problems.append(
+            "a drift that never settles, as under a wrong width rule, is not ruled out and would "
+            f"cost {_percent(view.unsettled_excess)}; {wider} and run again"
+        )
+    for axis in view.unidentified:
+        problems.append(
+            f"{axis} is unidentified: the loss hardly depends on it within its range, it keeps "
+            f"{state.choices[-1].point[axis]:.4g}; widen axes.{axis}, train longer, or fix it"
+        )
+    for axis in state.choices[-1].at_edge:
+        problems.append(
+            f"{axis} is on the border of what was tried at width {state.choices[-1].width}; move "
+            f"axes.{axis}"
+        )
+    if rivals := two_minima(view.surface.data, view.surface.noise):
+        problems.append(
+            f"the loss has two minima at width {rivals}; narrow the axes to one of them"
+        )
+    if (spec.budget is not None) and any("budget" in choice.reason for choice in state.choices):
+        problems.append("the budget ended the ladder; raise budget.max_over_target")
+    return problems
+
+
+def _contradictions(view: View) -> list[str]:
+    """What the results say against the prediction or the width rule."""
+    found = []
+    excess = view.excess(view.target)
+    if excess > FAIL_EXCESS:
+        found.append(f"predicted excess loss is {_percent(excess)}: the optimum was not found")
+    if unsettled := unsettled_axes(view):
+        moves = " and ".join(f"{axis} by {octave:+.2f} octaves" for axis, octave in unsettled)
+        found.append(
+            f"the optimum keeps moving, {moves} per doubling, and does not settle "
+            f"({view.surface.law_weights[-1]:.0%}): the likely cause is the width rule; run "
+            "`telescope check`, and see optimizer.rule"
+        )
+    if missed := _missed_prediction(view):
+        found.append(missed)
+    return found
+
+
+def unsettled_axes(view: View) -> list[tuple[str, float]]:
+    """(axis, octaves per doubling) of optima that move by the same at every doubling."""
+    if view.surface.law_weights[-1] < 0.5:
+        return []
+    base, last = view.spec.widths[0], view.stage.width
+    doublings = math.log2(last / base)
+    moved = (view.surface.optimum(last).draws - view.surface.optimum(base).draws) / doublings
+    return [
+        (axis.name, float(np.mean(moves)))
+        for axis, moves in zip(view.spec.swept, moved.T, strict=True)
+        if np.percentile(np.sign(np.mean(moves)) * moves, 5) > NOTICEABLE_DRIFT
+    ]
+
+
+def _prediction(view: View) -> tuple[Array, Array, Array] | None:
+    """(predicted, found, standard error) of the last width's optimum, octaves per axis."""
+    state = view.state
+    if len(state.stages) < 2:
+        return None
+    before = replace(state, stages=state.stages[:-1], choices=state.choices[:-1])
+    last = view.stage.width
+    predicted = View(before, last).surface.optimum(last).draws
+    alone = view.surface.optimum(last).draws
+    error = np.hypot(predicted.std(axis=0), alone.std(axis=0))
+    return predicted.mean(axis=0), alone.mean(axis=0), np.maximum(error, 1e-9)
+
+
+def _missed_prediction(view: View) -> str | None:
+    """Where the last width lies far from what the ones before it predicted, and it matters."""
+    if (prediction := _prediction(view)) is None:
+        return None
+    predicted, found, error = prediction
+    for number, axis in enumerate(view.spec.swept):
+        miss = found[number] - predicted[number]
+        costs = view.surface.curvature[number] * miss**2 / view.loss
+        if abs(miss) > CONTRADICTION * error[number] and costs > view.spec.tolerance:
+            return (
+                f"width {view.stage.width} contradicts the widths before it: {axis.name} was "
+                f"predicted at {2 ** predicted[number]:.3g} and found at {2 ** found[number]:.3g}, "
+                f"{abs(miss) / error[number]:.1f} standard errors away"
+            )
+    return None
+
+
+def _evidence(view: View, *, rule_checked: bool) -> list[str]:
+    """What was measured, in words."""
+    state, surface = view.state, view.surface
+    trials = " + ".join(str(len(stage.trials)) for stage in state.stages)
+    widths = ", ".join(str(stage.width) for stage in state.stages)
+    results = [result for stage in state.stages for result in state.results(stage)]
+    ended = [
+        f"{sum(r.status is status for r in results)} {status}"
+        for status in (Status.DIVERGED, Status.FAILED)
+        if any(r.status is status for r in results)
+    ]
+    evidence = [f"{trials} trials at width {widths}{''.join(f', {text}' for text in ended)}"]
+    repeats = int(surface.data.same_shift.diagonal().sum())
+    how = f"measured with {repeats} repeats and the fit" if repeats else "from the fit alone"
+    evidence.append(f"noise between seeds {_percent(view.noise)} of loss, {how}")
+    for number, axis in enumerate(view.spec.swept):
+        bend = surface.curvature[number] / view.loss
+        evidence.append(f"{axis.name} off by a factor of two costs {_percent(bend)} of loss")
+    if prediction := _prediction(view):
+        predicted, found, error = prediction
+        for number, axis in enumerate(view.spec.swept):
+            if number not in view.held:
+                evidence.append(
+                    f"{axis.name} at width {view.stage.width}: {2 ** predicted[number]:.3g} "
+                    f"predicted from the widths before, {2 ** found[number]:.3g} found; "
+                    f"{abs(found[number] - predicted[number]) / error[number]:.1f} standard errors"
+                )
+        if rule_checked:
+            evidence.append("the coordinate check passed: a wrong width rule is improbable")
+        laws = ", ".join(
+            f"{law.name} {weight:.0%}"
+            for law, weight in zip(LAWS, surface.law_weights, strict=True)
+        )
+        evidence.append(f"how the optimum settles: {laws}")
+    return evidence
+
+
+def two_minima(data: Data, noise: float) -> int | None:
+    """The width at which two points are about as good as each other and one between them is not.
+
+    Args:
+        data: what was measured.
+        noise: nats between seeds.
+    """
+    for width in data.seen:
+        here = data.widths == width
+        places, losses = data.places[here], data.losses[here]
+        best = int(np.argmin(losses))
+        for other, middle in itertools.permutations(range(len(losses)), 2):
+            ends = places[[best, other]]
+            between = (places[middle] >= ends.min(0) - 1e-9) & (
+                places[middle] <= ends.max(0) + 1e-9
+            )
+            apart = (places[middle] != ends).any(axis=1).all()
+            alike = losses[other] - losses[best] < RIVAL_WITHIN * noise
+            above = losses[middle] - losses[other] > RIVAL_ABOVE * noise
+            if between.all() and apart and alike and above:
+                return width
+    return None
+
+
+def _percent(share: float) -> str:
+    """A share of the loss as people read it.
+
+    >>> _percent(0.00123), _percent(0.0000123)
+    ('0.12 %', '0.0012 %')
+    """
+    return f"{100 * share:.2g} %"

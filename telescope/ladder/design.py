@@ -1,0 +1,83 @@
+"""Which trials to ask for next: those that say most about the optimum at the target, per cost.
+
+Everything is read off the surface's draws. A trial's worth is how much its loss, once known, would
+narrow the place of the target's optimum, counted as excess loss: curvature × variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from telescope.ladder.basis import Array
+from telescope.ladder.surface import MISFIT, SEED_SHIFT, Surface
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Places of one width where a trial may run."""
+
+    width: int
+    places: Array
+    """(n, k) octaves."""
+    repeats: Array
+    """(n,) 1 where a cell was asked for before, so that a trial needs a further seed; else 0."""
+    cost: float
+    """Of one trial, in any unit that all candidates share."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One trial worth asking for."""
+
+    width: int
+    index: int
+    """Of its place among its width's candidates."""
+    gain: float
+    """Nats that the predicted excess loss at the target would fall by, picks before it counted."""
+
+
+def pick(surface: Surface, options: Sequence[Candidates], aim: Array, count: int) -> list[Pick]:
+    """Choose trials greedily by gain per cost; each counts what those before it will have said.
+
+    Args:
+        surface: the fit.
+        options: one per width.
+        aim: (draws, k) octaves, the target's optima.
+        count: how many to choose; none twice.
+    """
+    predicted = [_losses(surface, option) for option in options]
+    losses = np.concatenate([values for values, _ in predicted], axis=1)
+    error = np.concatenate([variance for _, variance in predicted])
+    owner = np.concatenate([np.full(len(o.places), i) for i, o in enumerate(options)])
+    cost = np.array([option.cost for option in options])[owner]
+    start = np.cumsum([0, *(len(option.places) for option in options)])
+    wanted = (aim - aim.mean(axis=0)) * np.sqrt(surface.curvature)
+    together = losses.T @ losses / len(losses)
+    says = wanted.T @ losses / len(losses)
+    picks: list[Pick] = []
+    left = np.ones(len(cost), dtype=bool)
+    while len(picks) < count and left.any():
+        gain = np.where(left, (says**2).sum(axis=0) / (np.diagonal(together) + error), 0.0)
+        # Rounded, so that cells which a reflection swaps tie, whatever the order of the sums.
+        worth = np.where(left, gain / cost, -1.0)
+        best = int(np.argmax(np.round(worth / max(worth.max(), 1e-300), 9)))
+        left[best] = False
+        option = int(owner[best])
+        picks.append(Pick(options[option].width, best - int(start[option]), float(gain[best])))
+        row, total = together[best].copy(), together[best, best] + error[best]
+        says = says - np.outer(says[:, best], row) / total
+        together = together - np.outer(row, row) / total
+    return picks
+
+
+def _losses(surface: Surface, option: Candidates) -> tuple[Array, Array]:
+    """(draws, n) losses less their mean, and the (n,) variance with which a trial shows them."""
+    losses = surface.polynomials(option.width) @ surface.basis.shapes(option.places).T
+    mean = losses.mean(axis=0)
+    variance = surface.noise**2 * (1 + SEED_SHIFT**2 * option.repeats)
+    variance = variance + (np.mean(MISFIT) * (mean - mean.min())) ** 2
+    losses = losses + surface.levels(option.width)[:, None]
+    return losses - losses.mean(axis=0), variance

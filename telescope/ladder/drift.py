@@ -1,0 +1,53 @@
+"""How the optimum moves with the width: three candidate laws, and how far each has gone at a width.
+
+Under muP an optimum settles: x(n) = x − α/n when the loss is analytic in 1/n (arXiv 2505.02222
+§3.3), at the slowest as 1/√n (the proved bound, arXiv 2511.01734). Under a wrong width rule it
+moves by the same factor at every doubling and never settles. All three agree at the base width and
+at the first doubling, so two widths cannot tell them apart; a third can.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """One way in which the optimum may follow the width n."""
+
+    name: str
+    exponent: float
+    """p of n^−p; 0 is the logarithm, which does not settle."""
+    prior: float
+    """Probability before any result. An assumption: muP is right more often than not."""
+    pace: float
+    """Standard deviation of the drift over the first doubling, as a multiple of `DRIFT_OCTAVES`."""
+
+    def progress(self, width: float, base_width: float) -> float:
+        """How far the optimum has gone, in units of the drift over the first doubling.
+
+        >>> [LAWS[0].progress(w, 32) for w in (32, 64, 128)]
+        [0.0, 1.0, 1.5]
+        >>> [LAWS[2].progress(w, 32) for w in (32, 64, 128)]
+        [0.0, 1.0, 2.0]
+        """
+        ratio = width / base_width
+        if self.exponent == 0:
+            return math.log2(ratio)
+        return float((1 - ratio**-self.exponent) / (1 - 2**-self.exponent))
+
+
+LAWS = (
+    Law("1/width", 1.0, 0.6, 1.0),
+    Law("1/√width", 0.5, 0.3, 1.0),
+    Law("never settles", 0.0, 0.1, 2.0),
+)
+"""The last is what a wrong width rule looks like."""
+DRIFT_OCTAVES = 0.25
+"""Prior standard deviation of the drift over the first doubling, in octaves (factors of two) of the
+axis, and at most a quarter of the lattice's step. An assumption; measured here it is under 0.1 for
+`mup` and 0.5 for a rule that is wrong by √width (results/reference/width-rules)."""
+SCATTER = 0.05
+"""Prior standard deviation of a width's own departure from the law, in lattice steps. An
+assumption."""

@@ -1,0 +1,51 @@
+"""What a policy looks at and what it may answer: a ladder's state, and its next move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from telescope.records import Choice, LadderSpec, Result, Skipped, Stage, Trial
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A ladder between two moves: a function of the spec and the results told so far."""
+
+    spec: LadderSpec
+    stages: tuple[Stage, ...]
+    choices: tuple[Choice, ...]
+    """One per closed stage."""
+    known: Mapping[Trial, Result]
+
+    @property
+    def open_stage(self) -> Stage | None:
+        """The stage without a choice; None before the first and between two."""
+        return self.stages[-1] if len(self.stages) > len(self.choices) else None
+
+    def results(self, stage: Stage) -> list[Result]:
+        """The results of a stage so far, in the order of its trials."""
+        return [self.known[trial] for trial in stage.trials if trial in self.known]
+
+    def is_answered(self, stage: Stage) -> bool:
+        """Whether all that a stage has asked for has a result."""
+        return all(trial in self.known for trial in stage.trials)
+
+    @property
+    def spent(self) -> float:
+        """Cost of all trials asked for, in the unit of the spec's costs."""
+        return sum(len(stage.trials) * self.spec.cost(stage.width) for stage in self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What happens next: a stage opens or grows, or closes with a choice, or nothing can be done."""
+
+    stage: Stage | None = None
+    """The open stage with another round, or a new one."""
+    choice: Choice | None = None
+    """Closes the open stage."""
+    skipped: tuple[Skipped, ...] = ()
+    """Beside a choice: all widths that are left out; the ladder is then finished."""
+    stuck: str | None = None
+    """Why no choice can be made, whatever further results say."""

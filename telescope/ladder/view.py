@@ -1,0 +1,212 @@
+"""The fit of everything measured so far, as the adaptive policy's decisions look at it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from telescope.ladder.basis import Array
+from telescope.ladder.design import Candidates, pick
+from telescope.ladder.drift import LAWS
+from telescope.ladder.observe import frame_of, observe
+from telescope.ladder.state import State
+from telescope.ladder.surface import Optimum, Surface, walled
+from telescope.ladder.window import Grid, cells, middle, octaves, place_of, point_at
+from telescope.records import LadderSpec, Point, Stage
+
+DRAWN_AHEAD = 1.5
+"""Steps beyond what was measured where a further trial may still find the optimum."""
+UNIDENTIFIED = 0.5
+"""An axis whose 90 % interval is longer than this share of its prior range is unidentified."""
+MOST_TRIALS = 30
+"""Points of one stage, after which it closes as it is."""
+CHECKED_ODDS = 0.2
+"""What a passed coordinate check multiplies the odds of a wrong width rule by. An assumption."""
+RULED_OUT = 0.03
+"""Probability below which a drift that never settles is ruled out."""
+AT_BORDER = 0.25
+"""An optimum within so many steps of the outermost value measured counts as lying at the border."""
+
+
+def round_size(spec: LadderSpec) -> int:
+    """Points per round: the spec's, or four, or two more than there are swept axes."""
+    return spec.round or max(4, len(spec.swept) + 2)
+
+
+@dataclass(frozen=True)
+class PickedPoint:
+    """A point worth a trial."""
+
+    width: int
+    point: Point
+    gain: float
+    """What the predicted excess loss at the target would fall by, as a share of the loss."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A state with its fit; everything is computed once, when first asked for."""
+
+    state: State
+    target: int
+    """The width to predict."""
+
+    @cached_property
+    def surface(self) -> Surface:
+        """The fit."""
+        return Surface(frame_of(self.state, self.target), observe(self.state))
+
+    @property
+    def spec(self) -> LadderSpec:
+        """The ladder's."""
+        return self.state.spec
+
+    @property
+    def stage(self) -> Stage:
+        """The last stage opened."""
+        return self.state.stages[-1]
+
+    @cached_property
+    def loss(self) -> float:
+        """Nats: the lowest loss measured at the widest width that has one."""
+        data = self.surface.data
+        return float(data.losses[data.widths == data.seen[-1]].min())
+
+    @cached_property
+    def held(self) -> dict[int, float]:
+        """Unidentified axis → the octaves that it keeps: the last choice's, or the middle."""
+        free = self.surface.optimum(self.stage.width)
+        prior = self.state.choices[-1].point if self.state.choices else None
+        held = {}
+        for number, axis in enumerate(self.spec.swept):
+            low, high = free.interval(number)
+            if high - low > UNIDENTIFIED * octaves(axis)[1]:
+                held[number] = math.log2(prior[axis.name] if prior else middle(axis))
+        return held
+
+    def optimum(self, width: int) -> Optimum:
+        """The answer at a width; unidentified axes keep their prior value."""
+        return self.surface.optimum(width, held=self.held)
+
+    def excess(self, width: int) -> float:
+        """Expected excess loss of the answer at a width, as a share of the loss."""
+        return float(self.optimum(width).excess.mean()) / self.loss
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation between seeds, as a share of the loss."""
+        return self.surface.noise / self.loss
+
+    @property
+    def floor(self) -> float:
+        """What the noise can show: the standard error of a mean of all points a width may have."""
+        return self.noise / math.sqrt(MOST_TRIALS)
+
+    @property
+    def tolerance(self) -> float:
+        """Excess loss that is good enough: the spec's, but never under what the noise can show."""
+        return max(self.spec.tolerance, self.floor)
+
+    def never_settles(self, *, rule_checked: bool = False) -> float:
+        """Probability that the optimum never settles, as under a wrong width rule.
+
+        Args:
+            rule_checked: a coordinate check has passed, which makes that less probable.
+        """
+        weight = float(self.surface.law_weights[-1])
+        odds = weight * CHECKED_ODDS if rule_checked else weight
+        return odds / (odds + 1 - weight)
+
+    @cached_property
+    def unsettled_excess(self) -> float:
+        """Expected excess loss at the target if the drift never settles, as a share of the loss."""
+        unsettled = self.surface.laws == len(LAWS) - 1
+        if not unsettled.any():
+            return 0.0
+        return float(self.optimum(self.target).excess[unsettled].mean()) / self.loss
+
+    def is_settled(self, *, rule_checked: bool = False) -> bool:
+        """Whether a drift that never settles is ruled out, or would cost no more than tolerated."""
+        ruled_out = self.never_settles(rule_checked=rule_checked) < RULED_OUT
+        return ruled_out or self.unsettled_excess <= self.tolerance
+
+    def point(self, width: int) -> Point:
+        """The answer at a width, rounded as the lattice's values are."""
+        return point_at(self.spec, self.optimum(width).place)
+
+    def intervals(self, width: int) -> dict[str, tuple[float, float] | None]:
+        """Axis → where its optimum lies with 90 %; None for fixed and unidentified axes."""
+        optimum = self.optimum(width)
+        intervals: dict[str, tuple[float, float] | None] = dict.fromkeys(
+            axis.name for axis in self.spec.axes
+        )
+        for number, axis in enumerate(self.spec.swept):
+            if number not in self.held:
+                low, high = optimum.interval(number)
+                intervals[axis.name] = (float(f"{2**low:.4g}"), float(f"{2**high:.4g}"))
+        return intervals
+
+    @property
+    def unidentified(self) -> list[str]:
+        """The swept axes whose optimum the results do not show."""
+        return [self.spec.swept[number].name for number in self.held]
+
+    def picks(self, options: Mapping[int, Sequence[Point]], count: int) -> list[PickedPoint]:
+        """The trials that say most about the target per cost, best first.
+
+        Args:
+            options: width → points that may be asked for.
+            count: how many.
+        """
+        given = {width: points for width, points in options.items() if points}
+        if not given:
+            return []
+        chosen = pick(
+            self.surface, [self._as_candidates(*item) for item in given.items()], self._aim, count
+        )
+        return [PickedPoint(p.width, given[p.width][p.index], p.gain / self.loss) for p in chosen]
+
+    def _as_candidates(self, width: int, points: Sequence[Point]) -> Candidates:
+        asked = {trial.point for s in self.state.stages if s.width == width for trial in s.trials}
+        return Candidates(
+            width=width,
+            places=np.array([place_of(self.spec, point) for point in points]),
+            repeats=np.array([float(point in asked) for point in points]),
+            cost=self.spec.cost(width),
+        )
+
+    @cached_property
+    def _aim(self) -> Array:
+        return self.surface.optimum(self.target, margin=DRAWN_AHEAD).draws
+
+    def candidates(self, width: int, grid: Grid) -> list[Point]:
+        """The cells of a grid that do not lie beyond a wall."""
+        points = cells(self.spec, grid, self.surface.optimum(width).place)
+        places = np.array([place_of(self.spec, point) for point in points])
+        out = walled(places, self.surface.data.walls, self.surface.centre)
+        return [point for point, beyond in zip(points, out, strict=True) if not beyond]
+
+    def measured(self, number: int) -> tuple[float, float]:
+        """The lowest and highest place of an axis with a loss at this stage's width, octaves."""
+        data = self.surface.data
+        places = data.places[data.widths == self.stage.width][:, number]
+        return float(places.min()), float(places.max())
+
+    @cached_property
+    def open_sides(self) -> list[tuple[int, bool]]:
+        """(axis, upward) where the optimum lies at or beyond all that was measured, and no wall."""
+        place, step = self.optimum(self.stage.width).place, self.surface.frame.step
+        sides = []
+        for number in range(len(place)):
+            low, high = self.measured(number)
+            for upward, inside in ((False, place[number] - low), (True, high - place[number])):
+                ahead = place.copy()
+                ahead[number] += step[number] if upward else -step[number]
+                wall = walled(ahead[None], self.surface.data.walls, self.surface.centre)[0]
+                if inside < AT_BORDER * step[number] and not wall and number not in self.held:
+                    sides.append((number, upward))
+        return sides

@@ -1,0 +1,131 @@
+"""Where an adaptive stage may look: cells of a lattice, in a window that can grow.
+
+The lattice is the spec's: `points` values from `low` to `high`, and so the same cells at every
+width, or half a step between them at wider ones. Cells are counted in half steps from `low`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from telescope.ladder.basis import Array
+from telescope.ladder.grid import round_value
+from telescope.records import Axis, LadderSpec, Point
+
+WINDOW = {1: range(-4, 5), 2: range(-4, 5), 3: range(-4, 5, 2), 4: range(-4, 5, 2)}
+"""Swept axes → a wider stage's window around its predicted optimum, in half steps."""
+WINDOW_OF_MANY = range(-3, 4, 3)
+EXTENSION_CELLS = 2
+"""Cells, of the stage's own spacing, that a window grows by at a border."""
+MAX_CELLS = 800
+"""Above this, only the cells nearest to the optimum are weighed."""
+
+Grid = Mapping[str, tuple[float, ...]]
+
+
+def value_at(axis: Axis, half_steps: int) -> float:
+    """The axis's value so many half steps above `low`; whole steps are the spec's own values.
+
+    >>> [value_at(Axis("lr", 0.01, 1.0, 3), i) for i in (0, 1, 2, 4)]
+    [0.01, 0.0316228, 0.1, 1.0]
+    """
+    step = math.log(axis.high / axis.low) / (axis.points - 1)
+    return round_value(axis.low * math.exp(step * half_steps / 2))
+
+
+def octaves(axis: Axis) -> tuple[float, float]:
+    """The lattice's step and the prior range, in octaves."""
+    span = math.log2(axis.high / axis.low)
+    return span / (axis.points - 1), span
+
+
+def nearest(axis: Axis, place: float) -> int:
+    """The half step nearest to a place in octaves."""
+    return round(2 * (place - math.log2(axis.low)) / octaves(axis)[0])
+
+
+def middle(axis: Axis) -> float:
+    """The value in the middle of the lattice, the lower one of two: the prior value of an axis."""
+    return value_at(axis, 2 * ((axis.points - 1) // 2))
+
+
+def base_grid(spec: LadderSpec) -> dict[str, tuple[float, ...]]:
+    """The whole lattice: what the base width may ask for."""
+    return {
+        axis.name: (axis.low,)
+        if axis.is_fixed
+        else tuple(value_at(axis, 2 * i) for i in range(axis.points))
+        for axis in spec.axes
+    }
+
+
+def grid_around(spec: LadderSpec, place: Array) -> dict[str, tuple[float, ...]]:
+    """The window of a wider stage around a place (octaves per swept axis)."""
+    offsets = WINDOW.get(len(spec.swept), WINDOW_OF_MANY)
+    centres = {
+        axis.name: nearest(axis, float(at)) for axis, at in zip(spec.swept, place, strict=True)
+    }
+    return {
+        axis.name: (axis.low,)
+        if axis.is_fixed
+        else tuple(value_at(axis, centres[axis.name] + offset) for offset in offsets)
+        for axis in spec.axes
+    }
+
+
+def extended(grid: Grid, axis: Axis, *, upward: bool) -> dict[str, tuple[float, ...]]:
+    """The same grid with `EXTENSION_CELLS` more values on one side of an axis."""
+    values = grid[axis.name]
+    first, second, last = (nearest(axis, math.log2(v)) for v in (values[0], values[1], values[-1]))
+    spacing, start = second - first, last if upward else first
+    sign = 1 if upward else -1
+    new = [value_at(axis, start + sign * spacing * (i + 1)) for i in range(EXTENSION_CELLS)]
+    return {**grid, axis.name: tuple(sorted((*values, *new)))}
+
+
+def star(spec: LadderSpec) -> list[Point]:
+    """The first points: the middle of the lattice, and a third of the range up and down each axis.
+
+    >>> lr, decay = Axis("lr", 1, 64, 7), Axis("weight_decay", 1, 4, 3)
+    >>> [tuple(point.values()) for point in star(LadderSpec((lr, decay), (32,)))]
+    [(8.0, 2.0), (2.0, 2.0), (32.0, 2.0), (8.0, 1.0), (8.0, 4.0)]
+    """
+    centre = {axis.name: axis.low if axis.is_fixed else middle(axis) for axis in spec.axes}
+    points = [Point.of(centre)]
+    for axis in spec.swept:
+        most, at = axis.points - 1, (axis.points - 1) // 2
+        offset = max(1, round(most / 3))
+        for index in (max(0, at - offset), min(most, at + offset)):
+            if index != at:
+                points.append(Point.of({**centre, axis.name: value_at(axis, 2 * index)}))
+    return points
+
+
+def place_of(spec: LadderSpec, point: Mapping[str, float]) -> Array:
+    """(k,) octaves of a point's swept axes."""
+    return np.log2([point[axis.name] for axis in spec.swept])
+
+
+def point_at(spec: LadderSpec, place: Sequence[float] | Array) -> Point:
+    """The point at a place (octaves per swept axis), its values rounded as the lattice's are."""
+    swept = {
+        axis.name: round_value(2 ** float(at)) for axis, at in zip(spec.swept, place, strict=True)
+    }
+    return Point.of({axis.name: swept.get(axis.name, axis.low) for axis in spec.axes})
+
+
+def cells(spec: LadderSpec, grid: Grid, near: Array) -> list[Point]:
+    """Every point of a grid; of a large one, those nearest to `near` (octaves) on each axis."""
+    most = int(MAX_CELLS ** (1 / max(1, len(spec.swept))))
+    kept = dict(grid)
+    for axis, at in zip(spec.swept, near, strict=True):
+        values = sorted(grid[axis.name], key=lambda v: (abs(math.log2(v) - at), v))
+        kept[axis.name] = tuple(sorted(values[:most]))
+    return [
+        Point.of(dict(zip(kept, values, strict=True)))
+        for values in itertools.product(*kept.values())
+    ]
