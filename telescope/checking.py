@@ -134,14 +134,12 @@ def check_before_run(
         record = {"verdict": None, "reason": reason, "fingerprint": prepared.fingerprint}
         return (lambda: None) if is_known else (lambda: folder.write_check(record))
     if is_known:
-        what = f"as kept in {folder.path}"
-        _settle(spec, is_passed=known["verdict"] == "PASS", what=what, say=say)
+        _settle(spec, known["verdict"] == "PASS", f": as kept in {folder.path}", say)
         return lambda: None
     start = time.monotonic()
     check = run_check(prepared, say, SHORT)
-    took = describe_seconds(time.monotonic() - start)
-    what = f"in {took}: {describe_verdict(check)}"
-    _settle(spec, is_passed=check.passed, what=what, say=say)
+    took = f" in {describe_seconds(time.monotonic() - start)}" if check.passed else ""
+    _settle(spec, check.passed, f"{took}: {describe_verdict(check)}", say)
     return lambda: write_check(folder, check, prepared)
 
 
@@ -159,22 +157,22 @@ def _why_not(spec: Spec, wanted: bool) -> str | None:
     return None
 
 
-def _settle(spec: Spec, *, is_passed: bool, what: str, say: Callable[[str], None]) -> None:
+def _settle(spec: Spec, is_passed: bool, finding: str, say: Callable[[str], None]) -> None:
     """Say a verdict, or refuse.
 
     Raises:
         RefusedError: FAIL, and the spec's rule claims to transfer.
     """
     if is_passed:
-        say(f"{spec.name}: coordinate check PASS {what}")
+        say(f"{spec.name}: coordinate check PASS{finding}")
     elif spec.optimizer.rule != "mup":
         say(
             f"{spec.name}: warning: coordinate check FAIL, expected of rule "
-            f"{spec.optimizer.rule!r}, {what}; what is found need not hold at the target"
+            f"{spec.optimizer.rule!r}{finding}; what is found need not hold at the target"
         )
     else:
         raise RefusedError(
-            f"{spec.name}: coordinate check FAIL {what}; `telescope check` shows all of it; mend "
+            f"{spec.name}: coordinate check FAIL{finding}; `telescope check` shows all of it; mend "
             "the model file, or run with --no-check"
         )
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import GPT, gpt_config, tiny_spec
 
@@ -288,8 +289,8 @@ def test_a_forward_that_fails_is_a_line_with_its_place() -> None:
         "x = self.embedding(tokens)",
         "x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1]))",
     ).replace(
-        "        self.norm = nn.LayerNorm(width)\n",
-        "        self.norm = nn.LayerNorm(width)\n        self.positions = nn.Embedding(8, width)\n",
+        "self.readout = MuReadout",
+        "self.positions = nn.Embedding(8, width)\n        self.readout = MuReadout",
     )
     with pytest.raises(ModelError, match=r"^mixer.py:\d+: IndexError: .*width 16; .*--no-check"):
         check(replace(mixer(), text=text))
@@ -417,7 +418,8 @@ def test_a_slope_says_which_step_it_is_from() -> None:
     assert checked.slopes["output"] == pytest.approx(-0.4)
     (panel, *_) = check_figure(checked, "drawn").axes
     drawn = next(line for line in panel.get_lines() if line.get_label() == "output")
-    assert list(drawn.get_ydata()) == pytest.approx([(w / 16) ** -0.4 for w in WIDTHS])
+    heights = np.asarray(drawn.get_ydata(), dtype=float)
+    assert heights == pytest.approx([(w / 16) ** -0.4 for w in WIDTHS])
 
 
 def test_a_router_may_shrink_but_not_grow() -> None:
@@ -426,8 +428,8 @@ def test_a_router_may_shrink_but_not_grow() -> None:
 
 
 def test_what_never_moves_is_null_and_passes() -> None:
-    checked = judged({"output": line(0), "frozen update": [[0.0, 0.0]] * 4})
-    assert checked.slopes == {"output": pytest.approx(0), "frozen update": None}
+    checked = judged({"output change": line(0), "frozen update": [[0.0, 0.0]] * 4})
+    assert checked.slopes == {"output change": pytest.approx(0), "frozen update": None}
     assert checked.errors["frozen update"] is None
     assert checked.passed
 

@@ -277,7 +277,7 @@ def _measure(
 ) -> dict[int, dict[str, float]]:
     """Step → quantity → size of one width and seed."""
     setup = set_up(config, trial)
-    model, watched = setup.model, _watched(setup.model, setup.tags, config.model)
+    model, watched = setup.model, _watched(setup.model, setup.tags, config.model, trial.width)
     multipliers = _multipliers(model, setup.tags)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     at_start = _parameter_sizes(start, setup.tags, multipliers, "start")
@@ -320,6 +320,8 @@ class _Watched:
 
     name: str
     module: nn.Module
+    width: int
+    """The model's."""
     is_block: bool
     """Whether it has hidden matrices and is not the end of a branch: then what it adds to its input
     says something."""
@@ -327,7 +329,7 @@ class _Watched:
 
 
 def _watched(
-    model: nn.Module, tags: Mapping[str, Tag], config: ModelConfig
+    model: nn.Module, tags: Mapping[str, Tag], config: ModelConfig, width: int
 ) -> tuple[_Watched, ...]:
     """The model's parts, the items of every container, and what looks up, reads out, ends a branch.
 
@@ -347,7 +349,7 @@ def _watched(
             is_inner = is_readout and module.weight.shape[0] != config.kwargs["vocab_size"]
             is_block = not ends_branch and any(id(p) in hidden for p in module.parameters())
             name += INNER if is_inner else ""
-            watched.append(_Watched(name, module, is_block, ends_branch))
+            watched.append(_Watched(name, module, width, is_block, ends_branch))
     return tuple(watched)
 
 
@@ -408,10 +410,7 @@ def _seen(
 
     def hook_of(part: _Watched) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            given = next(_tensors((args, kwargs)), None)
-            tensors = list(_tensors(result))
-            alike = (t for t in tensors if given is not None and t.shape == given.shape)
-            output = next(alike, next(iter(tensors), None))
+            given, output = _main((args, kwargs), part.width), _main(result, part.width)
             if output is not None:
                 see(part, given, output)
 
@@ -427,8 +426,15 @@ def _seen(
             handle.remove()
 
 
+def _main(value: Any, width: int) -> Tensor | None:
+    """Of what a module is given or gives the first tensor as wide as the model, else the first."""
+    tensors = list(_tensors(value))
+    wide = (tensor for tensor in tensors if tensor.shape[-1:] == (width,))
+    return next(wide, tensors[0] if tensors else None)
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in what a module is given or gives, in order, none empty."""
+    """The floating-point tensors in lists, tuples and tables, in order, none empty."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.numel():  # an expert may get no token
             yield value
@@ -547,7 +553,7 @@ def judge(
     }
     problems = {name: slope.problem for name, slope in slopes.items() if slope.problem}
     moves = [slopes[name] for name in measured if name.rsplit(" ", 1)[-1] in MOVES]
-    if all(slope.value is None for slope in moves) and not problems:
+    if all(slope.value is None for slope in moves or slopes.values()) and not problems:
         problems["output"] = "nothing moved"
     return CoordCheck(
         rule=rule,
