@@ -98,7 +98,7 @@ def check_figure(check: CoordCheck, title: str) -> Figure:
     After the step that its slope is from, as in the table. A right model's lines lie flat, inside
     the wedge of slopes that pass; those outside are named.
     """
-    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(12.5, 6.0), layout="constrained")
     figure.suptitle(f"{title}: coordinate check {check.verdict}", fontsize=11)
     panels = dict(zip(CHECK_PANELS, figure.subplots(1, 3, sharey=True), strict=True))
     for name in check.shown():
@@ -120,7 +120,8 @@ def check_figure(check: CoordCheck, title: str) -> Figure:
         panel.set_title(CHECK_PANELS[kind], fontsize=10)
         panel.set_xlabel("width")
         panel.grid(alpha=0.25)
-        panel.legend(fontsize=7)
+        # Below: a dozen names would cover the lines.
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     panels["output"].set_ylabel("size after the step of its slope, over that of the base width")
     return figure
 

@@ -71,6 +71,8 @@ gradient is a multiple of lr / width, far below what it is later. An eps that a 
 would then damp the wide models' updates more than the narrow ones' and look like a wrong rule
 (measured: 1e-8 gives the hidden update a slope of -0.58 at lr 1e-4). Next to no eps leaves Adam's
 step the sign that the rule is about."""
+DRAWN = (Role.HIDDEN, Role.EMBEDDING, Role.TIED)
+"""Roles that start at random; the others start as zeros or ones."""
 MOVES = ("change", "update")
 """Kinds of quantity, by the last word of their names, that are 0 when nothing has been trained."""
 
@@ -103,9 +105,9 @@ class CoordCheck:
     point: Point
     """The setting that was trained: a low lr."""
     sizes: Mapping[str, Mapping[int, tuple[float, ...]]] = field(repr=False)
-    """Quantity → step → geometric mean over seeds of its RMS, one per width; 0 is exactly 0."""
+    """Quantity → step → geometric mean over seeds of its size, one per width; 0 is exactly 0."""
     slopes: Mapping[str, float | None]
-    """Quantity → the slope of log2 RMS against log2 width, of the steps the one that is farthest
+    """Quantity → the slope of log2 size against log2 width, of the steps the one that is farthest
     beyond its standard errors from 0; None where nothing moved."""
     errors: Mapping[str, float | None]
     """Quantity → the standard error of that slope."""
@@ -280,7 +282,8 @@ def _measure(
     model, watched = setup.model, _watched(setup.model, setup.tags, config.model, trial.width)
     multipliers = _multipliers(model, setup.tags)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    at_start = _parameter_sizes(start, setup.tags, multipliers, "start")
+    drawn = {name: value for name, value in start.items() if setup.tags[name].role in DRAWN}
+    at_start = _parameter_sizes(drawn, setup.tags, multipliers, "start")
     with _blamed(config, trial.width):
         before, _ = _activations(setup, watched)
     sizes: dict[int, dict[str, float]] = {}
@@ -551,7 +554,8 @@ def judge(
         )
         for name, by_step in measured.items()
     }
-    problems = {name: slope.problem for name, slope in slopes.items() if slope.problem}
+    worst_first = sorted(slopes.items(), key=lambda item: -item[1].certain)
+    problems = {name: slope.problem for name, slope in worst_first if slope.problem}
     moves = [slopes[name] for name in measured if name.rsplit(" ", 1)[-1] in MOVES]
     if all(slope.value is None for slope in moves or slopes.values()) and not problems:
         problems["output"] = "nothing moved"
@@ -568,12 +572,7 @@ def judge(
         slopes={name: slope.value for name, slope in slopes.items()},
         errors={name: slope.error for name, slope in slopes.items()},
         slope_steps={name: slope.step for name, slope in slopes.items()},
-        problems=dict(
-            sorted(
-                problems.items(),
-                key=lambda item: -slopes[item[0]].certain if item[0] in slopes else 0.0,
-            )
-        ),
+        problems=problems,
         uncertain=tuple(name for name, slope in slopes.items() if slope.is_uncertain),
     )
 
@@ -591,6 +590,7 @@ class _Slope:
     problem: str = ""
     """Why it fails; empty where it does not."""
     is_uncertain: bool = False
+    """Whether it lies on neither side of the threshold by its standard errors."""
 
 
 def _slope(name: str, step: int, widths: Sequence[int], sizes: Sequence[Sequence[float]]) -> _Slope:
@@ -617,17 +617,18 @@ def _slope(name: str, step: int, widths: Sequence[int], sizes: Sequence[Sequence
     if value is None or error is None:
         return _Slope(step)
     margin = STANDARD_ERRORS * error
+    certain = abs(value) - margin
+    if INNER in name and value < 0:
+        return _Slope(step, value, error, certain)
     verb = "grows" if value > 0 else "shrinks"
-    is_allowed = INNER in name and value < 0
+    problem = f"{verb} with the width, slope {value:+.2f} ± {error:.2f}"
     return _Slope(
         step,
         value,
         error,
-        certain=abs(value) - margin,
-        problem=f"{verb} with the width, slope {value:+.2f} ± {error:.2f}"
-        if abs(value) - margin > THRESHOLD and not is_allowed
-        else "",
-        is_uncertain=abs(abs(value) - THRESHOLD) < margin and not is_allowed,
+        certain,
+        problem if certain > THRESHOLD else "",
+        is_uncertain=certain < THRESHOLD < abs(value) + margin,
     )
 
 
