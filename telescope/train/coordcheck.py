@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import mup
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -341,15 +340,16 @@ def _watched(
     containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
     holders = (m for m in model.modules() if m is model or isinstance(m, containers))
     parts = {id(part) for holder in holders for part in holder.children()}
+    outlets = {id(module) for module, _ in readouts(model)}
     hidden = {id(p) for name, p in model.named_parameters() if tags[name].role.is_hidden}
     watched = []
     for name, module in model.named_modules():
-        is_readout = isinstance(module, mup.MuReadout)
+        is_readout = id(module) in outlets
         ends_branch = bool(getattr(module, "residual_output", False))
         if name and (
             id(module) in parts or is_readout or ends_branch or isinstance(module, nn.Embedding)
         ):
-            is_inner = is_readout and module.weight.shape[0] != config.kwargs["vocab_size"]
+            is_inner = is_readout and len(module.weight) != config.kwargs["vocab_size"]
             is_block = not ends_branch and any(id(p) in hidden for p in module.parameters())
             name += INNER if is_inner else ""
             watched.append(_Watched(name, module, width, is_block, ends_branch))
