@@ -1,6 +1,6 @@
 """How far right models are from the coordinate check's threshold, and wrong ones beyond it.
 
-    python benchmarks/coordcheck.py         about five minutes on 2 cores
+    python benchmarks/coordcheck.py         about seven minutes on 2 cores
 
 The quickstart model and variants of it, each checked in full. The threshold is 0.25: half way from
 a right model's 0 to the half power of the width that every known mistake amounts to.

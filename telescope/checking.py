@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from telescope.dispatch.folder import Folder
-from telescope.errors import RefusedError
+from telescope.errors import RefusedError, SpecError
 from telescope.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_usable
 from telescope.records import Point
 from telescope.report.figures import write_check_figure
@@ -21,12 +21,13 @@ from telescope.train.coordcheck import (
     coordinate_check,
 )
 from telescope.train.flops import step_cost
+from telescope.train.loop import resolve_device
 
-HIGHEST_LR = 0.004
-"""The check's lr where the grid starts higher: there even the right rule's logits shrink with the
-width, by up to a slope of -0.37 (measured at lr 0.02), and the check would say nothing."""
-LOWEST_LR = 1e-4
-"""The check's lr where the grid starts lower: twenty smaller steps drown in float32's rounding."""
+CHECK_LR = 0.004
+"""The check's lr, whatever the grid. Above it even the right rule's logits shrink with the width,
+by up to a slope of -0.37 (measured at lr 0.02). Below it three steps do not leave the start, where
+a tied readout's logits shrink as 1/√width by right (-0.40 at lr 1e-4, -0.28 at 1e-3, -0.03 at
+0.004): together they must be of the order of the tied embedding's standard deviation, 0.02."""
 ANNOUNCED_SECONDS = 300.0
 """A check that is expected to take longer says so first."""
 
@@ -61,10 +62,8 @@ def run_check(
 
 
 def check_point(spec: Spec) -> Point:
-    """The grid's lowest lr, within `LOWEST_LR` and `HIGHEST_LR`; the middle of every other axis."""
-    point = {name: _middle(axis) for name, axis in spec.axes.items()}
-    low = spec.axes["lr"].low or point["lr"]
-    return Point.of({**point, "lr": min(max(low, LOWEST_LR), HIGHEST_LR)})
+    """The check's own lr; the middle of every other axis."""
+    return Point.of({name: _middle(axis) for name, axis in spec.axes.items()} | {"lr": CHECK_LR})
 
 
 def _middle(axis: AxisTable) -> float:
@@ -77,9 +76,13 @@ def _middle(axis: AxisTable) -> float:
 
 
 def expected_seconds(prepared: Prepared, extent: Extent) -> float:
-    """How long the check takes, by counted FLOPs at the spec's rate or the assumed one."""
+    """How long the check takes on this machine, by counted FLOPs at the spec's or assumed rate."""
     compute = prepared.spec.compute
-    rate = compute.flop_rate or ASSUMED_FLOP_RATE * compute.cpus
+    assumed = ASSUMED_FLOP_RATE * compute.cpus
+    rate = compute.flop_rate or assumed
+    if resolve_device(compute.device) == "cpu":
+        # The spec's rate is a worker's, and the worker may be a GPU of a cluster.
+        rate = min(rate, assumed)
     config = check_config(prepared.trial_config, extent)
     flops_per_step = sum(
         step_cost(
@@ -90,16 +93,25 @@ def expected_seconds(prepared: Prepared, extent: Extent) -> float:
     return flops_per_step * config.train.steps * len(extent.seeds) / rate
 
 
-def write_check(folder: Folder, check: CoordCheck, prepared: Prepared) -> None:
-    """Keep the verdict, whose it is, and its figure in the results folder."""
+def write_check(folder: Folder, check: CoordCheck, prepared: Prepared) -> bool:
+    """Keep the verdict, whose it is, and its figure in the results folder.
+
+    Returns:
+        Whether it was kept: not where the folder holds a sweep of other training.
+    """
+    if folder.exists and folder.read_spec()["fingerprint"] != prepared.fingerprint:
+        return False
     folder.write_check({**check.as_dict(), "fingerprint": prepared.fingerprint})
     write_check_figure(folder.path / "coordcheck.png", check, check_title(prepared.spec))
+    return True
 
 
 def check_before_run(
     prepared: Prepared, folder: Folder, *, wanted: bool, say: Callable[[str], None]
-) -> Callable[[], None]:
-    """Make the short check, unless the sweep has its verdict already.
+) -> Callable[[], object]:
+    """Make the short check of a sweep that has not started, unless it has its verdict already.
+
+    A verdict is about how a sweep starts: one that has started goes on, with or without.
 
     Args:
         prepared: the sweep.
@@ -113,31 +125,56 @@ def check_before_run(
     Raises:
         RefusedError: the check failed, and the spec's rule claims to transfer.
     """
-    spec, on_purpose = prepared.spec, prepared.spec.optimizer.rule != "mup"
-    known = folder.read_check() or {}
-    is_settled = known.get("verdict") == "PASS" or on_purpose
-    if is_settled and known.get("fingerprint") == prepared.fingerprint:
+    if folder.exists:
         return lambda: None
-    if not wanted:
-        say(f"{spec.name}: no coordinate check (--no-check)")
+    spec, known = prepared.spec, folder.read_check() or {}
+    is_known = known.get("fingerprint") == prepared.fingerprint and known["verdict"]
+    if reason := _why_not(spec, wanted):
+        say(f"{spec.name}: no coordinate check: {reason}")
+        record = {"verdict": None, "reason": reason, "fingerprint": prepared.fingerprint}
+        return (lambda: None) if is_known else (lambda: folder.write_check(record))
+    if is_known:
+        _settle(spec, known["verdict"] == "PASS", f": as kept in {folder.path}", say)
         return lambda: None
     start = time.monotonic()
     check = run_check(prepared, say, SHORT)
-    took = describe_seconds(time.monotonic() - start)
-    if check.passed:
-        say(f"{spec.name}: coordinate check PASS in {took}: {describe_verdict(check)}")
-    elif on_purpose:
+    took = f" in {describe_seconds(time.monotonic() - start)}" if check.passed else ""
+    _settle(spec, check.passed, f"{took}: {describe_verdict(check)}", say)
+    return lambda: write_check(folder, check, prepared)
+
+
+def _why_not(spec: Spec, wanted: bool) -> str | None:
+    """Why the check before a run is left out; None where it can be made."""
+    if not wanted:
+        return "--no-check"
+    try:
+        check_usable(spec.compute.device)
+    except SpecError:  # a cluster's machines have it: a run in place would have been refused
+        return (
+            f"this machine has no device {spec.compute.device!r}; `telescope check` makes it on a "
+            "machine that has one"
+        )
+    return None
+
+
+def _settle(spec: Spec, is_passed: bool, finding: str, say: Callable[[str], None]) -> None:
+    """Say a verdict, or refuse.
+
+    Raises:
+        RefusedError: FAIL, and the spec's rule claims to transfer.
+    """
+    if is_passed:
+        say(f"{spec.name}: coordinate check PASS{finding}")
+    elif spec.optimizer.rule != "mup":
         say(
             f"{spec.name}: warning: coordinate check FAIL, expected of rule "
-            f"{spec.optimizer.rule!r}: {describe_verdict(check)}; what is found need not hold at "
-            "the target"
+            f"{spec.optimizer.rule!r}{finding}; what is found need not hold at the target"
         )
     else:
         raise RefusedError(
-            f"{spec.name}: coordinate check FAIL: {describe_verdict(check)}; `telescope check` "
-            "shows all of it; mend the model file, or run with --no-check"
+            f"{spec.name}: coordinate check FAIL{finding}; `telescope check` shows all of it; mend "
+            "the model file, or run with --no-check"
         )
-    return lambda: write_check(folder, check, prepared)
 
 
 def check_title(spec: Spec) -> str:
@@ -151,4 +188,5 @@ def describe_verdict(check: CoordCheck) -> str:
         worst, *others = (f"{name} {problem}" for name, problem in check.problems.items())
         return worst + (f" (and {len(others)} others)" if others else "")
     name, slope = check.steepest
-    return f"steepest slope {slope:+.2f} ± {check.errors[name]:.2f} ({name})"
+    doubts = f"; {len(check.uncertain)} uncertain" if check.uncertain else ""
+    return f"steepest slope {slope:+.2f} ± {check.errors[name]:.2f} ({name}){doubts}"

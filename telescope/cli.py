@@ -125,13 +125,20 @@ def check(
     measured = run_check(prepared, say=lambda text: typer.echo(text, err=True))
     folder = Folder(results / loaded.name)
     folder.create()
-    write_check(folder, measured, prepared)
+    kept = write_check(folder, measured, prepared)
+    if not kept:
+        typer.echo(
+            f"{loaded.name}: verdict not kept: {folder.path} holds a sweep of other training; "
+            "--name keeps it elsewhere",
+            err=True,
+        )
     if as_json:
         _print_json(measured.as_dict())
     else:
         print_check(console, measured, check_title(loaded))
         console.print(f"verdict  {measured.verdict}: {describe_verdict(measured)}", soft_wrap=True)
-        console.print(f"figure   {folder.path / 'coordcheck.png'}", soft_wrap=True)
+        if kept:
+            console.print(f"figure   {folder.path / 'coordcheck.png'}", soft_wrap=True)
     if not measured.passed:
         raise typer.Exit(1)
 

@@ -199,7 +199,6 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
     if not is_cluster:
         check_this_machine(spec)
     folder = Folder(options.results / spec.name)
-    folder.create()
     with (
         folder.held(),
         make_view() as view,
@@ -233,8 +232,8 @@ def _recording(
     write_verdict = check_before_run(prepared, folder, wanted=options.check, say=view.note)
     with open_store() as store:
         known = store.results()
+        write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.write_spec(record, prepared.trial_config.model.text)
-        write_verdict()
         recorder = Recorder(
             ladder=replay(prepared.ladder_spec, known, retry_failures=True),
             store=store,

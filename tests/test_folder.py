@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,53 @@ def test_a_folder_has_one_driver(folder: Folder) -> None:
         assert folder.read_status() == {"state": "running", "running": 2}
     with folder.held():
         pass
+
+
+def test_a_driver_that_waited_holds_the_folder_alone(tmp_path: Path) -> None:
+    """The first is refused and takes its empty folder away while the second waits for its lock."""
+    folder = Folder(tmp_path / "sweep")
+    holds, leave = threading.Event(), threading.Event()
+
+    def wait_and_hold() -> None:
+        with folder.held():
+            holds.set()
+            leave.wait(10)
+
+    waiter = threading.Thread(target=wait_and_hold)
+    with folder.held():
+        waiter.start()
+        assert not holds.wait(0.1)
+    assert holds.wait(10)
+    try:
+        assert (folder.path / "curves").is_dir()
+        with pytest.raises(ResumeError, match="in use by"), folder.held():
+            pass
+    finally:
+        leave.set()
+        waiter.join()
+    assert not folder.path.exists()
+
+
+def test_many_drivers_are_never_two_at_once(tmp_path: Path) -> None:
+    """Each comes, is refused by something, and takes the folder away, over and over."""
+    folder = Folder(tmp_path / "sweep")
+    inside: list[int] = []
+    most: list[int] = []
+
+    def come_and_go() -> None:
+        for _ in range(20):
+            with suppress(ResumeError), folder.held():
+                inside.append(1)
+                most.append(len(inside))
+                assert (folder.path / "curves").is_dir()
+                inside.pop()
+
+    drivers = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    assert max(most) == 1
 
 
 def _hold_and_die(folder: Folder) -> None:

@@ -43,6 +43,16 @@ def test_a_broken_file_says_where(text: str, message: str) -> None:
         build_meta(model_file(text), width=32, base_width=16)
 
 
+def test_a_lazy_layer_is_named_with_its_file() -> None:
+    text = (
+        "from torch import nn\n"
+        "def build(width, *, vocab_size):\n"
+        "    return nn.Sequential(nn.Embedding(vocab_size, width), nn.LazyLinear(width))\n"
+    )
+    with pytest.raises(ModelError, match=r"^mine.py: 1.weight: has no shape before"):
+        build_meta(model_file(text), width=32, base_width=16)
+
+
 def test_keywords_must_fit() -> None:
     with pytest.raises(SpecError, match=r"^model.deep: gpt.py takes no such keyword; .*depth"):
         check_keywords(gpt_config(deep=3))

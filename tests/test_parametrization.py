@@ -184,6 +184,18 @@ class Body(nn.Module):
             self.second.residual_output = True  # type: ignore[assignment]
         elif odd == "positions":
             self.positions = nn.Parameter(torch.zeros(64, width))
+        elif odd == "capped":
+            self.hidden = nn.Linear(width, min(width, 24), bias=False)
+        elif odd == "falling":
+            self.hidden = nn.Linear(4096 // width, width, bias=False)
+        elif odd == "wide gain":
+            self.gain = nn.Parameter(torch.ones(width**2))
+        elif odd == "convolution":
+            self.hidden = nn.Conv1d(width, width, 3)  # type: ignore[assignment]
+        elif odd == "depthwise":
+            self.hidden = nn.Conv1d(width, width, 3, groups=width)  # type: ignore[assignment]
+        elif odd == "lazy":
+            self.hidden = nn.LazyLinear(width)
         elif odd == "only when wide" and width > 16:
             self.extra = nn.Linear(width, width)
 
@@ -205,13 +217,31 @@ class Body(nn.Module):
         ("shared without embedding", r"table: .*no nn.Embedding's weight"),
         ("ends a branch sometimes", r"hidden.weight: .*only some say residual_output"),
         ("positions", r"positions: .*positional table nn.Embedding"),
+        ("capped", r"hidden.weight: a side is 24 at width 64, 16 at width 16, 24 at width 32; "),
+        ("falling", r"hidden.weight: a side is 64 at width 64, 256 at .*proportional to the width"),
+        ("wide gain", r"gain: a side is 4096 at width 64"),
+        ("convolution", r"hidden.weight: .*convolution's; .*stack of matrices \(taps, out, in\)"),
+        ("depthwise", r"hidden.weight: .*depthwise one as one nn.Parameter \(width,\) per tap"),
+        ("lazy", r"hidden.weight: has no shape before the first batch"),
         ("only when wide", r"extra.bias: exists at one width only"),
     ],
 )
 def test_unclear_parameters_are_refused_in_our_words(odd: str, message: str) -> None:
     model, base, delta = (Body(width, odd) for width in (64, 16, 32))
     with pytest.raises(ModelError, match=message):
-        tag(model, base, delta)
+        tag(model, base, delta, widths=(64, 16, 32))
+
+
+def test_a_side_rounded_to_a_multiple_is_hidden() -> None:
+    """8/3 of the width in eights, as gated layers have it: 48 at 16, 88 at 32, 176 at 64."""
+
+    def model(width: int) -> nn.Module:
+        body = Body(width, "")
+        body.hidden = nn.Linear(width, (8 * width // 3 + 7) // 8 * 8, bias=False)
+        return body
+
+    tags = tag(model(64), model(16), model(32), widths=(64, 16, 32))
+    assert tags["hidden.weight"].role is Role.HIDDEN
 
 
 def test_one_table_looked_up_twice_is_an_embedding() -> None:
@@ -221,7 +251,7 @@ def test_one_table_looked_up_twice_is_an_embedding() -> None:
         body.second_embedding.weight = body.embedding.weight
         return body
 
-    tags = tag(model(64), model(16), model(32))
+    tags = tag(model(64), model(16), model(32), widths=(64, 16, 32))
     assert tags["embedding.weight"].role is Role.EMBEDDING
 
 

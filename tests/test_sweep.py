@@ -17,15 +17,17 @@ from rich.console import Console
 
 from telescope import Spec
 from telescope.api import transfer
+from telescope.checking import write_check
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError, ResumeError, SpecError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import prepare
-from telescope.records import Result, Trial
+from telescope.records import Point, Result, Trial
 from telescope.report.live import PlainView, View, make_view
 from telescope.report.tables import show_as_json
 from telescope.sweep import Options, Recorder, open_result, run
 from telescope.train import loop
+from telescope.train.coordcheck import Extent, coordinate_check
 
 TRIALS = 3 * 2 + 3 * 1  # 3 → 3/2 → 3 and 2 → 1 → 1
 
@@ -357,7 +359,7 @@ def checked(results: Path, data: dict[str, Any]) -> list[str]:
 def test_the_coordinate_check_is_made_once_per_sweep(tmp_path: Path, corpus_file: Path) -> None:
     data = tiny_spec(corpus_file, ladder={"widths": [16]})
     (note,) = checked(tmp_path, data)
-    assert note.startswith("tiny: coordinate check PASS")
+    assert note.startswith("tiny: coordinate check PASS in ")
     kept = json.loads((tmp_path / "tiny" / "coordcheck.json").read_text())
     assert kept["verdict"] == "PASS"
     assert (tmp_path / "tiny" / "coordcheck.png").exists()
@@ -398,7 +400,9 @@ def test_a_wrong_model_is_refused_before_a_trial_and_can_be_mended(
     mended = Spec.from_dict(tiny_spec(corpus_file, ladder={"widths": [16]}))
     folder, ladder = run(mended, inline(results, storage=url), quiet)
     assert ladder.is_finished
-    assert folder.read_check() is None
+    record = folder.read_check()
+    assert record is not None
+    assert record["verdict"] is None
     assert not (folder.path / "coordcheck.png").exists()
 
 
@@ -406,9 +410,83 @@ def test_no_check_runs_a_wrong_model_all_the_same(
     tmp_path: Path, corpus_file: Path, trained: list[Trial]
 ) -> None:
     wrong = {"ladder": {"widths": [16]}, "model": {"file": wide_block(tmp_path)}}
-    _, ladder = sweep(tmp_path, tiny_spec(corpus_file, **wrong))
+    folder, ladder = sweep(tmp_path, tiny_spec(corpus_file, **wrong))
     assert ladder.is_finished
     assert trained
+    record = folder.read_check()
+    assert record is not None
+    assert (record["verdict"], record["reason"]) == (None, "--no-check")
+    # Having started without, it goes on without; finished, it has nothing to check for.
+    wider = tiny_spec(corpus_file, model=wrong["model"])
+    assert checked(tmp_path, wider) == []
+    assert checked(tmp_path, wider) == []
+    assert folder.read_check() == record
+
+
+def full_check(results: Path, data: dict[str, Any], verdict: str) -> dict[str, Any]:
+    """Put a verdict of the full check on this training where `telescope check` does."""
+    folder = Folder(results / "tiny")
+    folder.create()
+    record = {"verdict": verdict, "fingerprint": prepare(Spec.from_dict(data)).fingerprint}
+    folder.write_check(record)
+    return record
+
+
+def test_a_verdict_of_the_full_check_stands(
+    tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short form, which sees less, is neither made nor put in its place."""
+    monkeypatch.setattr("telescope.checking.coordinate_check", None)
+    data = tiny_spec(corpus_file, ladder={"widths": [16]})
+    failed = full_check(tmp_path, data, "FAIL")
+    with pytest.raises(RefusedError, match=r"FAIL: as kept in .*tiny; .*--no-check"):
+        checked(tmp_path, data)
+    folder = Folder(tmp_path / "tiny")
+    assert folder.read_check() == failed
+    sweep(tmp_path, data)  # with --no-check
+    assert folder.read_check() == failed
+    passed = full_check(tmp_path / "other", data, "PASS")
+    assert checked(tmp_path / "other", data) == [
+        f"tiny: coordinate check PASS: as kept in {tmp_path / 'other' / 'tiny'}"
+    ]
+    assert Folder(tmp_path / "other" / "tiny").read_check() == passed
+
+
+def test_a_check_of_other_training_does_not_replace_a_sweeps_verdict(
+    tmp_path: Path, corpus_file: Path
+) -> None:
+    data = tiny_spec(corpus_file, ladder={"widths": [16]})
+    folder, _ = sweep(tmp_path, data)
+    before = folder.read_check()
+    mine, other = (
+        prepare(Spec.from_dict(tiny_spec(corpus_file, optimizer={"rule": rule})))
+        for rule in ("mup", "paper")
+    )
+    one = Extent(width_factors=(1, 2), steps=(1,), seeds=(0,))
+    check = coordinate_check(mine.trial_config, Point.of(lr=0.004, weight_decay=0.1), one)
+    assert not write_check(folder, check, other)
+    assert folder.read_check() == before
+    assert write_check(folder, check, mine)
+    kept = folder.read_check()
+    assert kept is not None
+    assert kept["verdict"] == check.verdict
+
+
+def test_a_device_of_the_clusters_alone_skips_the_check(
+    tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telescope.dispatch.ray_tune.run_ray", lambda *_, **__: None)
+    compute = {"device": "cuda:99", "workers": 1}
+    spec = Spec.from_dict(tiny_spec(corpus_file, compute=compute))
+    view = Notes()
+    run(spec, Options(tmp_path, ray_address="head:6379"), lambda: view)
+    (note,) = view.notes
+    assert "no coordinate check: this machine has no device 'cuda:99'; `telescope check`" in note
+    record = Folder(tmp_path / "tiny").read_check()
+    assert record is not None
+    assert record["verdict"] is None
+    with pytest.raises(SpecError, match=r"compute\.device: got 'cuda:99'"):  # in place it is wrong
+        run(spec, Options(tmp_path / "here"), quiet)
 
 
 def test_another_rule_on_purpose_is_warned_of_and_goes_on(

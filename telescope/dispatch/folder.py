@@ -87,7 +87,7 @@ class Folder:
         write_json(self.path / SPEC_FILE, data)
 
     def write_check(self, check: Mapping[str, Any]) -> None:
-        """Keep the verdict of the coordinate check."""
+        """Keep the verdict of the coordinate check; null where there was none, with the reason."""
         write_json(self.path / CHECK_FILE, check)
 
     def read_check(self) -> dict[str, Any] | None:
@@ -115,20 +115,14 @@ class Folder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder for one driver; the system lets go however the process ends.
+        """Make the folder and hold it for one driver; the system lets go however it ends.
 
         A folder that no sweep has been started in by then is taken away again.
 
         Raises:
-            ResumeError: another process holds it.
+            ResumeError: another process holds it, or it cannot be made.
         """
-        with (self.path / LOCK_FILE).open("a+") as lock:
-            if not _locked(lock):
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                raise ResumeError(
-                    f"{self.path}: in use by {holder}; wait for it, or use --name for another sweep"
-                )
+        with self._open_lock() as lock:
             lock.truncate(0)
             lock.write(_this_process())
             lock.flush()
@@ -138,12 +132,42 @@ class Folder:
                 if not self.exists:
                     self._remove_if_empty()
 
+    def _open_lock(self) -> TextIO:
+        """Make the folder and take its lock; closing the file lets go.
+
+        A driver that leaves takes an empty folder away, lock and all. Whoever waited then holds a
+        file that is no longer the lock, and begins again: two could hold the folder otherwise.
+        """
+        for _ in range(LOCK_TRIES):
+            self.create()
+            try:
+                lock = (self.path / LOCK_FILE).open("a+")
+            except FileNotFoundError:  # taken away since
+                continue
+            if not _locked(lock):
+                with lock:
+                    lock.seek(0)
+                    holder = lock.read().strip() or "another process"
+                raise ResumeError(
+                    f"{self.path}: in use by {holder}; wait for it, or use --name for another sweep"
+                )
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), (self.path / LOCK_FILE).stat()):
+                    self.create()  # what the driver before took away
+                    return lock
+            lock.close()
+        raise ResumeError(f"{self.path}: others come and go; try again")
+
     def _remove_if_empty(self) -> None:
-        """Take away what `create` and `held` made; whatever else lies there stays."""
+        """Take away what `_open_lock` made; whatever else lies there stays.
+
+        The lock after the rest of it: without it the folder is the next one's.
+        """
+        with suppress(OSError):
+            (self.path / "curves").rmdir()
         (self.path / LOCK_FILE).unlink(missing_ok=True)
-        for folder in (self.path / "curves", self.path):
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):
+            self.path.rmdir()
 
     def _is_held(self) -> bool:
         """Whether a driver holds the folder: one that does refuses a shared lock."""

@@ -83,21 +83,27 @@ def write_loss_figure(path: Path, ladder: Ladder, title: str) -> None:
     _write(path, loss_figure(ladder, title))
 
 
-CHECK_PANELS = {"output": "outputs", "change": "changes since initialisation", "update": "updates"}
-"""Kind of quantity, by the last word of its name → what its panel is called."""
+CHECK_PANELS = {
+    "output": "inputs, outputs, gradients, starts",
+    "change": "changes since initialisation",
+    "update": "updates",
+}
+"""Kind of quantity, by the last word of its name → what its panel is called; the first has the
+rest."""
 
 
 def check_figure(check: CoordCheck, title: str) -> Figure:
-    """Draw each size after the last step against the width, as a multiple of the base width's.
+    """Draw each size against the width, as a multiple of the base width's.
 
-    A right model's lines lie flat, inside the wedge of slopes that pass; those outside are named.
+    After the step that its slope is from, as in the table. A right model's lines lie flat, inside
+    the wedge of slopes that pass; those outside are named.
     """
-    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(12.5, 6.0), layout="constrained")
     figure.suptitle(f"{title}: coordinate check {check.verdict}", fontsize=11)
     panels = dict(zip(CHECK_PANELS, figure.subplots(1, 3, sharey=True), strict=True))
     for name in check.shown():
         panel = panels.get(name.rsplit(" ", 1)[-1], panels["output"])
-        sizes = check.sizes[name][check.steps[-1]]
+        sizes = check.sizes[name][check.slope_steps[name]]
         if all(math.isfinite(size) and size > 0 for size in sizes):
             relative = [size / sizes[0] for size in sizes]
             thick = 1.8 if name in check.problems else 0.9
@@ -114,8 +120,9 @@ def check_figure(check: CoordCheck, title: str) -> Figure:
         panel.set_title(CHECK_PANELS[kind], fontsize=10)
         panel.set_xlabel("width")
         panel.grid(alpha=0.25)
-        panel.legend(fontsize=7)
-    panels["output"].set_ylabel(f"RMS after {check.steps[-1]} steps, over that of the base width")
+        # Below: a dozen names would cover the lines.
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    panels["output"].set_ylabel("size after the step of its slope, over that of the base width")
     return figure
 
 

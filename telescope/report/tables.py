@@ -62,20 +62,21 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
 
 
 def print_check(console: Console, check: CoordCheck, title: str) -> None:
-    """Print the sizes of the coordinate check after its last step, and the slopes over all."""
+    """Print the slopes of the coordinate check, each with the sizes that it is the slope of."""
     steps = ", ".join(map(str, check.steps))
     console.print(f"{title}, {check.point}: {len(check.seeds)} seeds, after steps {steps}")
-    table = _table("quantity", *(f"width {width}" for width in check.widths), "slope", "verdict")
+    widths = (f"width {width}" for width in check.widths)
+    table = _table("quantity", "step", *widths, "slope", "verdict")
     shown = check.shown()
     for name in shown:
-        slope, sizes = check.slopes[name], check.sizes[name][check.steps[-1]]
-        failed = name in check.problems
+        slope, step = check.slopes[name], check.slope_steps[name]
         table.add_row(
             name,
-            *(f"{size:.3g}" for size in sizes),
+            str(step),
+            *(f"{size:.3g}" for size in check.sizes[name][step]),
             "–" if slope is None else f"{slope:+.2f} ± {check.errors[name]:.2f}",
-            "FAIL" if failed else "not moved" if slope is None else "",
-            style="red" if failed else None,
+            _verdict_on(check, name),
+            style="red" if name in check.problems else None,
         )
     console.print(table)
     if len(shown) < len(check.slopes):
@@ -83,9 +84,25 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
             f"the steepest of each kind of {len(check.slopes)} quantities; --json has all"
         )
     console.print(
-        "slope    of log2 RMS against log2 width ± its standard error, of the steps the surest; "
-        f"FAIL where it is beyond ±{check.threshold:g} by two errors"
+        "slope    of log2 size against log2 width ± its standard error, after the surest step; "
+        f"FAIL where it is beyond ±{check.threshold:g} by two errors, uncertain where those reach "
+        "across it"
     )
+    if check.unwatched:
+        console.print(
+            f"not watched one by one: {', '.join(check.unwatched)}: no module around them gives "
+            "a tensor every time",
+            soft_wrap=True,
+        )
+
+
+def _verdict_on(check: CoordCheck, name: str) -> str:
+    """What the check says of one quantity; nothing where it is flat."""
+    if name in check.problems:
+        return "FAIL"
+    if check.slopes[name] is None:
+        return "not moved"
+    return "uncertain" if name in check.uncertain else ""
 
 
 def print_answer(console: Console, finished: Finished, settings: Transfer | None = None) -> None:

@@ -139,13 +139,14 @@ def build_meta(config: ModelConfig, *, width: int, base_width: int) -> TaggedMod
     Raises:
         ModelError: the file fails, or a parameter has no clear role.
     """
-    return _tagged(config, _build(config, width, "meta"), base_width)
+    return _tagged(config, _build(config, width, "meta"), width, base_width)
 
 
-def _tagged(config: ModelConfig, model: nn.Module, base_width: int) -> TaggedModel:
-    base, delta = (_build(config, w, "meta") for w in (base_width, 2 * base_width))
+def _tagged(config: ModelConfig, model: nn.Module, width: int, base_width: int) -> TaggedModel:
+    widths = (width, base_width, 2 * base_width)
+    base, delta = (_build(config, w, "meta") for w in widths[1:])
     try:
-        return TaggedModel(model, tag(model, base, delta))
+        return TaggedModel(model, tag(model, base, delta, widths=widths))
     except ModelError as error:
         raise ModelError(f"{config.name}: {error}") from error
 
@@ -165,7 +166,7 @@ def build_model(
     Raises:
         ModelError: the file fails, or a parameter has no clear role.
     """
-    tagged = _tagged(config, _build(config, width, device), base_width)
+    tagged = _tagged(config, _build(config, width, device), width, base_width)
     initialise(tagged.module, tagged.tags, seed=seed)
     set_multipliers(tagged.module, tagged.tags, optimizer=optimizer, rule=rule)
     return tagged

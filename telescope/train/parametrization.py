@@ -10,18 +10,23 @@ r is the matrix's fan-in over its fan-in at base width. Every rule is the same a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import mup
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from telescope.errors import ModelError
 
 RMS_MATCH = 0.2
 """Muon's update has this RMS per unit of lr, as AdamW's has. Source: arXiv 2502.16982 §2.2."""
+GROWTH_TOLERANCE = 0.25
+"""In octaves: how far a growing side may be from proportional to the width. Room for a side that is
+rounded to a multiple (8/3 of the width, in eights); a side like √width or a cap is off by a half
+per doubling."""
 TIED_STD = 0.02
 """A tied embedding also reads out: at std 1 its logits shrink with width (slope -0.37)."""
 
@@ -139,13 +144,16 @@ def _init_std(role: Role, shape: tuple[int, ...]) -> float:
             return 0.0
 
 
-def tag(model: nn.Module, base: nn.Module, delta: nn.Module) -> dict[str, Tag]:
+def tag(
+    model: nn.Module, base: nn.Module, delta: nn.Module, *, widths: tuple[int, int, int]
+) -> dict[str, Tag]:
     """Set mup's base shapes on `model` and find every parameter's role.
 
     Args:
         model: the model to be trained, or its shape on the meta device.
         base: the same model at base width; only its shapes are read.
         delta: the same model at another width, which tells what grows.
+        widths: of the three; what grows must grow as they do.
 
     Returns:
         name → tag, in the order of `named_parameters`.
@@ -153,11 +161,18 @@ def tag(model: nn.Module, base: nn.Module, delta: nn.Module) -> dict[str, Tag]:
     Raises:
         ModelError: a parameter without a clear role, and what to change in the model file.
     """
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(
+                f"{name}: has no shape before the first batch; give a lazy module's sizes in build"
+            )
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, base, delta)]
     if not shapes[0].keys() == shapes[1].keys() == shapes[2].keys():
         everywhere = shapes[0].keys() & shapes[1].keys() & shapes[2].keys()
         odd = sorted({name for names in shapes for name in names} - everywhere)
         raise ModelError(f"{odd[0]}: exists at one width only; every width needs the same layers")
+    for name in shapes[0]:
+        _check_growth(name, [by_name[name] for by_name in shapes], widths)
     mup.set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
     owners = _owners(model)
     return {
@@ -170,6 +185,34 @@ def tag(model: nn.Module, base: nn.Module, delta: nn.Module) -> dict[str, Tag]:
         )
         for name, p in model.named_parameters()
     }
+
+
+def _check_growth(
+    name: str, shapes: Sequence[tuple[int, ...]], widths: tuple[int, int, int]
+) -> None:
+    """Check that every side of a parameter stays, or grows as the width does.
+
+    Args:
+        name: the parameter's.
+        shapes: its shape in the model, at base width and at the delta width.
+        widths: the three widths.
+
+    Raises:
+        ModelError: another number of dimensions, or a side that grows by another factor.
+    """
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ModelError(f"{name}: has another number of dimensions at another width")
+    for sides in zip(*shapes, strict=True):
+        octaves = [
+            math.log2(max(side, 1) / max(sides[1], 1)) - math.log2(width / widths[1])
+            for side, width in zip(sides, widths, strict=True)
+        ]
+        if len(set(sides)) > 1 and max(map(abs, octaves)) > GROWTH_TOLERANCE:
+            pairs = ", ".join(f"{s} at width {w}" for s, w in zip(sides, widths, strict=True))
+            raise ModelError(
+                f"{name}: a side is {pairs}; a side must stay or be proportional to the width "
+                "(rounding aside)"
+            )
 
 
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
@@ -215,12 +258,18 @@ def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
                 "all of them must, or none"
             )
         return Role.RESIDUAL if ends_branch == {True} else Role.HIDDEN
-    raise ModelError(_unclear(name, parameter, grows))
+    raise ModelError(_unclear(name, parameter, grows, owners))
 
 
-def _unclear(name: str, parameter: Tensor, grows: list[bool]) -> str:
+def _unclear(name: str, parameter: Tensor, grows: list[bool], owners: list[nn.Module]) -> str:
     """Why a matrix has no role, and what to change."""
     shape = tuple(parameter.shape)
+    if any(isinstance(owner, _ConvNd) for owner in owners):
+        return (
+            f"{name}: shape {shape} is a convolution's; write a dense one as a stack of matrices "
+            "(taps, out, in), one nn.Parameter with a matrix per tap, and a depthwise one as one "
+            "nn.Parameter (width,) per tap"
+        )
     if grows[-2:] == [False, True]:
         return (
             f"{name}: shape (out, in) = {shape} grows in its input alone; an output layer must be "
