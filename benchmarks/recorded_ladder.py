@@ -2,9 +2,9 @@
 
     python benchmarks/recorded_ladder.py        about an hour on 2 cores, resumable
 
-Adds to the `mup` rows of `results/reference/width-rules/trials.csv` what a replay needs beyond them:
-more seeds at widths 32, 64 and 128, and every weight decay and learning rate at 256. Same spec, same
-training; the new rows go to `results/reference/ladder/trials.csv`.
+Adds to the `mup` rows of `results/reference/width-rules/trials.csv` what a replay needs beyond
+them: more seeds at widths 32, 64 and 128, and every weight decay and learning rate at 256. Same
+spec, same training; the new rows go to `results/reference/ladder/trials.csv`.
 """
 
 from __future__ import annotations

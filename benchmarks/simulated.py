@@ -5,8 +5,8 @@ on one side, linear on the other, with a wall of divergence beyond. Loss at widt
 
     level(n) · (1 + excess + noise),   excess = Σ_axes κ · 2/a² · (e^(−a x) − 1 + a x)
 
-where x is the distance from the optimum in octaves, κ the curvature in shares of the loss per square
-octave and a the skew; each later axis is tilted against the first.
+where x is the distance from the optimum in octaves, κ the curvature in shares of the loss per
+square octave and a the skew; each later axis is tilted against the first.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
-from telescope.records import Axis, LadderSpec, Point, Result, Status, Trial
+from telescope.records import Axis, LadderSpec, Result, Status, Trial
 
 ESSENTIAL_COSTS = {256: 0.04095, 512: 0.09501, 1024: 0.24248, 2048: 0.69494, 2560: 1.0}
-"""FLOPs of one run of arXiv 2505.02222's ladder over its target run: `telescope plan essential-4b`."""
+"""FLOPs of a run of the published ladder over its target run's: `telescope plan essential-4b`."""
 ESSENTIAL = LadderSpec(
     axes=(Axis("lr", 0.0008, 5.3, 8), Axis("weight_decay", 0.0009, 0.85, 8)),
     widths=(256, 512, 1024, 2048),

@@ -177,7 +177,7 @@ def run(
         console.print(f"{loaded.name}: checking the model and the corpus …", style="dim")
     # A batch system ends a job with SIGTERM: leave as on Ctrl-C, with everything kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from telescope.api import transfer as transfer_ladder
+    from telescope.answer import transfer as transfer_ladder
     from telescope.report.live import make_view
     from telescope.report.tables import print_answer
     from telescope.sweep import Options, open_result
@@ -252,7 +252,7 @@ def transfer(
 ) -> None:
     """Give the target run's settings: one group per (role, shape), drop-in for torch.optim."""
     finished = _open(sweep, results)
-    from telescope.api import transfer as transfer_ladder
+    from telescope.answer import transfer as transfer_ladder
 
     settings = transfer_ladder(
         finished.spec,

@@ -53,6 +53,31 @@ class Counted:
         return {width: cost.total * steps for width, cost in self.costs.items()}
 
     @property
+    def target_train(self) -> TrainConfig:
+        """[train] with the target's steps and batch size."""
+        return target_train(self.spec, self.train)
+
+    @property
+    def target_flops(self) -> float:
+        """FLOPs of the target run."""
+        return self.target_cost.total * self.target_train.steps
+
+    @cached_property
+    def ladder_spec(self) -> LadderSpec:
+        """What the ladder's decisions depend on, costs and budget in FLOPs."""
+        return self.spec.ladder_spec_with(self.cost_per_trial, self.target_flops)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the ladder will ask for, costs in FLOPs."""
+        return plan_ladder(self.ladder_spec)
+
+    @property
+    def planned(self) -> dict[str, float]:
+        """Best, expected and worst cost of the sweep, in target runs."""
+        plan = self.plan
+        costs = {"best": plan.best, "expected": plan.expected, "worst": plan.worst}
+        return {case: cost / self.target_flops for case, cost in costs.items()}
 
 
 @dataclass(frozen=True)
@@ -77,33 +102,6 @@ class Prepared(Counted):
             f"model.{key}": value
             for key, value in json.loads(json.dumps(defaults, default=repr)).items()
         }
-
-
-def target_train(self) -> TrainConfig:
-        """[train] with the target's steps and batch size."""
-        return target_train(self.spec, self.trial_config.train)
-
-    @property
-    def target_flops(self) -> float:
-        """FLOPs of the target run."""
-        return self.target_cost.total * self.target_train.steps
-
-    @cached_property
-    def ladder_spec(self) -> LadderSpec:
-        """What the ladder's decisions depend on, costs and budget in FLOPs."""
-        return self.spec.ladder_spec_with(self.cost_per_trial, self.target_flops)
-
-    @cached_property
-    def plan(self) -> Plan:
-        """What the ladder will ask for, costs in FLOPs."""
-        return plan_ladder(self.ladder_spec)
-
-    @property
-    def planned(self) -> dict[str, float]:
-        """Best, expected and worst cost of the sweep, in target runs."""
-        plan = self.plan
-        costs = {"best": plan.best, "expected": plan.expected, "worst": plan.worst}
-        return {case: cost / self.target_flops for case, cost in costs.items()}
 
 
 def target_train(spec: Spec, train: TrainConfig) -> TrainConfig:

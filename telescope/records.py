@@ -255,6 +255,17 @@ class Certificate:
     assumptions: tuple[str, ...]
     """What was taken for granted."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON's keys; width and point stand beside it there."""
+        return {
+            "verdict": self.verdict,
+            "predicted_excess_loss": self.predicted_excess_loss,
+            "intervals": as_json(self.intervals),
+            "evidence": list(self.evidence),
+            "problems": list(self.problems),
+            "assumptions": list(self.assumptions),
+        }
+
 
 class TrialSource(Protocol):
     """What a dispatcher needs of a sweep: trials to run, and a place for their results."""

@@ -57,7 +57,7 @@ class LadderTable(Table):
     policy: Literal["adaptive", "paper"] = "adaptive"
     """"paper" is Algorithm 1 of arXiv 2505.02222 as printed."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.001
-    """Adaptive: predicted excess loss at the target, as a share of the loss, that is good enough."""
+    """Adaptive: predicted excess loss at the target, as a share of the loss, that will do."""
     until: Literal["predicted", "proven"] = "predicted"
     """Adaptive: stop when the prediction is within the tolerance, or when a drift that never
     settles is ruled out too."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from telescope.api import certificate_of
+from telescope.answer import certificate_of
 from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder

@@ -77,7 +77,7 @@ def test_rooms_import_downward(room: str) -> None:
 LAYERS = [
     # below the rooms, bottom up; above them, bottom up
     *("errors", "records", "files", "catalog"),
-    *("spec", "prepare", "checking", "planning", "sweep", "api", "cli"),
+    *("spec", "prepare", "checking", "planning", "answer", "sweep", "api", "cli"),
 ]
 
 

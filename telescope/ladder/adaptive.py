@@ -72,7 +72,8 @@ def _open_next(state: State) -> Move:
     """The next width's first round, around where the fit says that its optimum is."""
     view = View(state, state.spec.target)
     width = state.spec.widths[len(state.choices)]
-    stage = Stage(width, grid_around(state.spec, view.optimum(width).place), ())
+    place = view.optimum(width).place
+    stage = Stage(width, grid_around(state.spec, place, state.stages[0].grid), ())
     how = "the drift so far" if len(state.stages) > 1 else "one width, drift unknown"
     reason = f"around {view.point(width)}, predicted from {how}"
     points = _best(view, stage, view.candidates(width, stage.grid), round_size(state.spec))

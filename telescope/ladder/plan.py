@@ -63,7 +63,8 @@ def plan_ladder(spec: LadderSpec) -> Plan:
         for trial in trials:
             ladder.tell(typical_result(spec, trial))
     trials_at = {stage.width: len(stage.trials) for stage in ladder.stages}
-    stages = [replace(stage, trials=trials_at.get(stage.width, 0)) for stage in plan_stages(spec)]
+    lattice = {axis.name: axis.points for axis in spec.axes}
+    stages = [StagePlan(width, lattice, trials_at.get(width, 0)) for width in spec.widths]
     wall = math.inf if spec.budget is None else max(spec.budget, best)
     return Plan(
         tuple(stages), best, min(_cost(spec, stages), wall), min(_cost_of(spec, worst), wall)

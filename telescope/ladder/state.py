@@ -39,7 +39,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What happens next: a stage opens or grows, or closes with a choice, or nothing can be done."""
+    """What happens next: a stage opens, grows or closes with a choice, or nothing can be done."""
 
     stage: Stage | None = None
     """The open stage with another round, or a new one."""

@@ -63,18 +63,24 @@ def base_grid(spec: LadderSpec) -> dict[str, tuple[float, ...]]:
     }
 
 
-def grid_around(spec: LadderSpec, place: Array) -> dict[str, tuple[float, ...]]:
-    """The window of a wider stage around a place (octaves per swept axis)."""
+def grid_around(spec: LadderSpec, place: Array, within: Grid) -> dict[str, tuple[float, ...]]:
+    """The window of a wider stage around a place.
+
+    Args:
+        spec: the ladder.
+        place: octaves per swept axis.
+        within: the base width's grid, which the window does not leave: what is worth looking for
+            beyond has been looked for there.
+    """
     offsets = WINDOW.get(len(spec.swept), WINDOW_OF_MANY)
-    centres = {
-        axis.name: nearest(axis, float(at)) for axis, at in zip(spec.swept, place, strict=True)
-    }
-    return {
-        axis.name: (axis.low,)
-        if axis.is_fixed
-        else tuple(value_at(axis, centres[axis.name] + offset) for offset in offsets)
-        for axis in spec.axes
-    }
+    grid: dict[str, tuple[float, ...]] = {axis.name: (axis.low,) for axis in spec.axes}
+    for axis, at in zip(spec.swept, place, strict=True):
+        low, high = within[axis.name][0], within[axis.name][-1]
+        lowest, highest = nearest(axis, math.log2(low)), nearest(axis, math.log2(high))
+        centre = min(max(nearest(axis, float(at)), lowest), highest)
+        values = (value_at(axis, centre + offset) for offset in offsets)
+        grid[axis.name] = tuple(v for v in values if low * 0.999 <= v <= high * 1.001)
+    return grid
 
 
 def extended(grid: Grid, axis: Axis, *, upward: bool) -> dict[str, tuple[float, ...]]:

@@ -28,7 +28,8 @@ def loss_figure(ladder: Ladder, title: str) -> Figure:
     """Draw one panel per swept axis.
 
     A line joins, for each value of the axis, the best loss over the other axes; single trials are
-    dots, diverged ones crosses at the top, the choice of each width a star.
+    dots, diverged ones crosses at the top, the choice of each width a star on the bar of its 90 %
+    interval.
     """
     axes = [axis for axis in ladder.spec.axes if not axis.is_fixed]
     figure = Figure(figsize=(5.2 * len(axes), 4.2), layout="constrained")
@@ -42,7 +43,7 @@ def loss_figure(ladder: Ladder, title: str) -> Figure:
         panel.set_xlabel(AXIS_LABELS.get(axis.name, axis.name))
         panel.grid(alpha=0.25, which="both")
     panels[0].set_ylabel("held-out loss (nats per token)")
-    panels[0].legend(title="width (★ chosen, × diverged)", fontsize=9, title_fontsize=9)
+    panels[0].legend(title="width (★ chosen, – 90 %, × diverged)", fontsize=9, title_fontsize=9)
     return figure
 
 
@@ -75,6 +76,8 @@ def _draw_stage(
             transform=panel.get_xaxis_transform(),
         )
     if choice := choices.get(stage.width):
+        if interval := choice.intervals.get(axis):
+            panel.plot(interval, [choice.loss] * 2, color=colour, lw=5, alpha=0.35)
         panel.plot(choice.point[axis], choice.loss, "*", color=colour, ms=16, mec="black", mew=0.8)
 
 

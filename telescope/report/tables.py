@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from telescope.records import Choice, Point, Status, as_json
+from telescope.records import Certificate, Choice, Point, Status, as_json
 from telescope.report.live import describe_seconds
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
             str(stage["trials"]),
             f"{stage['tokens']:.3g}",
             f"{flops['total']:.3g}",
-            f"{flops['optimizer'] / flops['total']:.0%}",
+            f"{flops['optimizer'] / flops['total']:.0%}" if flops["total"] else "–",
         )
     console.print(table)
     target = plan["target"]
@@ -48,10 +48,17 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         f"{target['tokens']:.3g} tokens, {target['flops']:.3g} FLOPs",
         highlight=False,
     )
+    adaptive = plan["policy"] == "adaptive"
     console.print(
-        f"cost     {plan['sweep_flops']:.3g} FLOPs: {plan['sweep_over_target']:.2f} target runs",
-        highlight=False,
+        f"cost     {plan['sweep_flops']:.3g} FLOPs: {plan['sweep_over_target']:.2f} target runs"
+        + (" expected" if adaptive else "")
     )
+    if adaptive:
+        low, high = plan["range"]["best"], plan["range"]["worst"]
+        console.print(
+            f"         {low:.2f} at best, {high:.2f} at worst; what is expected assumes a plain "
+            "bowl and little noise"
+        )
     seconds = plan["seconds"]
     console.print(
         f"time     about {describe_seconds(seconds['estimate'])} ({seconds['basis']})",
@@ -125,12 +132,16 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
         console.print(f"for torch.optim at width {settings.width}:")
         console.print(_groups_table(settings.groups))
     facts = show_as_json(finished)
+    for skipped in finished.ladder.skipped:
+        console.print(f"skipped  width {skipped.width}: {skipped.reason}")
     console.print(f"answer   {_answer(finished, facts)}")
+    if finished.certificate:
+        print_certificate(console, finished.certificate)
     cost = facts["cost"]
     console.print(
-        f"cost     {cost['flops']:.3g} FLOPs, {cost['over_target']:.2f} target runs; "
-        f"{describe_seconds(cost['seconds'])} of training, all workers together",
-        highlight=False,
+        f"cost     {cost['flops']:.3g} FLOPs, {cost['over_target']:.2f} target runs"
+        f"{_planned(cost['planned'])}; {describe_seconds(cost['seconds'])} of training, all "
+        "workers together"
     )
     folder = finished.folder.path
     console.print(f"results  {folder} (loss.png, trials.csv, curves/)", soft_wrap=True)
@@ -149,7 +160,43 @@ def _answer(finished: Finished, facts: Mapping[str, Any]) -> str:
     if not ladder.is_finished:
         width = ladder.choices[-1].width
         return f"{text}, from width {width} alone so far: the sweep has not finished"
-    return f"{text}, not proven: policy {finished.spec.ladder.policy} gives no interval"
+    if finished.certificate is None:
+        return f"{text}, not proven: policy {finished.spec.ladder.policy} gives no interval"
+    return text if finished.certificate.verdict == "PASS" else f"{text}, not proven"
+
+
+def _planned(planned: Mapping[str, float] | None) -> str:
+    """What the plan had said, where it left room."""
+    if planned is None or planned["best"] == planned["worst"]:
+        return ""
+    low, expected, high = planned["best"], planned["expected"], planned["worst"]
+    return f" (planned {low:.2f} to {high:.2f}, {expected:.2f} expected)"
+
+
+def print_certificate(console: Console, certificate: Certificate) -> None:
+    """Print the verdict on an answer, the intervals, and what speaks for and against it."""
+    excess = certificate.predicted_excess_loss
+    console.print(
+        f"verdict  {certificate.verdict}: predicted excess loss at width {certificate.width} "
+        f"{excess:.2%}",
+        style={"PASS": "green", "WARN": "yellow", "FAIL": "red"}[certificate.verdict],
+    )
+    for problem in certificate.problems:
+        _print_item(console, "missing" if certificate.verdict != "FAIL" else "against", problem)
+    for axis, interval in certificate.intervals.items():
+        if interval:
+            _print_item(console, "90 %", f"{axis} between {interval[0]:.4g} and {interval[1]:.4g}")
+    for text in certificate.evidence:
+        _print_item(console, "evidence", text)
+
+
+def _print_item(console: Console, label: str, text: str) -> None:
+    """A labelled line, its continuation indented under the text."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=8)
+    grid.add_column(overflow="fold")
+    grid.add_row(label, text)
+    console.print(grid)
 
 
 def _counts(choice: Choice) -> str:
@@ -171,13 +218,13 @@ def show_as_json(finished: Finished) -> dict[str, Any]:
         "state": "stuck" if ladder.stuck else "finished" if ladder.is_finished else "unfinished",
         "stuck": ladder.stuck,
         "choices": [_choice_as_json(choice) for choice in ladder.choices],
-        "skipped": [],
+        "skipped": [{"width": s.width, "reason": s.reason} for s in ladder.skipped],
         "target": {
             "width": spec.target.width,
             "point": answer and dict(answer),
             "lr": answer and answer.lr,
             "weight_decay": answer and answer.weight_decay,
-            "certificate": None,
+            "certificate": finished.certificate and finished.certificate.as_dict(),
         },
         "cost": finished.cost(),
     }
@@ -210,6 +257,10 @@ def print_transfer(console: Console, settings: Transfer) -> None:
         console.print(f"note  {note}", soft_wrap=True)
     if settings.certificate is None:
         console.print("note  not proven: no certificate")
+    else:
+        print_certificate(console, settings.certificate)
+        for assumption in settings.certificate.assumptions:
+            _print_item(console, "assumed", assumption)
     console.print("`--json` has the names and all keyword arguments")
 
 

@@ -6,7 +6,7 @@ The groups are those that the program's own training loop is built from, so plai
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from telescope.records import Certificate, Point, as_json
@@ -64,17 +64,9 @@ class Transfer:
             "steps": self.steps,
             "schedule": self.schedule,
             "groups": as_json(self.groups),
-            "certificate": certificate_as_json(self.certificate),
+            "certificate": self.certificate and self.certificate.as_dict(),
             "notes": list(self.notes),
         }
-
-
-def certificate_as_json(certificate: Certificate | None) -> dict[str, Any] | None:
-    """A certificate in the JSON's keys; the point stands beside it."""
-    if certificate is None:
-        return None
-    facts = asdict(certificate)
-    return as_json({key: value for key, value in facts.items() if key not in ("point", "width")})
 
 
 def rescale_horizon(point: Point, *, sweep_steps: int, steps: int) -> Point:
