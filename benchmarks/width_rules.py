@@ -66,9 +66,14 @@ COLUMNS = (
 )
 
 
-def load_spec(optimizer: str, rule: str) -> Spec:
-    """The evidence's spec under one rule."""
-    overrides = [f"optimizer.name={optimizer}", f"optimizer.rule={rule}", f"train.evals={EVALS}"]
+def load_spec(optimizer: str, rule: str, *more: str) -> Spec:
+    """The evidence's spec under one rule, with further overrides."""
+    overrides = [
+        *more,
+        f"optimizer.name={optimizer}",
+        f"optimizer.rule={rule}",
+        f"train.evals={EVALS}",
+    ]
     if optimizer == "adamw":
         overrides += [f"axes.lr.low={ADAMW_RANGE[0]}", f"axes.lr.high={ADAMW_RANGE[1]}"]
     return Spec.load(HERE / "width_rules.toml", overrides)

@@ -32,7 +32,7 @@ from telescope.records import Axis, Choice, LadderSpec, Point, Skipped, Stage, S
 
 LEAST_LOSSES = 3
 """Complete losses at base width without which there is nothing to fit."""
-REPEATS = 2
+REPEATS = 3
 """Best cells of the base width that get a further seed before the stage closes."""
 MOST_EXTENSIONS = 3
 """Times that the window of one axis grows at one width."""

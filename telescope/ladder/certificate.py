@@ -77,9 +77,9 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
         )
     if view.floor > spec.tolerance:
         problems.append(
-            "the ladder is noisier than its tolerance: with "
-            f"{_percent(view.noise)} of loss between seeds it can show {_percent(view.floor)}, not "
-            f"{_percent(spec.tolerance)}; train longer, measure the loss on more held-out tokens, or raise ladder.tolerance"
+            f"the ladder is noisier than its tolerance: with {_percent(view.noise)} of loss "
+            f"between seeds it can show {_percent(view.floor)}, not {_percent(spec.tolerance)}; "
+            "train longer, measure the loss on more held-out tokens, or raise ladder.tolerance"
         )
     if view.excess(view.target) > spec.tolerance:
         problems.append(

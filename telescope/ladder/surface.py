@@ -31,7 +31,7 @@ MISFIT = (0.1, 0.3)
 """Standard deviation of the model's error, as a share of the loss above the best; both count."""
 NOISE_SCALES = np.logspace(-1, 2, 13)
 """Noise between seeds that is considered, in tolerances."""
-NOISE_PRIOR = (3.0, 1.5)
+NOISE_PRIOR = (3.0, 1.0)
 """Log-normal: the median, in tolerances, and the standard deviation of the logarithm."""
 SEED_SHIFT = 2.0
 """A further seed's shift of all points of a width, in standard deviations of the noise."""
@@ -155,7 +155,7 @@ class Surface:
     Attributes:
         centre: (k,) octaves, near the optimum of the widest width measured.
         curvature: (k,) nats per square octave, the expected one.
-        noise: nats between seeds, the geometric mean over what is probable.
+        noise: nats between seeds, the root of the expected variance.
         law_weights: probability of each of `drift.LAWS`.
         laws: (draws,) the law of each draw, its number among `drift.LAWS`.
     """
@@ -183,7 +183,7 @@ class Surface:
         self.basis = Basis(frame, self.centre, self.curvature, spread=spread, height=height)
         posterior = _weigh(self.basis, data)
         self.law_weights = posterior.weights.sum(1)
-        self.noise = float(np.exp(posterior.weights.sum(0) @ np.log(posterior.noise)))
+        self.noise = float(np.sqrt(posterior.weights.sum(0) @ posterior.noise**2))
         self._coefficients, self.laws = self._draw(posterior)
 
     def _draw(self, posterior: _Posterior) -> tuple[Array, NDArray[np.int64]]:
