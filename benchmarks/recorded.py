@@ -1,9 +1,9 @@
 """Real training as a loss surface: the recorded grids, between whose cells one can ask.
 
 A cell that was trained with the seed asked for answers with its own loss. Anywhere else the answer
-is a thin-plate spline through the seed means of its width, plus the residual of some recorded trial,
-the same whenever the same trial is asked for. `leave_one_out` says how well the spline predicts
-cells that it was not shown.
+is a thin-plate spline through the seed means of its width, plus the residual of some recorded
+trial, the same whenever the same trial is asked for. `leave_one_out` says how well the spline
+predicts cells that it was not shown.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Recorded:
     def _cells(self) -> dict[tuple[int, float, float], dict[int, float]]:
         """(width, lr, weight decay) → seed → loss; cells with a divergence are left out."""
         cells: dict[tuple[int, float, float], dict[int, float]] = {}
-        for row in self.rows.itertuples():
-            key = (int(row.width), float(row.lr), float(row.weight_decay))
-            cells.setdefault(key, {})[int(row.seed)] = float(row.loss)
+        columns = ("width", "lr", "weight_decay", "seed", "loss")
+        for width, lr, decay, seed, loss in self.rows[list(columns)].to_numpy(dtype=float):
+            cells.setdefault((int(width), lr, decay), {})[int(seed)] = loss
         return {
             key: losses for key, losses in cells.items() if np.isfinite([*losses.values()]).all()
         }
@@ -134,11 +134,8 @@ class Recorded:
     def __call__(self, trial: Trial) -> Result:
         """Answer a trial."""
         seeds = self._cells.get((trial.width, trial.lr, trial.weight_decay), {})
-        # Another draw begins with another of the recorded seeds.
-        order = (
-            sorted(seeds)[self.draw % max(1, len(seeds)) :]
-            + sorted(seeds)[: self.draw % max(1, len(seeds))]
-        )
+        first = self.draw % max(1, len(seeds))  # which of the recorded seeds answers as seed 0
+        order = sorted(seeds)[first:] + sorted(seeds)[:first]
         if trial.seed < len(order):
             return Result(trial, Status.COMPLETE, loss=seeds[order[trial.seed]])
         number = zlib.crc32(f"{self.draw} {trial}".encode()) % len(self._residuals)

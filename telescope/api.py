@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from telescope.answer import transfer
 from telescope.errors import TrialError
-from telescope.ladder.ladder import Ladder as PureLadder
 from telescope.ladder.ladder import replay
 from telescope.records import (
     Choice,
@@ -26,13 +25,14 @@ if TYPE_CHECKING:
 class Ladder:
     """The telescoping ladder for any training loop.
 
+    >>> import math
     >>> spec = Spec.load("quickstart")
     >>> ladder = Ladder(spec)
     >>> while trials := ladder.ask():
     ...     for trial in trials:
-    ...         ladder.tell(trial, loss=2.0 + (trial.lr - 0.1) ** 2)
-    >>> [choice.width for choice in ladder.choices]
-    [32, 64, 128]
+    ...         ladder.tell(trial, loss=2.0 + math.log2(trial.lr / 0.1) ** 2 / 50)
+    >>> [choice.width for choice in ladder.choices], round(ladder.choices[-1].point.lr, 2)
+    ([32, 64], 0.1)
     """
 
     def __init__(self, spec: Spec, results: Iterable[Result] = ()) -> None:

@@ -168,6 +168,9 @@ class LadderSpec:
     """Width of the run that the ladder is for; None is the last width."""
     tolerance: float = 0.001
     """Predicted excess loss at the target, as a share of the loss, below which adaptive stops."""
+    expected_noise: float = 0.003
+    """Standard deviation between seeds, as a share of the loss, that is expected before any repeat,
+    within a factor of three or so. An assumption that repeats correct."""
     round: int | None = None
     """Points per round of the adaptive policy; None is 4, or two more than there are
     swept axes."""

@@ -108,7 +108,7 @@ def test_run_ends_with_choices_answer_cost_and_place(place: Path) -> None:
 def test_plan_keys(place: Path) -> None:
     plan = from_json("plan", "tiny.toml", "--set", "axes.lr.points=5", cwd=place)
     assert list(plan) == [
-        *("name", "stages", "target", "sweep_flops", "sweep_over_target"),
+        *("name", "policy", "stages", "target", "sweep_flops", "sweep_over_target"),
         *("sweep_over_target_parameters", "range", "seconds", "refused"),
     ]
     stage = plan["stages"][0]

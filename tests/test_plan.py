@@ -6,27 +6,32 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from telescope.ladder.grid import paper_stage
-from telescope.ladder.plan import plan_stages, sweep_cost, what_fits
+from telescope.ladder.plan import plan_ladder, plan_stages, what_fits
 from telescope.records import Axis, LadderSpec
 
 SPEC = LadderSpec(
-    (Axis("lr", 0.001, 1.0, 7), Axis("weight_decay", 0.01, 1.0, 3)), (32, 64, 128), seeds=(0, 1)
+    (Axis("lr", 0.001, 1.0, 7), Axis("weight_decay", 0.01, 1.0, 3)),
+    (32, 64, 128),
+    seeds=(0, 1),
+    policy="paper",
+    costs={32: 1.0, 64: 4.0, 128: 16.0},
 )
-COST = {32: 1.0, 64: 4.0, 128: 16.0}
 
 
 def test_stages_and_cost() -> None:
     assert [stage.trials for stage in plan_stages(SPEC)] == [7 * 3 * 2, 5 * 3 * 2, 3 * 1 * 2]
-    assert sweep_cost(SPEC, COST) == 42 * 1 + 30 * 4 + 6 * 16
+    plan = plan_ladder(SPEC)
+    assert plan.best == plan.expected == plan.worst == 42 * 1 + 30 * 4 + 6 * 16
 
 
 def test_what_fits_really_fits_and_is_the_largest() -> None:
     # Two widths cost 162, one seed half of 258, 5 × 3 points: 30 + 18·4 + 6·16 = 198.
-    assert what_fits(SPEC, COST, budget=200) == [
+    assert what_fits(replace(SPEC, budget=200)) == [
         "ladder.widths = [32, 64]",
         "axes.lr.points = 5",
         "ladder.seeds = [0]",
@@ -35,9 +40,9 @@ def test_what_fits_really_fits_and_is_the_largest() -> None:
 
 def test_a_huge_grid_is_planned_at_once() -> None:
     axes = (Axis("lr", 0.001, 1.0, 1000), Axis("weight_decay", 0.01, 1.0, 1000))
-    huge = LadderSpec(axes, (32, 64, 128))
+    huge = replace(SPEC, axes=axes, seeds=(0,), budget=10**5)
     assert plan_stages(huge)[0].trials == 10**6
-    (fits,) = what_fits(huge, COST, budget=10**5)
+    (fits,) = what_fits(huge)
     assert fits.startswith("axes.lr.points = ")
 
 
@@ -49,7 +54,7 @@ def test_plans_count_what_the_ladder_asks_for() -> None:
 
 
 def test_nothing_fits_a_budget_of_nothing() -> None:
-    assert what_fits(SPEC, COST, budget=1) == []
+    assert what_fits(replace(SPEC, budget=1)) == []
 
 
 def test_the_papers_ladder_costs_what_the_paper_spent() -> None:

@@ -13,7 +13,9 @@ from telescope.records import Axis, LadderSpec, Result, Status
 from telescope.report.figures import loss_figure
 from telescope.report.live import LiveView, PlainView, Progress, View, make_view
 
-SPEC = LadderSpec((Axis("lr", 0.01, 1.0, 5), Axis("weight_decay", 0.1, 0.1, 1)), (32, 64))
+SPEC = LadderSpec(
+    (Axis("lr", 0.01, 1.0, 5), Axis("weight_decay", 0.1, 0.1, 1)), (32, 64), policy="paper"
+)
 
 
 @pytest.fixture

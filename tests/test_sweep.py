@@ -16,7 +16,7 @@ from conftest import GPT, tiny_spec
 from rich.console import Console
 
 from telescope import Spec
-from telescope.api import transfer
+from telescope.answer import transfer
 from telescope.checking import write_check
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError, ResumeError, SpecError
@@ -310,13 +310,13 @@ def test_time_left_is_what_remains_at_the_pace_so_far(tmp_path: Path, corpus_fil
     results = open_result("tiny", tmp_path).results
     narrow = [replace(result, seconds=10.0) for result in results if result.trial.width == 16]
     recorder = Recorder(
-        ladder=replay(spec.ladder_spec, narrow),
+        ladder=replay(spec.ladder_spec_with({16: 1.0, 32: 4.0}, 1.0), narrow),
         store=None,  # type: ignore[arg-type]
         folder=folder,
         view=quiet(),
         name="tiny",
         workers=2,
-        cost_per_trial={16: 1.0, 32: 4.0},
+        planned={16: 6, 32: 3},
         known=narrow,
     )
     assert recorder.progress("running").eta_seconds == pytest.approx(3 * 40 / 2)

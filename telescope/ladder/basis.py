@@ -32,8 +32,8 @@ class Frame:
     """The lattice's step per swept axis, in octaves."""
     span: Array
     """Length of the prior range per swept axis, in octaves."""
-    noise_unit: float
-    """The tolerance in nats, in which noise is expected."""
+    expected_noise: float
+    """Standard deviation between seeds that is expected before any repeat, nats."""
 
 
 class Basis:

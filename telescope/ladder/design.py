@@ -61,9 +61,10 @@ def pick(surface: Surface, options: Sequence[Candidates], aim: Array, count: int
     left = np.ones(len(cost), dtype=bool)
     while len(picks) < count and left.any():
         gain = np.where(left, (says**2).sum(axis=0) / (np.diagonal(together) + error), 0.0)
-        # Rounded, so that cells which a reflection swaps tie, whatever the order of the sums.
         worth = np.where(left, gain / cost, -1.0)
-        best = int(np.argmax(np.round(worth / max(worth.max(), 1e-300), 9)))
+        # Rounded, so that cells which a reflection swaps tie, whatever the order of the sums.
+        scale = worth.max()
+        best = int(np.argmax(np.round(worth / scale, 9) if scale > 0 else worth))
         left[best] = False
         option = int(owner[best])
         picks.append(Pick(options[option].width, best - int(start[option]), float(gain[best])))

@@ -27,7 +27,7 @@ def frame_of(state: State, target: int) -> Frame:
         widths=tuple(widths),
         step=np.array([step for step, _ in steps]),
         span=np.array([span for _, span in steps]),
-        noise_unit=spec.tolerance * reference_loss(state),
+        expected_noise=spec.expected_noise * reference_loss(state),
     )
 
 

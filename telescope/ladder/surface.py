@@ -29,10 +29,10 @@ from telescope.ladder.drift import LAWS
 
 MISFIT = (0.1, 0.3)
 """Standard deviation of the model's error, as a share of the loss above the best; both count."""
-NOISE_SCALES = np.logspace(-1, 2, 13)
-"""Noise between seeds that is considered, in tolerances."""
-NOISE_PRIOR = (3.0, 1.0)
-"""Log-normal: the median, in tolerances, and the standard deviation of the logarithm."""
+NOISE_SCALES = np.logspace(-1.5, 1.5, 13)
+"""Noise between seeds that is considered, in multiples of what is expected."""
+NOISE_PRIOR = 1.0
+"""Its prior is log-normal around what is expected: the standard deviation of the logarithm."""
 SEED_SHIFT = 2.0
 """A further seed's shift of all points of a width, in standard deviations of the noise."""
 REACH = 3.0
@@ -130,10 +130,9 @@ def _weigh(basis: Basis, data: Data) -> _Posterior:
     """Evidence of every hypothesis: how probable the losses are under it."""
     noise, misfit = (
         grid.ravel()
-        for grid in np.meshgrid(basis.frame.noise_unit * NOISE_SCALES, MISFIT, indexing="ij")
+        for grid in np.meshgrid(basis.frame.expected_noise * NOISE_SCALES, MISFIT, indexing="ij")
     )
-    median, deviation = NOISE_PRIOR
-    prior = -0.5 * (np.log(noise / (median * basis.frame.noise_unit)) / deviation) ** 2
+    prior = -0.5 * (np.log(noise / basis.frame.expected_noise) / NOISE_PRIOR) ** 2
     variance = noise[:, None] ** 2 + (misfit[:, None] * data.above_best) ** 2
     measured = (SEED_SHIFT * noise[:, None, None]) ** 2 * data.same_shift + variance[
         :, None, :
@@ -165,7 +164,7 @@ class Surface:
         self.frame, self.data = frame, data
         above = data.above_best
         at_base = above[data.widths == frame.widths[0]]
-        spread = max(float(np.median(at_base)), frame.noise_unit)
+        spread = max(float(np.median(at_base)), frame.expected_noise)
         height = max(float(above.max()), spread)
         widest = data.widths == data.seen[-1]
         self.centre = data.places[widest][np.argmin(above[widest])]

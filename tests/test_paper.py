@@ -1,4 +1,4 @@
-"""The ladder on a simulated loss surface with a known optimum, and its invariants.
+"""Policy `paper` on a simulated loss surface with a known optimum, and its invariants.
 
 The surface is a bowl in log2 of both axes whose optimum drifts as 1/width, with a divergence wall:
 what a sweep must find is known without training anything.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,9 @@ from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Axis, LadderSpec, Point, Result, Status, Trial
 
 SPEC = LadderSpec(
-    (Axis("lr", 2**-8, 2**0, 9), Axis("weight_decay", 2**-6, 2**0, 7)), (32, 64, 128, 256)
+    (Axis("lr", 2**-8, 2**0, 9), Axis("weight_decay", 2**-6, 2**0, 7)),
+    (32, 64, 128, 256),
+    policy="paper",
 )
 
 
@@ -86,7 +89,7 @@ def test_replay_at_every_prefix_is_the_fresh_run() -> None:
 
 
 def test_appending_a_width_reuses_every_result() -> None:
-    short = LadderSpec(SPEC.axes, SPEC.widths[:2])
+    short = replace(SPEC, widths=SPEC.widths[:2])
     told = climb(Ladder(short))
     ladder = replay(SPEC, told)
     assert len(ladder.choices) == 2
@@ -94,7 +97,9 @@ def test_appending_a_width_reuses_every_result() -> None:
 
 
 def test_diverged_never_wins_and_ties_go_to_the_smaller_lr() -> None:
-    spec = LadderSpec((Axis("lr", 1, 4, 3), Axis("weight_decay", 0.1, 0.1, 1)), (32,))
+    spec = replace(
+        SPEC, axes=(Axis("lr", 1, 4, 3), Axis("weight_decay", 0.1, 0.1, 1)), widths=(32,)
+    )
     ladder = Ladder(spec)
     small, middle, large = ladder.ask()
     ladder.tell(Result(small, Status.DIVERGED, reason="nan"))
@@ -104,7 +109,12 @@ def test_diverged_never_wins_and_ties_go_to_the_smaller_lr() -> None:
 
 
 def test_a_point_with_one_diverged_seed_is_not_ranked() -> None:
-    spec = LadderSpec((Axis("lr", 1, 2, 2), Axis("weight_decay", 0.1, 0.1, 1)), (32,), (0, 1))
+    spec = replace(
+        SPEC,
+        axes=(Axis("lr", 1, 2, 2), Axis("weight_decay", 0.1, 0.1, 1)),
+        widths=(32,),
+        seeds=(0, 1),
+    )
     ladder = Ladder(spec)
     for trial in list(ladder.ask()):
         if trial.lr == 1 and trial.seed == 1:
@@ -115,7 +125,9 @@ def test_a_point_with_one_diverged_seed_is_not_ranked() -> None:
 
 
 def test_edges_are_named() -> None:
-    spec = LadderSpec((Axis("lr", 2**-8, 2**-6, 3), Axis("weight_decay", 2**-6, 1, 7)), (32,))
+    spec = replace(
+        SPEC, axes=(Axis("lr", 2**-8, 2**-6, 3), Axis("weight_decay", 2**-6, 1, 7)), widths=(32,)
+    )
     ladder = Ladder(spec)
     climb(ladder)
     assert ladder.choices[0].at_edge == ("lr",)
