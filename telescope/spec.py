@@ -279,8 +279,8 @@ class Spec(Table):
                     a for a in TRAINER_AXES if a in ADAMW_AXES or self.optimizer.name == "muon"
                 ]
                 require(name in known, f"axes.{name}", name, f"one of {', '.join(known)}")
-            if name == "lr":
-                require(axis.value != 0, "axes.lr.value", axis.value, "> 0")
+            if name in ("lr", "init_scale"):
+                require(axis.value != 0, f"axes.{name}.value", axis.value, "> 0")
             if name == "warmup":
                 top = axis.high if axis.value is None else axis.value
                 require(top is not None and top <= 1, "axes.warmup", top, "a share, at most 1")

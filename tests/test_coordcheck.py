@@ -479,6 +479,32 @@ def test_the_point_is_low_and_central(axis: dict[str, Any], corpus_file: Path) -
     assert check_point(spec) == Point.of(lr=0.004, weight_decay=0.1, warmup=0.2)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_spec_with_init_scale_passes(optimizer: str, corpus_file: Path) -> None:
+    """Whatever its range: a tied embedding that is large barely moves, and then logits shrink."""
+    spec = tiny_spec(corpus_file, optimizer={"name": optimizer}, model={"tied": True, "depth": 2})
+    for axis in ({"value": 4.0}, {"low": 1.0, "high": 16.0, "points": 3}):
+        spec["axes"]["init_scale"] = axis
+        point = check_point(Spec.from_dict(spec))
+        assert point["init_scale"] == 1
+    model, optimized = gpt_config(depth=2, tied=True), OptimizerConfig(**spec["optimizer"])
+    assert check(model, optimized, SHORT, point).passed
+    assert not check(model, optimized, SHORT, Point.of({**point, "init_scale": 4.0})).passed
+
+
+@pytest.mark.parametrize("optimizer", [MUP, ADAMW])
+@pytest.mark.parametrize("scale", [0.25, 4.0])
+def test_an_init_scale_is_the_same_at_every_width(optimizer: OptimizerConfig, scale: float) -> None:
+    """So every start is as flat as without it, and untied all else too."""
+    checked = check(gpt_config(depth=2), optimizer, point=Point.of({**POINT, "init_scale": scale}))
+    assert checked.passed, checked.problems
+    plain = check(gpt_config(depth=2), optimizer)
+    for name in ("hidden start", "embedding start"):
+        assert checked.slopes[name] == pytest.approx(plain.slopes[name], abs=1e-4)
+        expected = [scale * size for size in plain.sizes[name][3]]
+        assert checked.sizes[name][3] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_clusters_flop_rate_is_not_this_machines(corpus_file: Path) -> None:
     def seconds(rate: float | None) -> float:
         compute = {"device": "cpu", **({"flop_rate": rate} if rate else {})}

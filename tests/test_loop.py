@@ -13,7 +13,13 @@ from conftest import gpt_config, trial_config
 
 from telescope.errors import DataError
 from telescope.records import Point, Result, Status, Trial
-from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
+from telescope.train.config import (
+    ADAMW_AXES,
+    TRAINER_AXES,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from telescope.train.loop import TelescopeTrainer, held_out_loss, set_up, train
 
 GOOD = Point.of(lr=0.05, weight_decay=0.1)
@@ -164,6 +170,13 @@ OTHER_TRAIN: dict[str, Any] = {
     "decay": 0.9,
     "evals": 2,
 }
+OTHER_AXES = {
+    "lr": 0.01,
+    "weight_decay": 0.5,
+    "warmup": 0.5,
+    "init_scale": 0.5,
+    "adamw_lr_ratio": 0.5,
+}
 
 
 @pytest.mark.parametrize("key", [item.name for item in fields(OptimizerConfig)])
@@ -181,7 +194,37 @@ def test_every_key_of_the_training_changes_it(corpus_file: Path, key: str) -> No
     )
 
 
-def _trained(corpus: Path, optimizer: OptimizerConfig | None = None, **settings: Any) -> Any:
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [("muon", axis) for axis in TRAINER_AXES] + [("adamw", axis) for axis in ADAMW_AXES],
+)
+def test_every_axis_changes_the_training(corpus_file: Path, name: Any, axis: str) -> None:
+    optimizer, point = OptimizerConfig(name=name), Point.of({**GOOD, axis: OTHER_AXES[axis]})
+    curve = _trained(corpus_file, optimizer)
+    other = _trained(corpus_file, optimizer, point)
+    assert curve[-1].held_out_loss != other[-1].held_out_loss
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_init_scale_of_1_is_bit_equal_to_none(corpus_file: Path, name: Any, tied: bool) -> None:
+    config = trial_config(
+        corpus_file, model=gpt_config(tied=tied), optimizer=OptimizerConfig(name=name)
+    )
+    none, one, two = (
+        train(config, Trial(32, Point.of({**GOOD, **axis}), 0)).curve
+        for axis in ({}, {"init_scale": 1.0}, {"init_scale": 2.0})
+    )
+    assert none == one
+    assert none != two
+
+
+def _trained(
+    corpus: Path,
+    optimizer: OptimizerConfig | None = None,
+    point: Point = GOOD,
+    **settings: Any,
+) -> Any:
     """The curve of a trial at twice the base width, where every rule is at work."""
     config = trial_config(corpus, optimizer=optimizer, **{"steps": 8, **settings})
-    return train(config, Trial(32, GOOD, 0)).curve
+    return train(config, Trial(32, point, 0)).curve

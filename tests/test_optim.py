@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mup
@@ -66,6 +67,23 @@ def test_all_else_is_adamw_and_constant_in_width() -> None:
 def test_an_axis_replaces_its_key() -> None:
     swept = groups_at(64, Point.of(lr=0.08, weight_decay=0.1, adamw_lr_ratio=0.25))
     assert swept[Role.VECTOR, (64,)].lr == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize(("width", "hidden"), [(16, 2 / 4), (64, 2 / 8)])  # r = 1, 4
+def test_init_scale_is_in_every_groups_start(name: str, width: int, hidden: float) -> None:
+    scaled = groups_at(width, Point.of({**POINT, "init_scale": 2.0}), name=name)
+    starts = {role: group.init_std for (role, _), group in scaled.items()}
+    assert starts == {
+        Role.EMBEDDING: 2.0,
+        Role.HIDDEN: hidden,
+        Role.RESIDUAL: 0.0,
+        Role.READOUT: 0.0,
+        Role.VECTOR: 0.0,
+        Role.FINITE: 0.0,
+    }
+    plain = groups_at(width, name=name)
+    assert scaled == {key: replace(g, init_std=2 * g.init_std) for key, g in plain.items()}
 
 
 def train_adamw(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 5) -> None:

@@ -123,9 +123,35 @@ def test_sampled_standard_deviations(width: int) -> None:
         assert (values["norm.weight"] == 1).all()
 
 
-def _build(config: ModelConfig, width: int, *, seed: int = 0, rule: str = "mup") -> nn.Module:
+@pytest.mark.parametrize(("width", "hidden"), [(16, 3 / 4), (64, 3 / 8)])  # r = 1, 4
+@pytest.mark.parametrize(("tied", "embedding"), [(False, 3.0), (True, 0.06)])
+def test_init_scale_is_a_factor_of_what_starts_random(
+    width: int, hidden: float, tied: bool, embedding: float
+) -> None:
+    model = _build(gpt_config(tied=tied), width, init_scale=3.0)
+    for name, value in model.named_parameters():
+        if name == "embedding.weight":
+            assert value.std().item() == pytest.approx(embedding, rel=0.05)
+        elif name.endswith(("query.weight", "key.weight", "value.weight", "gate.weight")):
+            assert value.std().item() == pytest.approx(hidden, rel=0.2)
+        elif name.endswith(("output.weight", "down.weight", "readout.weight")):
+            assert not value.any()
+        elif name.endswith("norm.weight"):
+            assert (value == 1).all()
+
+
+def _build(
+    config: ModelConfig, width: int, *, seed: int = 0, rule: str = "mup", init_scale: float = 1.0
+) -> nn.Module:
     return build_model(
-        config, width=width, base_width=16, seed=seed, optimizer="muon", rule=rule, device="cpu"
+        config,
+        width=width,
+        base_width=16,
+        seed=seed,
+        optimizer="muon",
+        rule=rule,
+        device="cpu",
+        init_scale=init_scale,
     ).module
 
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, as_toml, tiny_spec
 
 from telescope.errors import SpecError
+from telescope.records import Axis
 from telescope.spec import (
     BudgetTable,
     ComputeTable,
@@ -42,6 +43,10 @@ WRONG = [
     ("axes.lr.high=inf", "axes.lr.high: got inf", "a finite number"),
     ("axes.lr.points=1", "axes.lr.points: got 1", "from 2 to 1000"),
     ("axes.lr.value=3.0", "axes.lr.low: got 0.004", "left out beside value"),
+    ("axes.lr={ value = 0.0 }", "axes.lr.value: got 0.0", "> 0"),
+    ("axes.init_scale.value=0.0", "axes.init_scale.value: got 0.0", "> 0"),
+    ("axes.init_scale.value=-1.0", "axes.init_scale.value: got -1.0", ">= 0"),
+    ("axes.init_scale={ low = 0.0, high = 1.0, points = 3 }", "axes.init_scale.low: got 0", "> 0"),
     ("axes.beta.value=3.0", "axes.beta: got 'beta'", "one of lr, weight_decay"),
     ("axes.lr=3", "axes.lr: got 3", "a table [axes.lr]"),
     ("ladder.widths=[]", "ladder.widths: got []", "one positive width or more"),
@@ -119,6 +124,15 @@ def test_adamw_refuses_an_axis_that_it_would_ignore() -> None:
     assert "adamw_lr_ratio" in Spec.load("quickstart", [ratio]).axes
     with pytest.raises(SpecError, match=r"axes\.adamw_lr_ratio"):
         Spec.load("quickstart", [ratio, "optimizer.name=adamw"])
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_init_scale_can_be_swept_or_fixed(name: str) -> None:
+    swept = "axes.init_scale={ low = 0.25, high = 4.0, points = 3 }"
+    axis = Spec.load("quickstart", [swept, f"optimizer.name={name}"]).ladder_spec.axes[-1]
+    assert axis == Axis("init_scale", 0.25, 4.0, 3)
+    fixed = Spec.load("quickstart", ["axes.init_scale.value=0.5", f"optimizer.name={name}"])
+    assert fixed.ladder_spec.axes[-1] == Axis("init_scale", 0.5, 0.5, 1)
 
 
 @pytest.mark.parametrize("text", ["name = 'x'\nname = 'y'", "= 3", "name = [", "\x00"])

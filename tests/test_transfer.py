@@ -29,10 +29,10 @@ WIDTH = 48  # base 16; a ladder would have swept 16, 32, 64
 STEPS = 20
 
 
-def exported(config: TrialConfig, width: int = WIDTH) -> dict[str, Any]:
+def exported(config: TrialConfig, width: int = WIDTH, point: Point = POINT) -> dict[str, Any]:
     tagged = build_meta(config.model, width=width, base_width=16)
     settings = transfer_settings(
-        POINT,
+        point,
         width=width,
         steps=STEPS,
         train=config.train,
@@ -116,6 +116,25 @@ def test_groups_say_how_parameters_start_and_count(corpus_file: Path) -> None:
     assert "gains start at 1" in by_role["vector"]["note"]
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_exported_start_is_the_one_that_was_trained(
+    corpus_file: Path, tied: bool, name: Any
+) -> None:
+    """By the sampled values of a trial of the sweep, at a width in it and at one that is not."""
+    point = Point.of({**POINT, "init_scale": 0.25})
+    config = trial_config(
+        corpus_file, model=gpt_config(tied=tied), optimizer=OptimizerConfig(name=name)
+    )
+    for width in (16, WIDTH):
+        parameters = dict(set_up(config, Trial(width, point, 0)).model.named_parameters())
+        for group in exported(config, width, point)["groups"]:
+            if group["role"] in ("vector", "finite"):
+                continue
+            values = torch.cat([parameters[n].detach().flatten() for n in group["names"]])
+            assert values.std().item() == pytest.approx(group["init_std"], rel=0.1)
+
+
 def test_where_torch_has_no_equivalent_the_note_says_so(corpus_file: Path) -> None:
     config = trial_config(corpus_file, optimizer=OptimizerConfig(ns_dtype="fp32"))
     for group in exported(config)["groups"]:
@@ -141,6 +160,26 @@ def test_a_longer_run_keeps_lr_times_decay_times_steps(corpus_file: Path) -> Non
     assert not any("assumption" in note for note in short.notes)
     assert any("assumption" in note for note in long.notes)
     assert long.certificate is None
+
+
+@pytest.mark.parametrize("low", [0.25, 1.0])
+def test_a_swept_init_scale_is_chosen_and_handed_over(corpus_file: Path, low: float) -> None:
+    data = tiny_spec(corpus_file)
+    data["axes"]["init_scale"] = {"low": low, "high": 4 * low, "points": 3}
+    ladder = Ladder(Spec.from_dict(data))
+    asked = set()
+    while trials := ladder.ask():
+        asked |= {trial.point["init_scale"] for trial in trials if trial.width == 16}
+        for trial in trials:
+            ladder.tell(trial, loss=1 + math.log(trial.point["init_scale"] / (2 * low)) ** 2)
+    assert sorted(asked) == pytest.approx([low, 2 * low, 4 * low])
+    answer = ladder.transfer(width=256)
+    assert answer.point["init_scale"] == pytest.approx(2 * low)
+    assert answer.groups is not None
+    starts = {group["role"]: group["init_std"] for group in answer.groups}
+    assert starts["embedding"] == pytest.approx(2 * low)
+    assert starts["hidden"] == pytest.approx(2 * low / 16)
+    assert starts["residual"] == starts["readout"] == 0
 
 
 def test_without_a_model_file_the_point_alone_is_handed_over(corpus_file: Path) -> None:

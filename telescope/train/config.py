@@ -16,9 +16,13 @@ from telescope.errors import SpecError
 
 ADAMW_RULES = ("mup", "standard")
 
-TRAINER_AXES = ("lr", "weight_decay", "warmup", "adamw_lr_ratio")
-"""The hyperparameters that the built-in trainer can sweep; the last two replace their key."""
-ADAMW_AXES = TRAINER_AXES[:3]
+TRAINER_AXES = ("lr", "weight_decay", "warmup", "init_scale", "adamw_lr_ratio")
+"""The hyperparameters that the built-in trainer can sweep.
+
+warmup and adamw_lr_ratio replace their key; init_scale multiplies the standard deviation of all
+that starts random, by the same at every width, and is 1 where it is no axis.
+"""
+ADAMW_AXES = TRAINER_AXES[:-1]
 """Those that mean something when AdamW trains everything."""
 
 PYTHON_STDLIB = "python-stdlib"

@@ -95,6 +95,7 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
         optimizer=config.optimizer.name,
         rule=config.optimizer.rule,
         device=device,
+        init_scale=trial.point.get("init_scale", 1.0),
     )
     groups = parameter_groups(tagged.tags, trial.point, config.optimizer)
     length = config.train.sequence_length

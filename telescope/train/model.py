@@ -160,6 +160,7 @@ def build_model(
     optimizer: str,
     rule: str,
     device: str,
+    init_scale: float = 1.0,
 ) -> TaggedModel:
     """The model at `width`, initialised and with its readout multipliers set, on `device`.
 
@@ -167,7 +168,7 @@ def build_model(
         ModelError: the file fails, or a parameter has no clear role.
     """
     tagged = _tagged(config, _build(config, width, device), width, base_width)
-    initialise(tagged.module, tagged.tags, seed=seed)
+    initialise(tagged.module, tagged.tags, seed=seed, init_scale=init_scale)
     set_multipliers(tagged.module, tagged.tags, optimizer=optimizer, rule=rule)
     return tagged
 

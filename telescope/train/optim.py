@@ -34,6 +34,7 @@ class Group:
     kwargs: dict[str, Any]
     """Further keyword arguments of the torch optimizer's class."""
     init_std: float
+    """Standard deviation at the start, the point's init_scale in it; 0 is zeros (gains: ones)."""
     multiplier: float
 
 
@@ -70,7 +71,7 @@ def parameter_groups(tags: dict[str, Tag], point: Point, config: OptimizerConfig
                 lr=lr,
                 weight_decay=decay_per_step / lr,
                 kwargs=_muon_kwargs(config) if is_muon else _adamw_kwargs(config),
-                init_std=rule.init_std,
+                init_std=rule.init_std * point.get("init_scale", 1.0),
                 multiplier=rule.multiplier * output_mult,
             )
         )

@@ -287,17 +287,25 @@ def _unclear(name: str, parameter: Tensor, grows: list[bool], owners: list[nn.Mo
     )
 
 
-def initialise(model: nn.Module, tags: dict[str, Tag], *, seed: int) -> None:
+def initialise(
+    model: nn.Module, tags: dict[str, Tag], *, seed: int, init_scale: float = 1.0
+) -> None:
     """Initialise every parameter by its role, whatever the model file did.
 
     Drawn on the CPU from one generator in the order of the names, so that a seed means the same
     on every device.
+
+    Args:
+        model: initialised in place.
+        tags: name → tag of every parameter.
+        seed: of the generator.
+        init_scale: factor of every standard deviation, whatever the width.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             tag = tags[name]
-            std = _init_std(tag.role, tag.shape)
+            std = _init_std(tag.role, tag.shape) * init_scale
             if tag.role in (Role.VECTOR, Role.FINITE):
                 parameter.fill_(0.0 if "bias" in name.rsplit(".", 1)[-1] else 1.0)
             elif std == 0:
