@@ -107,8 +107,8 @@ def _grow(view: View, stage: Stage, points: Sequence[Point], reason: str) -> Mov
     return Move(stage=grown) if grown else None
 
 
-def _is_full(stage: Stage) -> bool:
-    return len({trial.point for trial in stage.trials}) >= MOST_TRIALS
+def _is_full(spec: LadderSpec, stage: Stage) -> bool:
+    return len(stage.trials) >= MOST_TRIALS * len(spec.seeds)
 
 
 def _best(view: View, stage: Stage, points: Sequence[Point], count: int) -> list[Point]:
@@ -132,8 +132,8 @@ def _should_widen(view: View) -> str | None:
     stage = view.stage
     if _next_width(view) is None:
         return None
-    if _is_full(stage):
-        return f"{MOST_TRIALS} points are the most at one width"
+    if _is_full(view.spec, stage):
+        return f"{MOST_TRIALS} trials per seed are the most at one width"
     own, at_target = view.excess(stage.width), view.excess(view.target)
     if _is_unproven(view) and len(view.state.stages) > 1 and at_target <= view.tolerance:
         return (
@@ -150,7 +150,7 @@ def _should_widen(view: View) -> str | None:
 
 def _beyond_the_border(view: View) -> tuple[Stage, Sequence[Point], str]:
     """A trial next to what was measured, where the optimum lies at or beyond it, and the best."""
-    for number, upward in view.open_sides if not _is_full(view.stage) else ():
+    for number, upward in view.open_sides if not _is_full(view.spec, view.stage) else ():
         axis = view.spec.swept[number]
         sign, border = (1 if upward else -1), view.measured(number)[upward]
         side = "above" if upward else "below"
@@ -220,8 +220,8 @@ def _should_give_up(view: View) -> str | None:
     stage, state = view.stage, view.state
     if len(state.stages) < len(view.spec.widths):
         return None
-    if _is_full(stage):
-        return f"{MOST_TRIALS} points are the most at one width"
+    if _is_full(view.spec, stage):
+        return f"{MOST_TRIALS} trials per seed are the most at one width"
     points = view.candidates(stage.width, stage.grid)
     gain = sum(picked.gain for picked in view.picks({stage.width: points}, round_size(view.spec)))
     excess = view.excess(view.target)
@@ -306,16 +306,16 @@ def _too_many_failures(state: State, stage: Stage) -> str | None:
 
 
 def _search_lower(state: State, stage: Stage) -> Move:
-    """Hardly anything survived: ask for lower learning rates, down to the lowest of the lattice."""
-    lr = next((axis for axis in state.spec.swept if axis.name == "lr"), None)
+    """Hardly anything survived: ask for lower learning rates, below the range too if need be."""
+    spec = state.spec
+    lr = next((axis for axis in spec.swept if axis.name == "lr"), None)
     tried = {trial.point["lr"] for trial in stage.trials}
-    results = state.results(stage)
-    if lr:
-        below = [value for value in stage.grid["lr"] if value < min(tried)]
-        centre = star(state.spec)[0]
-        points = [Point.of({**centre, "lr": value}) for value in below[::-1]]
+    for wider in (stage, _extended(spec, stage, lr, upward=False)) if lr else ():
+        below = [value for value in wider.grid["lr"] if value < min(tried)] if wider else []
+        points = [Point.of({**star(spec)[0], "lr": value}) for value in below[::-1]]
         reason = "too few losses to fit: look at lower learning rates"
-        if grown := _grown(state, stage, points[: round_size(state.spec)], reason):
+        chosen = points[: round_size(spec)]
+        if chosen and wider and (grown := _grown(state, wider, chosen, reason)):
             return Move(stage=grown)
-    failed = sum(result.status is Status.FAILED for result in results)
+    failed = sum(result.status is Status.FAILED for result in state.results(stage))
     return Move(stuck=paper.all_diverged(stage, failed))

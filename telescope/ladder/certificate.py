@@ -102,7 +102,9 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
             f"{axis} is on the border of what was tried at width {state.choices[-1].width}; move "
             f"axes.{axis}"
         )
-    if rivals := two_minima(view.surface.data, view.surface.noise):
+    # Not the fit's noise: two minima are what the fit takes for noise.
+    noise = max(view.surface.data.noise_of_repeats, view.surface.frame.expected_noise)
+    if rivals := two_minima(view.surface.data, noise):
         problems.append(
             f"the loss has two minima at width {rivals}; narrow the axes to one of them"
         )

@@ -53,6 +53,8 @@ def observe(state: State, *, widths: Iterable[int] | None = None) -> Data:
             diverged = diverged_points(results)
             walls += sorted(diverged, key=lambda point: point.axes)
             complete += [r for r in results if r.loss is not None and r.trial.point not in diverged]
+    # By loss: an order that neither the order of asking nor a reflection of an axis changes.
+    complete.sort(key=lambda r: (r.trial.width, r.loss, r.trial.seed))
     k = len(spec.swept)
     return Data(
         places=np.array([place_of(spec, r.trial.point) for r in complete]).reshape(-1, k),

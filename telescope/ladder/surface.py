@@ -44,6 +44,8 @@ LEAST_CURVATURE = 1e-3
 """Of the first guess of the curvature: what a flat axis is taken to have, for the priors alone."""
 LEAST_BOWLS = 0.05
 """Share of draws that curve upwards in every axis below which none is left out."""
+ROUNDING = 1e-4
+"""Octaves within which places are the same: values on the lattice are rounded."""
 ZOOMS = 4
 NEWTON_STEPS = 3
 GRID = {1: 61, 2: 25, 3: 13, 4: 9}
@@ -68,6 +70,15 @@ class Data:
         lowest = np.array([self.losses[self.widths == w].min() for w in self.widths])
         above: Array = self.losses - lowest
         return above
+
+    @property
+    def noise_of_repeats(self) -> float:
+        """Nats between seeds at the cells that have several, whatever any fit says; 0 for none."""
+        cells: dict[tuple[float, ...], list[float]] = {}
+        for width, place, loss in zip(self.widths, self.places, self.losses, strict=True):
+            cells.setdefault((float(width), *place.tolist()), []).append(float(loss))
+        variances = [np.var(losses, ddof=1) for losses in cells.values() if len(losses) > 1]
+        return float(np.sqrt(np.mean(variances))) if variances else 0.0
 
     @property
     def seen(self) -> list[int]:
@@ -157,6 +168,8 @@ class Surface:
         noise: nats between seeds, the root of the expected variance.
         law_weights: probability of each of `drift.LAWS`.
         laws: (draws,) the law of each draw, its number among `drift.LAWS`.
+        bends: (k,) probability that the loss curves upwards along an axis, before draws of which
+            it does not were left out.
     """
 
     def __init__(self, frame: Frame, data: Data) -> None:
@@ -215,6 +228,8 @@ class Surface:
             )
             laws.append(np.full(len(drawn[-1]), law))
         coefficients, of_law = np.concatenate(drawn), np.concatenate(laws)
+        k, start = self.basis.axes, self.basis.shape.start
+        self.bends = (coefficients[:, start + k : start + 2 * k] > 0).mean(axis=0)
         bowl = self.basis.is_bowl(coefficients)
         if bowl.mean() < LEAST_BOWLS:
             return coefficients, of_law
@@ -339,8 +354,8 @@ def walled(places: Array, walls: Array, origin: Array) -> NDArray[np.bool_]:
     if not len(walls):
         return np.zeros(len(places), dtype=bool)
     direction = walls - origin
-    differs = np.abs(direction) > 1e-9
+    differs = np.abs(direction) > ROUNDING
     # Along each axis in units of the way to the wall; where the wall does not differ, anything.
     share = (places[:, None] - origin) / np.where(differs, direction, 1.0)
-    beyond: NDArray[np.bool_] = np.any(np.all((share >= 1 - 1e-9) | ~differs, axis=2), axis=1)
+    beyond: NDArray[np.bool_] = np.any(np.all((share >= 1 - ROUNDING) | ~differs, axis=2), axis=1)
     return beyond

@@ -23,11 +23,13 @@ DRAWN_AHEAD = 1.5
 UNIDENTIFIED = 0.5
 """An axis whose 90 % interval is longer than this share of its prior range is unidentified."""
 MOST_TRIALS = 30
-"""Points of one stage, after which it closes as it is."""
+"""Trials of one stage, for each of the spec's seeds, after which it closes as it is."""
 CHECKED_ODDS = 0.2
 """What a passed coordinate check multiplies the odds of a wrong width rule by. An assumption."""
 RULED_OUT = 0.03
 """Probability below which a drift that never settles is ruled out."""
+LEAST_BENDS = 0.98
+"""Probability that the loss curves upwards along an axis without which it is unidentified."""
 AT_BORDER = 0.25
 """An optimum within so many steps of the outermost value measured counts as lying at the border."""
 
@@ -78,15 +80,31 @@ class View:
 
     @cached_property
     def held(self) -> dict[int, float]:
-        """Unidentified axis → the octaves that it keeps: the last choice's, or the middle."""
-        free = self.surface.optimum(self.stage.width)
+        """Unidentified axis → the octaves that it keeps: the last choice's, or the middle.
+
+        Its curvature is not measurable or its interval is long, and keeping its value costs no more
+        than is tolerated.
+        """
+        width, free = self.stage.width, self.surface.optimum(self.stage.width)
         prior = self.state.choices[-1].point if self.state.choices else None
-        held = {}
+        held: dict[int, float] = {}
         for number, axis in enumerate(self.spec.swept):
             low, high = free.interval(number)
-            if high - low > UNIDENTIFIED * octaves(axis)[1]:
-                held[number] = math.log2(prior[axis.name] if prior else middle(axis))
+            is_long = high - low > UNIDENTIFIED * octaves(axis)[1]
+            is_flat = self.surface.bends[number] < LEAST_BENDS and not self._falls(free, number)
+            if is_long or is_flat:
+                keeps = {number: math.log2(prior[axis.name] if prior else middle(axis))}
+                costs = self.surface.optimum(width, held=held | keeps).excess - free.excess
+                if costs.mean() / self.loss <= self.tolerance:
+                    held |= keeps
         return held
+
+    def _falls(self, free: Optimum, number: int) -> bool:
+        """Whether the loss surely falls along an axis, up to one border of what was measured."""
+        low, high = free.interval(number)
+        first, last = (float(side[number]) for side in self.surface.support())
+        step = float(self.surface.frame.step[number])
+        return high < first + step or low > last - step
 
     def optimum(self, width: int) -> Optimum:
         """The answer at a width; unidentified axes keep their prior value."""
@@ -103,7 +121,7 @@ class View:
 
     @property
     def floor(self) -> float:
-        """What the noise can show: the standard error of a mean of all points a width may have."""
+        """What the noise can show: the standard error of a mean of all trials a width may have."""
         return self.noise / math.sqrt(MOST_TRIALS)
 
     @property
