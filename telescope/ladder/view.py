@@ -28,8 +28,10 @@ CHECKED_ODDS = 0.2
 """What a passed coordinate check multiplies the odds of a wrong width rule by. An assumption."""
 RULED_OUT = 0.03
 """Probability below which a drift that never settles is ruled out."""
-LEAST_BENDS = 0.98
+LEAST_BENDS = 0.99
 """Probability that the loss curves upwards along an axis without which it is unidentified."""
+MOST_FOR_KEEPING = 3.0
+"""Tolerances that keeping an unidentified axis may cost by the fit; above, the fit is believed."""
 AT_BORDER = 0.25
 """An optimum within so many steps of the outermost value measured counts as lying at the border."""
 
@@ -82,8 +84,7 @@ class View:
     def held(self) -> dict[int, float]:
         """Unidentified axis → the octaves that it keeps: the last choice's, or the middle.
 
-        Its curvature is not measurable or its interval is long, and keeping its value costs no more
-        than is tolerated.
+        Its curvature is not measurable or its interval is long, and keeping its value costs little.
         """
         width, free = self.stage.width, self.surface.optimum(self.stage.width)
         prior = self.state.choices[-1].point if self.state.choices else None
@@ -95,7 +96,7 @@ class View:
             if is_long or is_flat:
                 keeps = {number: math.log2(prior[axis.name] if prior else middle(axis))}
                 costs = self.surface.optimum(width, held=held | keeps).excess - free.excess
-                if costs.mean() / self.loss <= self.tolerance:
+                if costs.mean() / self.loss <= MOST_FOR_KEEPING * self.tolerance:
                     held |= keeps
         return held
 
