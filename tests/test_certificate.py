@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from simulated import ESSENTIAL
-from test_adaptive import random_surface, run, surface
+from test_adaptive import run, surface
 
 from telescope.ladder.certificate import two_minima
 from telescope.ladder.ladder import Ladder
@@ -26,7 +26,7 @@ def test_a_good_ladder_passes_and_keeps_its_promise() -> None:
     """Over random surfaces with a right rule: what passes costs what was predicted, or little."""
     passed = 0
     for seed in range(12):
-        truth = random_surface(seed)
+        truth = random_truth(seed)
         certificate = certify(run(truth))
         if certificate.verdict == "PASS":
             passed += 1

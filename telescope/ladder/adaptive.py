@@ -85,6 +85,8 @@ def _open_next(state: State) -> Move:
 def _decide(view: View) -> Move:
     """Another round at this width, or the choice; and whether the ladder goes on."""
     state, stage = view.state, view.stage
+    if stage.width not in view.surface.data.seen:
+        return _without_a_loss(view)
     if move := _grow(view, *_beyond_the_border(view)):
         return move
     ending, widening = _is_good_enough(view), _should_widen(view)
@@ -99,6 +101,17 @@ def _decide(view: View) -> Move:
     if move := _grow(view, stage, best, "these say most about the optimum at the target"):
         return move
     return _close(view, _out_of_budget(state), ends=True)
+
+
+def _without_a_loss(view: View) -> Move:
+    """No trial of this width has a loss: another round, or the ladder ends at the width before."""
+    stage, rest = view.stage, view.spec.widths[len(view.state.choices) :]
+    points = [] if _is_full(view.spec, stage) else view.candidates(stage.width, stage.grid)
+    best = _best(view, stage, points, round_size(view.spec))
+    if move := _grow(view, stage, best, "no trial of this width has a loss yet"):
+        return move
+    reason = f"no trial at width {stage.width} has a loss, and there is no room for more"
+    return Move(skipped=tuple(Skipped(width, reason) for width in rest))
 
 
 def _grow(view: View, stage: Stage, points: Sequence[Point], reason: str) -> Move | None:

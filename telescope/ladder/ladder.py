@@ -107,7 +107,7 @@ class Ladder:
             self.stuck = move.stuck
             if move.choice:
                 self.choices.append(move.choice)
-                self.skipped = move.skipped
+            self.skipped = move.skipped
             if move.stage:
                 if len(self.stages) > len(self.choices):
                     self.stages.pop()

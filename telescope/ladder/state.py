@@ -46,6 +46,6 @@ class Move:
     choice: Choice | None = None
     """Closes the open stage."""
     skipped: tuple[Skipped, ...] = ()
-    """Beside a choice: all widths that are left out; the ladder is then finished."""
+    """All widths that are left out, beside a choice or without; the ladder is then finished."""
     stuck: str | None = None
     """Why no choice can be made, whatever further results say."""
