@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from calibration import random_truth
 from simulated import ESSENTIAL
 from test_adaptive import run, surface
 
