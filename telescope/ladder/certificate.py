@@ -81,10 +81,11 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
             f"between seeds it can show {_percent(view.floor)}, not {_percent(spec.tolerance)}; "
             "train longer, measure the loss on more held-out tokens, or raise ladder.tolerance"
         )
-    if view.excess(view.target) > spec.tolerance:
+    if view.excess(view.target) > view.tolerance:
         problems.append(
             f"predicted excess loss {_percent(view.excess(view.target))} is above the tolerance of "
-            f"{_percent(spec.tolerance)}; append a width to ladder.widths"
+            f"{_percent(view.tolerance)}; append a width to ladder.widths, or raise "
+            "budget.max_over_target"
         )
     elif not view.is_settled(rule_checked=rule_checked):
         wider = 'set ladder.until = "proven"' if skipped else "append a width to ladder.widths"
