@@ -27,6 +27,7 @@ from telescope.errors import SpecError
 from telescope.records import Axis, LadderSpec
 from telescope.train.config import (
     ADAMW_AXES,
+    CARE_KEYS,
     PYTHON_STDLIB,
     TRAINER_AXES,
     DataConfig,
@@ -314,7 +315,8 @@ class Spec(Table):
         data = self.as_dict()
         fields: dict[str, Any] = {"ladder.widths[0]": self.base_width, "data (hash)": corpus_digest}
         for table in ("optimizer", "train"):
-            fields |= {f"{table}.{key}": value for key, value in data.get(table, {}).items()}
+            keys = data.get(table, {}).keys() - CARE_KEYS
+            fields |= {f"{table}.{key}": data[table][key] for key in keys}
         fields |= {f"data.{key}": data["data"][key] for key in ("held_out", "eval_tokens")}
         if model:
             fields["model.file (hash)"] = model.digest
