@@ -6,6 +6,7 @@
     ├── DataError             a corpus that is missing, empty, too short or changed
     ├── ResumeError           a results folder that does not fit the spec, or is in use
     ├── StoreError            results that cannot be kept or read now: disk full, locked, damaged
+    ├── LostError             what the trials run on has gone: Ray's head or raylet
     ├── TrialError            a trial that was told to a ladder that did not ask for it
     └── RefusedError          the answer is no: over budget, nothing to transfer (exit code 1)
 
@@ -42,6 +43,10 @@ class StoreError(TelescopeError):
 
     What was stored before stays; when the fault is mended, the same command goes on.
     """
+
+
+class LostError(TelescopeError):
+    """What the trials run on has gone; what finished is kept, and the same command goes on."""
 
 
 class TrialError(TelescopeError, ValueError):

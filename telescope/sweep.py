@@ -278,10 +278,11 @@ def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: 
 
     kept = str(recorder.folder.checkpoints.absolute())
     trainer = TelescopeTrainer(replace(prepared.trial_config, checkpoint_folder=kept))
+    timeout = prepared.trial_config.train.timeout
     if options.dispatcher == "inline":
         from telescope.dispatch.inline import run_inline
 
-        run_inline(recorder, trainer, on_start=recorder.on_start)
+        run_inline(recorder, trainer, timeout=timeout, on_start=recorder.on_start)
         return
     from telescope.dispatch.ray_tune import run_ray
 
@@ -293,6 +294,8 @@ def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: 
         cpus=compute.cpus,
         gpus=compute.gpus,
         address=options.ray_address,
+        timeout=timeout,
+        owner=str(recorder.folder.path.resolve()),
         on_start=recorder.on_start,
     )
 

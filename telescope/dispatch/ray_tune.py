@@ -13,6 +13,7 @@ On a cluster the workers import the `telescope` that is installed there; only th
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import math
 import os
@@ -39,7 +40,8 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from telescope.dispatch.queue import Queue, Trainer, attempt
+from telescope.dispatch.queue import LOG_TAIL_LINES, Queue, Trainer, attempt, clean
+from telescope.dispatch.ray_session import MARK, OWNER_FILE, reap, watched
 from telescope.errors import SpecError
 from telescope.records import Result, Status, Trial, TrialSource
 
@@ -60,6 +62,12 @@ SWITCHES = {
 """Documented switches of Ray and Tune, set for the time of a run."""
 OWNER_SWITCHES = {"TUNE_DISABLE_SIGINT_HANDLER": "1"}
 """Tune's handler takes 12 s; to leave `fit()` in the middle is safe if `ray.shutdown` follows."""
+LOCAL_PATIENCE = 3.0
+"""Seconds after which an embedded Ray that accepts no connection counts as dead."""
+CLUSTER_PATIENCE = 45.0
+"""The same for a cluster, whose head may be started again; Ray ends the process after 60 s."""
+HANG_GRACE = 10.0
+"""Seconds that a hung trial has to be interrupted in, before its process is ended."""
 TEMP_ROOM = 20
 """Longest temporary folder in which the paths of Ray's sockets stay below the system's limit."""
 
@@ -72,6 +80,8 @@ def run_ray(
     cpus: float = 1,
     gpus: float = 0,
     address: str | None = None,
+    timeout: float = 0.0,
+    owner: str | None = None,
     on_start: Callable[[Trial], None] | None = None,
 ) -> None:
     """Run every trial that `source` asks for, `workers` at once; returns when it asks for no more.
@@ -86,22 +96,34 @@ def run_ray(
         cpus: CPUs of one trial, and, rounded down, its number of threads.
         gpus: GPUs of one trial; trials share one by fractions.
         address: ``host:port`` of a running cluster, or ``auto`` to look for one.
+        timeout: seconds after which a trial counts as hung; 0: never. One that cannot be
+            interrupted has its process ended `HANG_GRACE` later.
+        owner: a name that only one run at a time may use; what an earlier run of that name, now
+            dead, left behind of its own Ray is ended first.
         on_start: called when a worker takes a trial.
+
     Raises:
         SpecError: no cluster at `address`, or no room for `workers` trials at once.
+        LostError: Ray's head or this machine's raylet has died. Where a call into Ray cannot be
+            interrupted, the process ends with that message instead, as Ray itself ends it later.
         KeyboardInterrupt: Ctrl-C; what ran is killed, what had finished is told.
     """
     queue = Queue(source, on_start=on_start)
     if queue.is_done:
         return
     owned = not ray.is_initialized()
+    owner = owner or f"process {os.getpid()}"
+    reap(owner)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        stack.enter_context(_environment(SWITCHES | (OWNER_SWITCHES if owned else {})))
+        switches = {**SWITCHES, MARK: owner} | (OWNER_SWITCHES if owned else {})
+        stack.enter_context(_environment(switches))
         handlers = stack.enter_context(_signal_handlers_kept())
         folder = tempfile.mkdtemp(prefix="telescope-", dir=_short_folder())
+        (Path(folder) / OWNER_FILE).write_text(owner)
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         if owned:
+            stack.callback(reap, owner)
             stack.callback(ray.shutdown)
             with _interrupt_deferred():
                 _connect(address) if address else _start(folder, math.ceil(workers * cpus))
@@ -109,10 +131,19 @@ def run_ray(
         _check_room(workers, cpus, gpus, where="the cluster" if address else "this machine")
         gate = ray.remote(_Gate).options(num_cpus=0).remote()
         stack.callback(ray.kill, gate)
-        parts = {"trainer": cloudpickle.dumps(trainer), "gate": gate, "threads": max(1, int(cpus))}
+        parts = {
+            **{"trainer": cloudpickle.dumps(trainer), "gate": gate, "threads": max(1, int(cpus))},
+            **{"timeout": timeout, "logs": folder},
+        }
         worker = tune.with_parameters(_Worker, **parts)
-        driver = _Driver(queue, gate, leave_at_once=owned)
-        with suppress(_Leave):
+        driver = _Driver(queue, gate, leave_at_once=owned, logs=Path(folder))
+        watch = watched(
+            _addresses(),
+            patience=CLUSTER_PATIENCE if address else LOCAL_PATIENCE,
+            on_loss=driver.stop,
+            give_up=lambda: reap(owner),
+        )
+        with suppress(_Leave), watch:
             resources = {"cpu": cpus, "gpu": gpus}
             _tuner(tune.with_resources(worker, resources), driver, workers, folder).fit()
         if driver.error:
@@ -128,7 +159,8 @@ class _Leave(BaseException):
 class _Driver:
     """The driver's side: which worker does what, and the first error of the source."""
 
-    def __init__(self, queue: Queue, gate: Any, *, leave_at_once: bool) -> None:
+    def __init__(self, queue: Queue, gate: Any, *, leave_at_once: bool, logs: Path) -> None:
+        self._logs = logs
         self.error: Exception | None = None
         self._queue = queue
         self._leave_at_once = leave_at_once
@@ -170,7 +202,13 @@ class _Driver:
     def lose(self, tune_id: str, reason: str) -> None:
         """Take the loss of a worker process: its trial has failed; a gate trial is forgotten."""
         trial = self._running[tune_id]
+        if trial:
+            reason = clean([reason, *_log_tail(self._logs, trial)])
         self.answer(tune_id, Result(trial, Status.FAILED, reason=reason) if trial else None)
+
+    def stop(self, error: Exception) -> None:
+        """Give up for a reason that comes from outside."""
+        self.error = self.error or error
 
     def is_stopped(self) -> bool:
         """Whether the experiment has to end before its trials do."""
@@ -247,13 +285,24 @@ class _Stopper(tune.Stopper):  # type: ignore[misc]
 class _Worker(tune.Trainable):  # type: ignore[misc]
     """One worker process: runs the order in its config, and is reset for the next one."""
 
-    def setup(self, config: dict[str, Any], *, trainer: bytes, gate: Any, threads: int) -> None:
+    def setup(
+        self,
+        config: dict[str, Any],
+        *,
+        trainer: bytes,
+        gate: Any,
+        threads: int,
+        timeout: float,
+        logs: str,
+    ) -> None:
         """Size the thread pools, before the trainer brings in torch."""
         self._order = config
         self._pickled = trainer
         self._trainer: Trainer | None = None
         self._gate = gate
         self._threads = threads
+        self._timeout = timeout
+        self._logs = Path(logs)
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -263,8 +312,10 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         """Train a trial, or wait at the gate."""
-        if "trial" in self._order:
-            return {"done": True, "result": attempt(self._train, self._order["trial"])}
+        if trial := self._order.get("trial"):
+            with _logged(self._logs, trial), _ended_if_hung(self._timeout):
+                result = attempt(self._train, trial, timeout=self._timeout)
+            return {"done": True, "result": result}
         ray.get(self._gate.wait_beyond.remote(self._order["turn"]))
         return {"done": True}
 
@@ -274,6 +325,61 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(self._threads)
         return self._trainer(trial)
+
+
+@contextmanager
+def _logged(folder: Path, trial: Trial) -> Iterator[None]:
+    """Send what a trial prints to a file of its own, so that a killed one's last words are kept.
+
+    On another machine than the driver's there is no such folder: Ray's own logs have it there.
+    """
+    if not folder.is_dir():
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with (folder / f"{trial}.log").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in enumerate(kept, 1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextmanager
+def _ended_if_hung(timeout: float) -> Iterator[None]:
+    """End this process if the code inside goes on long after its time limit: it hangs in C."""
+    if not timeout:
+        yield
+        return
+    faulthandler.dump_traceback_later(timeout + HANG_GRACE, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _log_tail(folder: Path, trial: Trial) -> list[str]:
+    """The last lines that a trial has printed; none where its log is on another machine."""
+    try:
+        text = (folder / f"{trial}.log").read_text(errors="backslashreplace")
+    except OSError:
+        return []
+    return text.strip().splitlines()[-LOG_TAIL_LINES:]
+
+
+def _addresses() -> list[tuple[str, int]]:
+    """Where Ray's head and this machine's raylet accept connections."""
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    mine = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return [(host, int(port)), (mine["NodeManagerAddress"], mine["NodeManagerPort"])]
 
 
 class _Gate:
