@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -22,6 +23,7 @@ from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 from conftest import tiny_spec
@@ -30,7 +32,6 @@ from rich.console import Console
 from telescope import Spec, sweep
 from telescope.api import transfer
 from telescope.files import write_atomic
-from telescope.prepare import prepare
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.report.live import View, make_view
 from telescope.report.tables import show_as_json
@@ -73,18 +74,15 @@ def run_fast(place: Path, tables: dict[str, Any]) -> None:
     def scribble(path: Path, ladder: Any, title: str) -> None:
         write_atomic(path, b"a figure takes half a second to draw")
 
-    loop.train = fast
-    sweep.write_loss_figure = scribble
     options = Options(place / "results", dispatcher="inline", check=False)
-    run(Spec.from_dict(spec_of(place, **tables)), options, quiet)
+    with patch.object(loop, "train", fast), patch.object(sweep, "write_loss_figure", scribble):
+        run(Spec.from_dict(spec_of(place, **tables)), options, quiet)
 
 
 def warm_up() -> None:
-    """Load what a sweep loads late; called in the server, once."""
-    import tempfile
-
+    """Load what a sweep loads late, by running one; called in the server, once."""
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Spec.from_dict(spec_of(Path(folder))))
+        run_fast(Path(folder), {})
 
 
 @cache

@@ -202,7 +202,7 @@ def run_with_checkpoints(place: Path, every: int) -> None:
         time.sleep(0.02)
         return take_step(*arguments)
 
-    loop.take_step = slow
+    loop.take_step = slow  # type: ignore[assignment]
     train = {**TABLES["train"], "checkpoint_every": every}
     spec = Spec.from_dict(spec_of(place, **{**TABLES, "train": train}))
     run(spec, Options(place / "results", dispatcher="inline", check=False), quiet)

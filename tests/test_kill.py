@@ -102,7 +102,7 @@ def test_killed_between_two_writes(
     whole = next(places)
     writes = kill_between_writes(whole, ONE_STAGE, 10**9)
     assert answers(whole) == expected
-    for what in ("rename /tiny/spec.json", "unlink /tiny/trials.db-journal", "fsync /tiny"):
+    for what in ("rename /tiny/.spec.json", "unlink /tiny/trials.db-journal", "fsync /tiny"):
         assert any(what.split()[0] in w and what.split()[1] in w for w in writes), what
     tally = Tally()
     for number in kill_points(len(writes), points, part):

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,11 +27,13 @@ MARK = "TELESCOPE_RAY_OWNER"
 """The environment variable that a session's processes inherit."""
 OWNER_FILE = "owner"
 """In a session's temporary folder: whose it is."""
+VITAL = ("gcs_server", "raylet")
+"""The processes without which an embedded Ray is dead: its head and its raylet."""
 REAP_SECONDS = 10.0
 """How long killed processes may take to be gone."""
 LOOK_SECONDS = 1.0
 """Pause between two looks at Ray's head and raylet."""
-LEAVE_SECONDS = 5.0
+LEAVE_SECONDS = 10.0
 """How long the main thread may take to leave a Ray that is gone; then the process ends."""
 
 
@@ -64,29 +66,66 @@ def reap(owner: str) -> None:
                     shutil.rmtree(session, ignore_errors=True)
 
 
+class LocalRay:
+    """The head and the raylet of an embedded Ray, found among this machine's processes."""
+
+    def __init__(self, owner: str) -> None:
+        """Look for the sessions of an owner."""
+        self._owner = owner
+        self._seen: set[int] = set()
+
+    def is_whole(self) -> bool:
+        """Whether all parts that have been seen are still there; at the start there are none."""
+        if len(self._seen) < len(VITAL):
+            self._seen |= {number for number in marked(self._owner) if _name(number) in VITAL}
+        return all(_name(number) in VITAL for number in self._seen)
+
+
+def _name(number: int) -> str | None:
+    """What a process is called; None if it has ended, even if nobody has waited for it yet."""
+    try:
+        text = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return None
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    return None if rest.split()[0] in "ZX" else name
+
+
+def accepts(address: tuple[str, int]) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection(address, timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def watched(
-    addresses: Sequence[tuple[str, int]],
+    is_there: Callable[[], bool],
     *,
     patience: float,
     on_loss: Callable[[LostError], None],
     give_up: Callable[[], None],
-) -> Iterator[None]:
+) -> Iterator[threading.Event]:
     """Watch over Ray: learn in seconds that it has died, which Ray itself tells after a minute.
 
     Args:
-        addresses: where its head and this machine's raylet accept connections.
-        patience: seconds without a connection after which it counts as gone.
+        is_there: whether Ray is; called every `LOOK_SECONDS` in another thread.
+        patience: seconds without it after which it counts as gone.
         on_loss: told once; should make the main thread leave.
         give_up: called before this process ends, if the main thread has not left in time: a call
             into Ray that waits for a dead head cannot be interrupted.
+
+    Yields:
+        An event to set before Ray is meant to go.
     """
-    ended = threading.Event()
+    leaving, left = threading.Event(), threading.Event()
 
     def watch() -> None:
         last_seen = time.monotonic()
-        while not ended.wait(LOOK_SECONDS):
-            if all(map(_accepts, addresses)):
+        while not leaving.wait(LOOK_SECONDS):
+            if is_there():
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > patience:
                 break
@@ -97,23 +136,15 @@ def watched(
             "same command goes on"
         )
         on_loss(error)
-        if not ended.wait(LEAVE_SECONDS):
+        if not left.wait(LEAVE_SECONDS):
             _end_process(error, give_up)
 
-    thread = threading.Thread(target=watch, daemon=True, name="telescope-ray-watch")
-    thread.start()
+    threading.Thread(target=watch, daemon=True, name="telescope-ray-watch").start()
     try:
-        yield
+        yield leaving
     finally:
-        ended.set()
-
-
-def _accepts(address: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(address, timeout=2).close()
-    except OSError:
-        return False
-    return True
+        leaving.set()
+        left.set()
 
 
 def _end_process(error: LostError, give_up: Callable[[], None]) -> None:

@@ -41,8 +41,15 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from telescope.dispatch.queue import LOG_TAIL_LINES, Queue, Trainer, attempt, clean
-from telescope.dispatch.ray_session import MARK, OWNER_FILE, reap, watched
-from telescope.errors import SpecError
+from telescope.dispatch.ray_session import (
+    MARK,
+    OWNER_FILE,
+    LocalRay,
+    accepts,
+    reap,
+    watched,
+)
+from telescope.errors import LostError, SpecError
 from telescope.records import Result, Status, Trial, TrialSource
 
 OBJECT_STORE_BYTES = 100_000_000
@@ -62,10 +69,9 @@ SWITCHES = {
 """Documented switches of Ray and Tune, set for the time of a run."""
 OWNER_SWITCHES = {"TUNE_DISABLE_SIGINT_HANDLER": "1"}
 """Tune's handler takes 12 s; to leave `fit()` in the middle is safe if `ray.shutdown` follows."""
-LOCAL_PATIENCE = 3.0
-"""Seconds after which an embedded Ray that accepts no connection counts as dead."""
 CLUSTER_PATIENCE = 45.0
-"""The same for a cluster, whose head may be started again; Ray ends the process after 60 s."""
+"""Seconds without its head, which may be started again, after which a cluster counts as dead; Ray
+itself ends the driver's process after 60 s."""
 HANG_GRACE = 10.0
 """Seconds that a hung trial has to be interrupted in, before its process is ended."""
 TEMP_ROOM = 20
@@ -122,11 +128,26 @@ def run_ray(
         folder = tempfile.mkdtemp(prefix="telescope-", dir=_short_folder())
         (Path(folder) / OWNER_FILE).write_text(owner)
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        driver = _Driver(queue, leave_at_once=owned, logs=Path(folder))
+        heads: list[tuple[str, int]] = []  # of a cluster, when it is connected to
+        local = LocalRay(owner)
+        leaving = stack.enter_context(
+            watched(
+                lambda: all(map(accepts, heads)) if address or not owned else local.is_whole(),
+                patience=CLUSTER_PATIENCE if address else 0.0,
+                on_loss=driver.stop,
+                give_up=lambda: reap(owner),
+            )
+        )
         if owned:
             stack.callback(reap, owner)
             stack.callback(ray.shutdown)
             with _interrupt_deferred():
                 _connect(address) if address else _start(folder, math.ceil(workers * cpus))
+            stack.callback(leaving.set)
+            stack.enter_context(_lost_where_ray_fails())
+            if address:
+                heads.append(_head())
             _set_signal_handlers({signal.SIGTERM: handlers[signal.SIGTERM]})  # Ray's would exit
         _check_room(workers, cpus, gpus, where="the cluster" if address else "this machine")
         gate = ray.remote(_Gate).options(num_cpus=0).remote()
@@ -136,14 +157,8 @@ def run_ray(
             **{"timeout": timeout, "logs": folder},
         }
         worker = tune.with_parameters(_Worker, **parts)
-        driver = _Driver(queue, gate, leave_at_once=owned, logs=Path(folder))
-        watch = watched(
-            _addresses(),
-            patience=CLUSTER_PATIENCE if address else LOCAL_PATIENCE,
-            on_loss=driver.stop,
-            give_up=lambda: reap(owner),
-        )
-        with suppress(_Leave), watch:
+        driver.gate = gate
+        with suppress(_Leave):
             resources = {"cpu": cpus, "gpu": gpus}
             _tuner(tune.with_resources(worker, resources), driver, workers, folder).fit()
         if driver.error:
@@ -159,13 +174,13 @@ class _Leave(BaseException):
 class _Driver:
     """The driver's side: which worker does what, and the first error of the source."""
 
-    def __init__(self, queue: Queue, gate: Any, *, leave_at_once: bool, logs: Path) -> None:
+    def __init__(self, queue: Queue, *, leave_at_once: bool, logs: Path) -> None:
+        self.gate: Any = None
         self._logs = logs
         self.error: Exception | None = None
         self._queue = queue
         self._leave_at_once = leave_at_once
         self._running: dict[str, Trial | None] = {}  # Tune's trial id → trial, None at the gate
-        self._gate = gate
         self._turn = 0  # how often the gate was opened
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -195,7 +210,7 @@ class _Driver:
             self._queue.answer(result)
             if None in self._running.values() and not self._queue.is_waiting:
                 self._turn += 1
-                self._gate.open.remote(self._turn)
+                self.gate.open.remote(self._turn)
         except Exception as error:
             self.error = error
 
@@ -374,12 +389,22 @@ def _log_tail(folder: Path, trial: Trial) -> list[str]:
     return text.strip().splitlines()[-LOG_TAIL_LINES:]
 
 
-def _addresses() -> list[tuple[str, int]]:
-    """Where Ray's head and this machine's raylet accept connections."""
-    context = ray.get_runtime_context()
-    host, _, port = context.gcs_address.rpartition(":")
-    mine = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-    return [(host, int(port)), (mine["NodeManagerAddress"], mine["NodeManagerPort"])]
+def _head() -> tuple[str, int]:
+    """Where a cluster's head accepts connections; needs no call to it."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    return host, int(port)
+
+
+@contextmanager
+def _lost_where_ray_fails() -> Iterator[None]:
+    """What Ray itself raises in the driver means that a part of it is gone."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise LostError(
+            f"Ray has failed: {reason}; what finished is kept, the same command goes on"
+        ) from error
 
 
 class _Gate:
@@ -425,15 +450,21 @@ def _tuner(worker: Any, driver: _Driver, workers: int, folder: str) -> tune.Tune
 
 
 def _start(folder: str, cpus: int) -> None:
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        configure_logging=False,
-        _temp_dir=folder,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=folder,
+        )
+    except Exception as error:  # Ray raises bare ones
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LostError(
+            f"local Ray could not be started: {reason}; the same command tries again"
+        ) from error
     if ray.util.get_node_ip_address() != "127.0.0.1":
         warnings.warn(
             "Ray was imported before telescope.dispatch.ray_tune and listens on every address of "
