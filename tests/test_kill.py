@@ -17,6 +17,7 @@ from faults import (
     finish,
     kill_at_random,
     kill_between_writes,
+    memory_folder,
     run_fast,
     start,
     stored,
@@ -29,14 +30,15 @@ ONE_STAGE = {
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Iterator[Path]:
-    def fresh() -> Iterator[Path]:
+def places(tmp_path: Path) -> Iterator[Iterator[Path]]:
+    def fresh(folder: Path) -> Iterator[Path]:
         for number in itertools.count():
-            place = tmp_path / f"place-{number}"
+            place = folder / f"place-{number}"
             place.mkdir()
             yield place
 
-    return fresh()
+    with memory_folder(tmp_path) as folder:
+        yield fresh(folder)
 
 
 def undisturbed(place: Path, tables: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]  # they watch one
 
 PARTS = {"worker": "ray::", "raylet": "raylet", "head": "gcs_server"}
 LOST = {LostError.exit_code, 1}
-"""How a driver ends whose Ray has died; 1 where Ray's own library ends it, in the middle of a start."""
+"""How a driver ends whose Ray has died; 1 where Ray's own library ends it, while it starts."""
 
 
 def run_sweep(place: Path, dispatcher: str) -> None:
