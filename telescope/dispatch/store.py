@@ -32,6 +32,8 @@ STATES = {
 LOCK_TIMEOUT = 10.0
 """Seconds to wait for another process, a dashboard say, to let go of an SQLite file; Optuna tries
 five times to add a trial, so that a result waits for about five times as long."""
+SQLITE_HEADER = 100
+"""Bytes that every SQLite file has; a shorter one would be taken for a new, empty database."""
 CONNECTION_PATIENCE = 60.0
 """Seconds to wait for a database server that has gone away in mid-sweep."""
 
@@ -209,13 +211,13 @@ def check_exists(url: str) -> None:
     """Check that an existing sweep's SQLite file is there; opening would make an empty one.
 
     Raises:
-        ResumeError: it is not, or is empty.
+        ResumeError: it is not, or is too short for what SQLite would take for a database.
     """
     parsed = sqlalchemy.make_url(url)
     if not parsed.drivername.startswith("sqlite"):
         return
     path = Path(parsed.database or "")
-    if not path.is_file() or not path.stat().st_size:
+    if not path.is_file() or path.stat().st_size < SQLITE_HEADER:
         raise ResumeError(
             f"{path}: the sweep's results are missing; put the file back, or remove the whole "
             "results folder to start anew"
