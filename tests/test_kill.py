@@ -60,7 +60,7 @@ def test_killed_at_random_moments(
     assert tally.faults >= kills
     assert not tally.lost
     assert not tally.twice
-    record_property("kill -9 of an inline driver at random moments", tally)
+    record_property("kill -9 of an inline driver at random moments", str(tally))
 
 
 def disturbed_at(place: Path, number: int, tally: Tally) -> bool:
@@ -113,7 +113,7 @@ def test_killed_between_two_writes(
         assert answers(place) == expected, (number, writes[number])
     assert not tally.lost
     assert not tally.twice
-    record_property(f"kill -9 before one of {len(writes)} writes", tally)
+    record_property(f"kill -9 before one of {len(writes)} writes", str(tally))
 
 
 def test_the_harness_sees_what_is_lost_and_what_is_run_twice(places: Iterator[Path]) -> None:

@@ -147,7 +147,7 @@ def test_killed_on_ray_it_ends_as_undisturbed_inline(
         assert not left_behind(place)
     assert not tally.lost
     assert not tally.twice
-    record_property("kill -9 of Ray's worker, raylet, head or driver", tally)
+    record_property("kill -9 of Ray's worker, raylet, head or driver", str(tally))
 
 
 def test_only_its_own_leftovers_are_reaped(tmp_path: Path) -> None:

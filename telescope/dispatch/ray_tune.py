@@ -74,6 +74,8 @@ CLUSTER_PATIENCE = 45.0
 itself ends the driver's process after 60 s."""
 HANG_GRACE = 10.0
 """Seconds that a hung trial has to be interrupted in, before its process is ended."""
+HANG_TITLE = "Timeout ("
+"""How faulthandler heads the stacks of a process that it ends."""
 TEMP_ROOM = 20
 """Longest temporary folder in which the paths of Ray's sockets stay below the system's limit."""
 
@@ -386,7 +388,12 @@ def _log_tail(folder: Path, trial: Trial) -> list[str]:
         text = (folder / f"{trial}.log").read_text(errors="backslashreplace")
     except OSError:
         return []
-    return text.strip().splitlines()[-LOG_TAIL_LINES:]
+    lines = text.strip().splitlines()
+    threads = [number for number, line in enumerate(lines) if "most recent call first" in line]
+    if threads and HANG_TITLE in text:  # the main thread comes last, its innermost call first
+        title = next(line for line in lines if line.startswith(HANG_TITLE))
+        return [title, *lines[threads[-1] :][:LOG_TAIL_LINES]]
+    return lines[-LOG_TAIL_LINES:]
 
 
 def _head() -> tuple[str, int]:
