@@ -314,7 +314,8 @@ def main() -> None:
     except TelescopeError as error:
         if debug:
             raise
-        typer.echo(f"telescope: {error}", err=True)
+        line = " ".join(str(error).splitlines())  # a name that was given may hold a newline
+        typer.echo(f"telescope: {line}", err=True)
         code = error.exit_code
     except BrokenPipeError:
         # The reader, `head` say, has left; python would complain once more when it flushes.

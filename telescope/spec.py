@@ -242,7 +242,8 @@ class Spec(Table):
         Raises:
             SpecError: it was written by another version whose keys this one does not know.
         """
-        model = {**data["model"], "file": KEPT_MODEL_FILE} if "model" in data else None
+        table = data.get("model")
+        model = {**table, "file": KEPT_MODEL_FILE} if isinstance(table, dict) else table
         return cls.from_dict({**data, "model": model} if model else data, folder=folder)
 
     @pydantic.model_validator(mode="after")

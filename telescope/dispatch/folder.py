@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any, TextIO
 
 from telescope.catalog import KEPT_MODEL_FILE, SPEC_FILE
@@ -37,6 +38,14 @@ from telescope.records import Result, Trial
 
 FORMAT = 1
 """Of what a results folder holds; a folder with a higher one is a newer version's."""
+RECORD: dict[str, Any] = {
+    "spec": dict,
+    "fingerprint": str,
+    "comparable_if_equal": dict,
+    "storage": (str, NoneType),
+    "target_flops": (int, float),
+}
+"""What `spec.json` must hold, of which types."""
 CHECK_FILE = "coordcheck.json"
 STATUS_FILE = "status.json"
 LOCK_FILE = "lock"
@@ -75,12 +84,12 @@ class Folder:
         """
         try:
             data: dict[str, Any] = json.loads((self.path / SPEC_FILE).read_text(encoding="utf-8"))
-            missing = {"spec", "fingerprint", "comparable_if_equal", "storage"} - data.keys()
-            if missing:
-                raise ValueError(f"{', '.join(sorted(missing))} missing")
+            for key, types in RECORD.items():
+                if key not in data or not isinstance(data[key], types):
+                    raise ValueError(f"{key} is missing or of another type")
             _check_format(data, self.path / SPEC_FILE)
             return data
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ResumeError(
                 f"{self.path / SPEC_FILE}: cannot be read: {error}; restore the file, or run the "
                 "sweep under another --name"

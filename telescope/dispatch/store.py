@@ -213,7 +213,10 @@ def check_exists(url: str) -> None:
     Raises:
         ResumeError: it is not, or is too short for what SQLite would take for a database.
     """
-    parsed = sqlalchemy.make_url(url)
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError as error:
+        raise ResumeError(f"{url!r}: is no storage's URL; restore spec.json") from error
     if not parsed.drivername.startswith("sqlite"):
         return
     path = Path(parsed.database or "")
