@@ -126,7 +126,7 @@ def left_behind(place: Path) -> list[Any]:
     ("parts", "sweeps"),
     [
         (["raylet", "driver", "head"], 1),
-        pytest.param(["worker", "driver", "raylet", "head"], 6, marks=pytest.mark.slow),
+        pytest.param(["worker", "driver", "raylet", "head"], 5, marks=pytest.mark.slow),
     ],
 )
 def test_killed_on_ray_it_ends_as_undisturbed_inline(

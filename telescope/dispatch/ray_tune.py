@@ -23,6 +23,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -74,6 +75,9 @@ CLUSTER_PATIENCE = 45.0
 itself ends the driver's process after 60 s."""
 HANG_GRACE = 10.0
 """Seconds that a hung trial has to be interrupted in, before its process is ended."""
+START_PATIENCE = 15.0
+"""Seconds a trial may wait for a worker before it gets one that waits at the gate: a process takes
+about 3 to start, and a node that is lost never comes back."""
 HANG_TITLE = "Timeout ("
 """How faulthandler heads the stacks of a process that it ends."""
 TEMP_ROOM = 20
@@ -184,28 +188,38 @@ class _Driver:
         self._leave_at_once = leave_at_once
         self._running: dict[str, Trial | None] = {}  # Tune's trial id → trial, None at the gate
         self._turn = 0  # how often the gate was opened
+        self._unstarted: dict[str, float] = {}  # Tune's trial id → when it was handed out
+        self._opened = 0.0  # when the gate was opened for one of those
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune pickles its searcher and callbacks into its own folder; nobody reads it."""
         return (object, ())
 
     def assign(self, tune_id: str) -> dict[str, Any] | None:
-        """What a free worker does next: a trial, the gate, or None when the sweep is over."""
+        """What a free worker does next: a trial, the gate, or None when the sweep is over.
+
+        An empty order is none for now: the worker is left for a trial that has found no other.
+        """
         if self.error:
             return None
         try:
             trial = self._queue.take()
             if trial is None and not self._queue.is_waiting:
                 return None
+            if trial is None and self._has_stranded():
+                return {}
         except Exception as error:
             self.error = error
             return None
         self._running[tune_id] = trial
+        if trial:
+            self._unstarted[tune_id] = time.monotonic()
         return {"trial": trial} if trial else {"turn": self._turn}
 
     def answer(self, tune_id: str, result: Result | None) -> None:
         """Take what a worker brought back; from the gate it brings None."""
         del self._running[tune_id]
+        self._unstarted.pop(tune_id, None)
         if result is None or self.error:
             return
         try:
@@ -227,8 +241,26 @@ class _Driver:
         """Give up for a reason that comes from outside."""
         self.error = self.error or error
 
+    def began(self, tune_id: str) -> None:
+        """Note that a worker has been found for a trial."""
+        self._unstarted.pop(tune_id, None)
+
+    def _has_stranded(self) -> bool:
+        """Whether a trial waits in vain for a worker: its machine is gone, the others are full."""
+        now = time.monotonic()
+        return any(now - asked > START_PATIENCE for asked in self._unstarted.values())
+
+    def _free_workers_for_stranded(self) -> None:
+        """Let workers go that wait at the gate for the very trial that needs one of them."""
+        is_due = time.monotonic() - self._opened > 1.0
+        if is_due and None in self._running.values() and self._has_stranded():
+            self._opened = time.monotonic()
+            self._turn += 1
+            self.gate.open.remote(self._turn)
+
     def is_stopped(self) -> bool:
-        """Whether the experiment has to end before its trials do."""
+        """Whether the experiment has to end before its trials do; asked all the time."""
+        self._free_workers_for_stranded()
         if self.error and self._leave_at_once:
             raise _Leave
         return self.error is not None
@@ -241,9 +273,10 @@ class _Asker(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
         super().__init__()
         self._driver = driver
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next order for a free worker."""
-        return self._driver.assign(trial_id) or Searcher.FINISHED
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next order for a free worker; None: none for now."""
+        order = self._driver.assign(trial_id)
+        return Searcher.FINISHED if order is None else order or None
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -276,6 +309,12 @@ class _Undertaker(tune.Callback):  # type: ignore[misc]
 
     def __init__(self, driver: _Driver) -> None:
         self._driver = driver
+
+    def on_trial_start(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Learn that a trial has its worker."""
+        self._driver.began(trial.trial_id)
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
