@@ -24,6 +24,9 @@ from telescope import Spec
 from telescope.errors import SpecError, TelescopeError
 from telescope.sweep import open_result
 
+settings.register_profile("telescope", derandomize=True, database=None)
+settings.load_profile("telescope")  # the same examples everywhere: a red run is a change's fault
+
 
 def files(folder: Path) -> dict[str, bytes]:
     return {
