@@ -226,7 +226,7 @@ class Spec(Table):
         try:
             spec = cls.model_validate_json(text)
         except pydantic.ValidationError as error:
-            raise SpecError(_one_line(error)) from None
+            raise SpecError(" ".join(_one_line(error).splitlines())) from None
         if spec.model:
             spec._model_source = read_model_file(spec.model.file, folder)
         return spec

@@ -238,7 +238,7 @@ def test_a_killed_sweep_goes_on_in_the_middle_of_a_trial(tmp_path: Path) -> None
     wait_for(lambda: len(steps_by_process(killed)) == 2)
     assert finish(driver) == 0
     first, second = steps_by_process(killed)
-    assert max(first) >= 16
+    assert max(first) >= 15  # the sixteenth
     assert second[0] >= 16
     assert len(first) + len(second) <= 2 * 40 + 4, "more than a checkpoint's steps again"
     expected, found = answers(plain), answers(killed)

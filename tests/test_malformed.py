@@ -327,11 +327,9 @@ def test_a_sweep_that_is_not_there(sweep: str, place: Path) -> None:
 
 # -- fuzzed -------------------------------------------------------------------------------------
 
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=6,
-)
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+LISTS = st.lists(PLAIN, max_size=3)
+ANYTHING = PLAIN | LISTS | st.dictionaries(st.text(max_size=8), PLAIN | LISTS, max_size=3)
 
 
 def paths_of(table: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

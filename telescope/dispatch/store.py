@@ -134,7 +134,7 @@ class Store:
             yield
         except (SQLAlchemyError, OptunaError) as error:
             raise self._error("cannot be read", error) from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             message = f"{type(error).__name__}: {error}"
             raise self._error("holds what telescope did not write", message) from error
 
