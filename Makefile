@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without compiling: pip would compile the whole of torch and ray, most of which is never imported.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: quickstart test types pytest clean
+.PHONY: quickstart test test-slow types pytest clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/telescope run quickstart
@@ -22,6 +22,10 @@ types:
 
 pytest:
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+# Faults by the hundred: about half an hour. Prints how many trials were lost or run twice.
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --constraint constraints.txt --editable .

@@ -186,7 +186,7 @@ def run(
     options = Options(results, workers, dispatcher, ray_address, storage, check)
     try:
         folder, ladder = run_sweep(loaded, options, lambda: make_view(console))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or whoever read the output has left
         typer.echo(
             f"{loaded.name}: interrupted; the same command goes on where it stopped", err=True
         )
@@ -332,7 +332,8 @@ def main() -> None:
     except TelescopeError as error:
         if debug:
             raise
-        typer.echo(f"telescope: {error}", err=True)
+        line = " ".join(str(error).splitlines())  # a name that was given may hold a newline
+        typer.echo(f"telescope: {line}", err=True)
         code = error.exit_code
     except BrokenPipeError:
         # The reader, `head` say, has left; python would complain once more when it flushes.
@@ -349,9 +350,12 @@ def main() -> None:
     except Exception as error:
         # typer's usage errors are in a private module; they alone can format themselves.
         message = getattr(error, "format_message", None)
-        if debug or message is None:
+        if debug:
             raise
-        if problem := message().rstrip("."):  # empty where the help has been shown instead
+        if message is None:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            typer.echo(f"telescope: a bug in telescope: {text}; --debug shows where", err=True)
+        elif problem := message().rstrip("."):  # empty where the help has been shown instead
             typer.echo(f"telescope: {problem}; see telescope --help", err=True)
         code = 2
     sys.exit(code or 0)

@@ -5,6 +5,8 @@
     ├── ModelError            a model file that cannot be built, tagged or trained as muP
     ├── DataError             a corpus that is missing, empty, too short or changed
     ├── ResumeError           a results folder that does not fit the spec, or is in use
+    ├── StoreError            results that cannot be kept or read now: disk full, locked, damaged
+    ├── LostError             what the trials run on has gone: Ray's head or raylet
     ├── TrialError            a trial that was told to a ladder that did not ask for it
     └── RefusedError          the answer is no: over budget, nothing to transfer (exit code 1)
 
@@ -34,6 +36,17 @@ class DataError(TelescopeError):
 
 class ResumeError(TelescopeError):
     """The results folder holds another sweep, or another process holds the folder."""
+
+
+class StoreError(TelescopeError):
+    """Results cannot be kept or read just now: disk full, folder gone, database locked or damaged.
+
+    What was stored before stays; when the fault is mended, the same command goes on.
+    """
+
+
+class LostError(TelescopeError):
+    """What the trials run on has gone; what finished is kept, and the same command goes on."""
 
 
 class TrialError(TelescopeError, ValueError):

@@ -27,6 +27,7 @@ from telescope.errors import SpecError
 from telescope.records import Axis, LadderSpec
 from telescope.train.config import (
     ADAMW_AXES,
+    CARE_KEYS,
     PYTHON_STDLIB,
     TRAINER_AXES,
     DataConfig,
@@ -233,7 +234,7 @@ class Spec(Table):
         try:
             spec = cls.model_validate_json(text)
         except pydantic.ValidationError as error:
-            raise SpecError(_one_line(error)) from None
+            raise SpecError(" ".join(_one_line(error).splitlines())) from None
         if spec.model:
             spec._model_source = read_model_file(spec.model.file, folder)
         return spec
@@ -249,7 +250,8 @@ class Spec(Table):
         Raises:
             SpecError: it was written by another version whose keys this one does not know.
         """
-        model = {**data["model"], "file": KEPT_MODEL_FILE} if "model" in data else None
+        table = data.get("model")
+        model = {**table, "file": KEPT_MODEL_FILE} if isinstance(table, dict) else table
         return cls.from_dict({**data, "model": model} if model else data, folder=folder)
 
     @pydantic.model_validator(mode="after")
@@ -341,7 +343,8 @@ class Spec(Table):
         data = self.as_dict()
         fields: dict[str, Any] = {"ladder.widths[0]": self.base_width, "data (hash)": corpus_digest}
         for table in ("optimizer", "train"):
-            fields |= {f"{table}.{key}": value for key, value in data.get(table, {}).items()}
+            keys = data.get(table, {}).keys() - CARE_KEYS
+            fields |= {f"{table}.{key}": data[table][key] for key in keys}
         fields |= {f"data.{key}": data["data"][key] for key in ("held_out", "eval_tokens")}
         if model:
             fields["model.file (hash)"] = model.digest

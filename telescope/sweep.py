@@ -11,9 +11,9 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
-from telescope.errors import RefusedError, ResumeError
+from telescope.errors import RefusedError, ResumeError, StoreError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import (
     Prepared,
@@ -100,6 +100,7 @@ class Recorder:
         if result.curve:
             self.folder.write_curve(result)
         self.store.add(result)
+        self.folder.remove_checkpoints(result.trial)
         self.known.append(result)
         self._note_seconds(result)
         closed = len(self.ladder.choices)
@@ -113,6 +114,13 @@ class Recorder:
     def write_table(self) -> None:
         """Write `trials.csv`."""
         write_csv(self.folder.path / "trials.csv", self.ladder, self.known)
+
+    def leave(self, state: str) -> None:
+        """Leave table and heartbeat as they are at the end of a run."""
+        self.running.clear()
+        self.folder.tidy(_ended(self.known))
+        self.write_table()
+        self.beat(state)
 
     def beat(self, state: str) -> Progress:
         """Write the heartbeat; returns what it says."""
@@ -187,6 +195,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
     Raises:
         RefusedError: the plan is over the budget, or the coordinate check failed.
         ResumeError: the folder holds a sweep whose results would not be comparable, or is in use.
+        StoreError: the disk is full, the folder gone, the database locked or damaged.
         SpecError, ModelError, DataError: the spec, the model file or the corpus is wrong.
         KeyboardInterrupt: as it came; what finished is kept.
     """
@@ -200,6 +209,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         check_this_machine(spec)
     folder = Folder(options.results / spec.name)
     with (
+        _told_what_to_mend(folder),
         folder.held(),
         make_view() as view,
         _recording(prepared, folder, options, view, number) as recorder,
@@ -213,6 +223,20 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
 
 
 @contextmanager
+def _told_what_to_mend(folder: Folder) -> Iterator[None]:
+    """Say what to do about a file that cannot be written: nothing that was stored is lost."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read what is printed has left: no fault of the place
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or folder.path}: {error.strerror or error}; what was stored before "
+            "is kept: free or mend the place, and the same command goes on"
+        ) from error
+
+
+@contextmanager
 def _recording(
     prepared: Prepared, folder: Folder, options: Options, view: View, number: int
 ) -> Iterator[Recorder]:
@@ -222,6 +246,8 @@ def _recording(
     storage = _chosen_storage(folder, options.storage)
     record = _spec_record(prepared, storage)
     url = storage or sqlite_url(folder.path)
+    if folder.exists:
+        check_exists(url)
 
     def open_store() -> closing[Store]:
         return closing(Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"]))
@@ -233,6 +259,7 @@ def _recording(
     with open_store() as store:
         known = store.results()
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
+        folder.tidy(_ended(known))
         folder.write_spec(record, prepared.trial_config.model.text)
         recorder = Recorder(
             ladder=replay(prepared.ladder_spec, known, retry_failures=True),
@@ -244,15 +271,19 @@ def _recording(
             planned={stage.width: stage.trials for stage in prepared.plan.stages},
             known=known,
         )
-        state = "interrupted"
         try:
             view.start(recorder.beat("running"))
             yield recorder
-            state = "stuck" if recorder.ladder.stuck else "finished"
-        finally:
-            recorder.running.clear()
-            recorder.write_table()
-            recorder.beat(state)
+        except BaseException:
+            with suppress(OSError):  # a full disk, say, which is being reported already
+                recorder.leave("interrupted")
+            raise
+        recorder.leave("stuck" if recorder.ladder.stuck else "finished")
+
+
+def _ended(results: Iterable[Result]) -> list[Trial]:
+    """The trials that are never trained again; failed ones may be."""
+    return [result.trial for result in results if result.status is not Status.FAILED]
 
 
 def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: int) -> None:
@@ -261,11 +292,13 @@ def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: 
         return
     from telescope.train.loop import TelescopeTrainer
 
-    trainer = TelescopeTrainer(prepared.trial_config)
+    kept = str(recorder.folder.checkpoints.absolute())
+    trainer = TelescopeTrainer(replace(prepared.trial_config, checkpoint_folder=kept))
+    timeout = prepared.trial_config.train.timeout
     if options.dispatcher == "inline":
         from telescope.dispatch.inline import run_inline
 
-        run_inline(recorder, trainer, on_start=recorder.on_start)
+        run_inline(recorder, trainer, timeout=timeout, on_start=recorder.on_start)
         return
     from telescope.dispatch.ray_tune import run_ray
 
@@ -277,6 +310,8 @@ def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: 
         cpus=compute.cpus,
         gpus=compute.gpus,
         address=options.ray_address,
+        timeout=timeout,
+        owner=str(recorder.folder.path.resolve()),
         on_start=recorder.on_start,
     )
 

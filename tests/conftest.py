@@ -23,6 +23,13 @@ GPT = ROOT / "models" / "gpt.py"
 torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests have measured: the figures that the README states."""
+    for report in terminalreporter.getreports("passed"):
+        for name, figures in report.user_properties:
+            terminalreporter.write_line(f"{name}: {figures}")
+
+
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few kilobytes of text that a model can learn something from."""

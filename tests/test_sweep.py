@@ -294,12 +294,14 @@ def test_compute_reaches_ray(
 
     monkeypatch.setattr("telescope.dispatch.ray_tune.run_ray", fake_ray)
     compute = {"cpus": 2, "gpus": 0.5, "device": "cpu", "workers": 3}
-    spec = Spec.from_dict(tiny_spec(corpus_file, compute=compute))
+    data = tiny_spec(corpus_file, compute=compute, train={"timeout": 7.5})
+    spec = Spec.from_dict(data)
     run(spec, Options(tmp_path, ray_address="head:6379", check=False), quiet)
     del given["on_start"]
+    assert given.pop("owner") == str((tmp_path / "tiny").resolve())
     assert given == {
         **{"workers": 3, "cpus": 2, "gpus": 0.5, "address": "head:6379"},
-        **{"threads": 2, "device": "cpu"},
+        **{"threads": 2, "device": "cpu", "timeout": 7.5},
     }
 
 

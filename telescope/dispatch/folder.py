@@ -8,6 +8,7 @@ Standard library only, because `status` and `ls` read it and must start at once.
         trials.db      every result (Optuna on SQLite), unless --storage names another place
         trials.csv     the same as a table
         curves/        one CSV per trial
+        checkpoints/   of the trials that are running, where the spec asks for them
         loss.png       loss against each axis, per width, the choices marked
         coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure
         status.json    the driver's heartbeat
@@ -21,18 +22,30 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any, TextIO
 
 from telescope.catalog import KEPT_MODEL_FILE, SPEC_FILE
 from telescope.errors import ResumeError
-from telescope.files import write_atomic, write_json
-from telescope.records import Result
+from telescope.files import remove_unfinished, write_atomic, write_json
+from telescope.records import Result, Trial
 
+FORMAT = 1
+"""Of what a results folder holds; a folder with a higher one is a newer version's."""
+RECORD: dict[str, Any] = {
+    "spec": dict,
+    "fingerprint": str,
+    "comparable_if_equal": dict,
+    "storage": (str, NoneType),
+    "target_flops": (int, float),
+}
+"""What `spec.json` must hold, of which types."""
 CHECK_FILE = "coordcheck.json"
 STATUS_FILE = "status.json"
 LOCK_FILE = "lock"
@@ -71,11 +84,12 @@ class Folder:
         """
         try:
             data: dict[str, Any] = json.loads((self.path / SPEC_FILE).read_text(encoding="utf-8"))
-            missing = {"spec", "fingerprint", "comparable_if_equal", "storage"} - data.keys()
-            if missing:
-                raise ValueError(f"{', '.join(sorted(missing))} missing")
+            for key, types in RECORD.items():
+                if key not in data or not isinstance(data[key], types):
+                    raise ValueError(f"{key} is missing or of another type")
+            _check_format(data, self.path / SPEC_FILE)
             return data
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ResumeError(
                 f"{self.path / SPEC_FILE}: cannot be read: {error}; restore the file, or run the "
                 "sweep under another --name"
@@ -84,7 +98,28 @@ class Folder:
     def write_spec(self, data: Mapping[str, Any], model_text: str) -> None:
         """Keep what the sweep is: its resolved spec and its model file."""
         write_atomic(self.path / KEPT_MODEL_FILE, model_text)
-        write_json(self.path / SPEC_FILE, data)
+        write_json(self.path / SPEC_FILE, {"format": FORMAT, **data})
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where trials keep their checkpoints while they run, each in a folder of its name."""
+        return self.path / "checkpoints"
+
+    def remove_checkpoints(self, trial: Trial) -> None:
+        """Remove what a trial that has ended kept to go on from."""
+        shutil.rmtree(self.checkpoints / str(trial), ignore_errors=True)
+
+    def tidy(self, ended: Iterable[Trial]) -> None:
+        """Remove what a killed driver left: half-written files, checkpoints of ended trials.
+
+        Only for the driver that holds the folder.
+        """
+        remove_unfinished(self.path)
+        remove_unfinished(self.path / "curves")
+        for trial in ended:
+            self.remove_checkpoints(trial)
+        with suppress(OSError):  # trials that have not ended have theirs in it
+            self.checkpoints.rmdir()
 
     def write_check(self, check: Mapping[str, Any]) -> None:
         """Keep the verdict of the coordinate check; null where there was none, with the reason."""
@@ -179,6 +214,16 @@ class Folder:
         except OSError:
             return False
         return False
+
+
+def _check_format(record: Mapping[str, Any], path: Path) -> None:
+    """Refuse what a newer version wrote, whose meaning this one cannot know."""
+    found = record.get("format", FORMAT)
+    if not isinstance(found, int) or found > FORMAT:
+        raise ResumeError(
+            f"{path}: format {found!r}, this version of telescope reads up to {FORMAT}; use the "
+            "version that wrote it"
+        )
 
 
 def _read_json(path: Path, key: str) -> dict[str, Any] | None:

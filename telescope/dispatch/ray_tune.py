@@ -13,6 +13,7 @@ On a cluster the workers import the `telescope` that is installed there; only th
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -39,8 +41,16 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from telescope.dispatch.queue import Queue, Trainer, attempt
-from telescope.errors import SpecError
+from telescope.dispatch.queue import LOG_TAIL_LINES, Queue, Trainer, attempt, clean
+from telescope.dispatch.ray_session import (
+    MARK,
+    OWNER_FILE,
+    LocalRay,
+    accepts,
+    reap,
+    watched,
+)
+from telescope.errors import LostError, SpecError
 from telescope.records import Result, Status, Trial, TrialSource
 
 OBJECT_STORE_BYTES = 100_000_000
@@ -60,6 +70,16 @@ SWITCHES = {
 """Documented switches of Ray and Tune, set for the time of a run."""
 OWNER_SWITCHES = {"TUNE_DISABLE_SIGINT_HANDLER": "1"}
 """Tune's handler takes 12 s; to leave `fit()` in the middle is safe if `ray.shutdown` follows."""
+CLUSTER_PATIENCE = 45.0
+"""Seconds without its head, which may be started again, after which a cluster counts as dead; Ray
+itself ends the driver's process after 60 s."""
+HANG_GRACE = 10.0
+"""Seconds that a hung trial has to be interrupted in, before its process is ended."""
+START_PATIENCE = 15.0
+"""Seconds a trial may wait for a worker before it gets one that waits at the gate: a process takes
+about 3 to start, and a node that is lost never comes back."""
+HANG_TITLE = "Timeout ("
+"""How faulthandler heads the stacks of a process that it ends."""
 TEMP_ROOM = 20
 """Longest temporary folder in which the paths of Ray's sockets stay below the system's limit."""
 
@@ -72,6 +92,8 @@ def run_ray(
     cpus: float = 1,
     gpus: float = 0,
     address: str | None = None,
+    timeout: float = 0.0,
+    owner: str | None = None,
     on_start: Callable[[Trial], None] | None = None,
 ) -> None:
     """Run every trial that `source` asks for, `workers` at once; returns when it asks for no more.
@@ -86,32 +108,62 @@ def run_ray(
         cpus: CPUs of one trial, and, rounded down, its number of threads.
         gpus: GPUs of one trial; trials share one by fractions.
         address: ``host:port`` of a running cluster, or ``auto`` to look for one.
+        timeout: seconds after which a trial counts as hung; 0: never. One that cannot be
+            interrupted has its process ended `HANG_GRACE` later.
+        owner: a name that only one run at a time may use; what an earlier run of that name, now
+            dead, left behind of its own Ray is ended first.
         on_start: called when a worker takes a trial.
+
     Raises:
         SpecError: no cluster at `address`, or no room for `workers` trials at once.
+        LostError: Ray's head or this machine's raylet has died. Where a call into Ray cannot be
+            interrupted, the process ends with that message instead, as Ray itself ends it later.
         KeyboardInterrupt: Ctrl-C; what ran is killed, what had finished is told.
     """
     queue = Queue(source, on_start=on_start)
     if queue.is_done:
         return
     owned = not ray.is_initialized()
+    owner = owner or f"process {os.getpid()}"
+    reap(owner)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        stack.enter_context(_environment(SWITCHES | (OWNER_SWITCHES if owned else {})))
+        switches = {**SWITCHES, MARK: owner} | (OWNER_SWITCHES if owned else {})
+        stack.enter_context(_environment(switches))
         handlers = stack.enter_context(_signal_handlers_kept())
         folder = tempfile.mkdtemp(prefix="telescope-", dir=_short_folder())
+        (Path(folder) / OWNER_FILE).write_text(owner)
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        driver = _Driver(queue, leave_at_once=owned, logs=Path(folder))
+        heads: list[tuple[str, int]] = []  # of a cluster, when it is connected to
+        local = LocalRay(owner)
+        leaving = stack.enter_context(
+            watched(
+                lambda: all(map(accepts, heads)) if address or not owned else local.is_whole(),
+                patience=CLUSTER_PATIENCE if address else 0.0,
+                on_loss=driver.stop,
+                give_up=lambda: reap(owner),
+            )
+        )
         if owned:
+            stack.callback(reap, owner)
             stack.callback(ray.shutdown)
             with _interrupt_deferred():
                 _connect(address) if address else _start(folder, math.ceil(workers * cpus))
+            stack.callback(leaving.set)
+            stack.enter_context(_lost_where_ray_fails())
+            if address:
+                heads.append(_head())
             _set_signal_handlers({signal.SIGTERM: handlers[signal.SIGTERM]})  # Ray's would exit
         _check_room(workers, cpus, gpus, where="the cluster" if address else "this machine")
         gate = ray.remote(_Gate).options(num_cpus=0).remote()
         stack.callback(ray.kill, gate)
-        parts = {"trainer": cloudpickle.dumps(trainer), "gate": gate, "threads": max(1, int(cpus))}
+        parts = {
+            **{"trainer": cloudpickle.dumps(trainer), "gate": gate, "threads": max(1, int(cpus))},
+            **{"timeout": timeout, "logs": folder},
+        }
         worker = tune.with_parameters(_Worker, **parts)
-        driver = _Driver(queue, gate, leave_at_once=owned)
+        driver.gate = gate
         with suppress(_Leave):
             resources = {"cpu": cpus, "gpu": gpus}
             _tuner(tune.with_resources(worker, resources), driver, workers, folder).fit()
@@ -128,52 +180,87 @@ class _Leave(BaseException):
 class _Driver:
     """The driver's side: which worker does what, and the first error of the source."""
 
-    def __init__(self, queue: Queue, gate: Any, *, leave_at_once: bool) -> None:
+    def __init__(self, queue: Queue, *, leave_at_once: bool, logs: Path) -> None:
+        self.gate: Any = None
+        self._logs = logs
         self.error: Exception | None = None
         self._queue = queue
         self._leave_at_once = leave_at_once
         self._running: dict[str, Trial | None] = {}  # Tune's trial id → trial, None at the gate
-        self._gate = gate
         self._turn = 0  # how often the gate was opened
+        self._unstarted: dict[str, float] = {}  # Tune's trial id → when it was handed out
+        self._opened = 0.0  # when the gate was opened for one of those
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune pickles its searcher and callbacks into its own folder; nobody reads it."""
         return (object, ())
 
     def assign(self, tune_id: str) -> dict[str, Any] | None:
-        """What a free worker does next: a trial, the gate, or None when the sweep is over."""
+        """What a free worker does next: a trial, the gate, or None when the sweep is over.
+
+        An empty order is none for now: the worker is left for a trial that has found no other.
+        """
         if self.error:
             return None
         try:
             trial = self._queue.take()
             if trial is None and not self._queue.is_waiting:
                 return None
+            if trial is None and self._has_stranded():
+                return {}
         except Exception as error:
             self.error = error
             return None
         self._running[tune_id] = trial
+        if trial:
+            self._unstarted[tune_id] = time.monotonic()
         return {"trial": trial} if trial else {"turn": self._turn}
 
     def answer(self, tune_id: str, result: Result | None) -> None:
         """Take what a worker brought back; from the gate it brings None."""
         del self._running[tune_id]
+        self._unstarted.pop(tune_id, None)
         if result is None or self.error:
             return
         try:
             self._queue.answer(result)
             if None in self._running.values() and not self._queue.is_waiting:
                 self._turn += 1
-                self._gate.open.remote(self._turn)
+                self.gate.open.remote(self._turn)
         except Exception as error:
             self.error = error
 
     def lose(self, tune_id: str, reason: str) -> None:
         """Take the loss of a worker process: its trial has failed; a gate trial is forgotten."""
         trial = self._running[tune_id]
+        if trial:
+            reason = clean([reason, *_log_tail(self._logs, trial)])
         self.answer(tune_id, Result(trial, Status.FAILED, reason=reason) if trial else None)
 
+    def stop(self, error: Exception) -> None:
+        """Give up for a reason that comes from outside."""
+        self.error = self.error or error
+
+    def began(self, tune_id: str) -> None:
+        """Note that a worker has been found for a trial."""
+        self._unstarted.pop(tune_id, None)
+
+    def _has_stranded(self) -> bool:
+        """Whether a trial waits in vain for a worker: its machine is gone, the others are full."""
+        now = time.monotonic()
+        return any(now - asked > START_PATIENCE for asked in self._unstarted.values())
+
+    def _free_workers_for_stranded(self) -> None:
+        """Let workers go that wait at the gate for the very trial that needs one of them."""
+        is_due = time.monotonic() - self._opened > 1.0
+        if is_due and None in self._running.values() and self._has_stranded():
+            self._opened = time.monotonic()
+            self._turn += 1
+            self.gate.open.remote(self._turn)
+
     def is_stopped(self) -> bool:
-        """Whether the experiment has to end before its trials do."""
+        """Whether the experiment has to end before its trials do; asked all the time."""
+        self._free_workers_for_stranded()
         if self.error and self._leave_at_once:
             raise _Leave
         return self.error is not None
@@ -186,9 +273,10 @@ class _Asker(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
         super().__init__()
         self._driver = driver
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next order for a free worker."""
-        return self._driver.assign(trial_id) or Searcher.FINISHED
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next order for a free worker; None: none for now."""
+        order = self._driver.assign(trial_id)
+        return Searcher.FINISHED if order is None else order or None
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -222,6 +310,12 @@ class _Undertaker(tune.Callback):  # type: ignore[misc]
     def __init__(self, driver: _Driver) -> None:
         self._driver = driver
 
+    def on_trial_start(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Learn that a trial has its worker."""
+        self._driver.began(trial.trial_id)
+
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
@@ -247,13 +341,24 @@ class _Stopper(tune.Stopper):  # type: ignore[misc]
 class _Worker(tune.Trainable):  # type: ignore[misc]
     """One worker process: runs the order in its config, and is reset for the next one."""
 
-    def setup(self, config: dict[str, Any], *, trainer: bytes, gate: Any, threads: int) -> None:
+    def setup(
+        self,
+        config: dict[str, Any],
+        *,
+        trainer: bytes,
+        gate: Any,
+        threads: int,
+        timeout: float,
+        logs: str,
+    ) -> None:
         """Size the thread pools, before the trainer brings in torch."""
         self._order = config
         self._pickled = trainer
         self._trainer: Trainer | None = None
         self._gate = gate
         self._threads = threads
+        self._timeout = timeout
+        self._logs = Path(logs)
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -263,8 +368,10 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         """Train a trial, or wait at the gate."""
-        if "trial" in self._order:
-            return {"done": True, "result": attempt(self._train, self._order["trial"])}
+        if trial := self._order.get("trial"):
+            with _logged(self._logs, trial), _ended_if_hung(self._timeout):
+                result = attempt(self._train, trial, timeout=self._timeout)
+            return {"done": True, "result": result}
         ray.get(self._gate.wait_beyond.remote(self._order["turn"]))
         return {"done": True}
 
@@ -274,6 +381,76 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(self._threads)
         return self._trainer(trial)
+
+
+@contextmanager
+def _logged(folder: Path, trial: Trial) -> Iterator[None]:
+    """Send what a trial prints to a file of its own, so that a killed one's last words are kept.
+
+    On another machine than the driver's there is no such folder: Ray's own logs have it there.
+    """
+    if not folder.is_dir():
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with (folder / f"{trial}.log").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in enumerate(kept, 1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextmanager
+def _ended_if_hung(timeout: float) -> Iterator[None]:
+    """End this process if the code inside goes on long after its time limit: it hangs in C."""
+    if not timeout:
+        yield
+        return
+    faulthandler.dump_traceback_later(timeout + HANG_GRACE, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _log_tail(folder: Path, trial: Trial) -> list[str]:
+    """The last lines that a trial has printed; none where its log is on another machine."""
+    try:
+        text = (folder / f"{trial}.log").read_text(errors="backslashreplace")
+    except OSError:
+        return []
+    lines = text.strip().splitlines()
+    threads = [number for number, line in enumerate(lines) if "most recent call first" in line]
+    if threads and HANG_TITLE in text:  # the main thread comes last, its innermost call first
+        title = next(line for line in lines if line.startswith(HANG_TITLE))
+        return [title, *lines[threads[-1] :][:LOG_TAIL_LINES]]
+    return lines[-LOG_TAIL_LINES:]
+
+
+def _head() -> tuple[str, int]:
+    """Where a cluster's head accepts connections; needs no call to it."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    return host, int(port)
+
+
+@contextmanager
+def _lost_where_ray_fails() -> Iterator[None]:
+    """What Ray itself raises in the driver means that a part of it is gone."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise LostError(
+            f"Ray has failed: {reason}; what finished is kept, the same command goes on"
+        ) from error
 
 
 class _Gate:
@@ -319,15 +496,21 @@ def _tuner(worker: Any, driver: _Driver, workers: int, folder: str) -> tune.Tune
 
 
 def _start(folder: str, cpus: int) -> None:
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        configure_logging=False,
-        _temp_dir=folder,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=folder,
+        )
+    except Exception as error:  # Ray raises bare ones
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LostError(
+            f"local Ray could not be started: {reason}; the same command tries again"
+        ) from error
     if ray.util.get_node_ip_address() != "127.0.0.1":
         warnings.warn(
             "Ray was imported before telescope.dispatch.ray_tune and listens on every address of "

@@ -7,16 +7,21 @@ FAIL. Curves are not kept here but in files of their own.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy
 from optuna.distributions import FloatDistribution
+from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
 
-from telescope.errors import ResumeError
+from telescope.errors import ResumeError, StoreError
 from telescope.records import Axis, Point, Result, Status, Trial
 
 STATES = {
@@ -24,8 +29,13 @@ STATES = {
     Status.DIVERGED: TrialState.PRUNED,
     Status.FAILED: TrialState.FAIL,
 }
-LOCK_TIMEOUT = 30
-"""Seconds to wait for another process, a dashboard say, to let go of an SQLite file."""
+LOCK_TIMEOUT = 10.0
+"""Seconds to wait for another process, a dashboard say, to let go of an SQLite file; Optuna tries
+five times to add a trial, so that a result waits for about five times as long."""
+SQLITE_HEADER = 100
+"""Bytes that every SQLite file has; a shorter one would be taken for a new, empty database."""
+CONNECTION_PATIENCE = 60.0
+"""Seconds to wait for a database server that has gone away in mid-sweep."""
 
 
 class Store:
@@ -43,15 +53,15 @@ class Store:
 
     def __init__(self, url: str, sweep: str, axes: tuple[Axis, ...], fingerprint: str) -> None:
         """Open the storage, making its tables if it is new."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        arguments = {"timeout": LOCK_TIMEOUT} if url.startswith("sqlite") else {}
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what it warns of is raised or retried
+        self._is_file = url.startswith("sqlite")
+        self._name = without_password(url)
         try:
-            self._storage = RDBStorage(url, engine_kwargs={"connect_args": arguments})
+            self._storage = RDBStorage(url, engine_kwargs=_engine_options(self._is_file))
         except Exception as error:
-            reason = " ".join(str(error).partition("(Background")[0].split())[:200]
             raise ResumeError(
-                f"--storage {without_password(url)}: cannot be opened: {reason}; give an Optuna "
-                "RDB URL such as sqlite:////folder/trials.db"
+                f"--storage {self._name}: cannot be opened: {_reason(error)}; "
+                f"{_opening_advice(error)}"
             ) from error
         self._sweep = sweep
         self._axes = axes
@@ -59,7 +69,23 @@ class Store:
         self._studies: dict[int, optuna.Study] = {}
 
     def add(self, result: Result) -> None:
-        """Store one finished trial, in one transaction."""
+        """Store one finished trial, in one transaction; waits for a server that has gone away.
+
+        Raises:
+            StoreError: the disk is full, the file locked or gone, the server away for too long.
+        """
+        deadline = time.monotonic() + CONNECTION_PATIENCE
+        while True:
+            try:
+                return self._add(result)
+            except (SQLAlchemyError, OptunaError) as error:
+                if self._is_file or time.monotonic() > deadline:
+                    raise self._error("cannot keep a result", error) from error
+                # Should the transaction have been done, the second one is a duplicate, which
+                # `results` drops.
+                time.sleep(1.0)
+
+    def _add(self, result: Result) -> None:
         trial = result.trial
         self._study(trial.width).add_trial(
             create_trial(
@@ -78,7 +104,12 @@ class Store:
 
         Raises:
             ResumeError: the studies of that name are of another sweep, not comparable with this.
+            StoreError: the database cannot be read, or holds what this program did not write.
         """
+        with self._reading():
+            return self._results()
+
+    def _results(self) -> list[Result]:
         prefix = f"{self._sweep}/width-"
         summaries = optuna.get_all_study_names(self._storage)
         names = sorted(name for name in summaries if name.startswith(prefix))
@@ -86,12 +117,33 @@ class Store:
         for study in studies:
             self._check(study)
         trials = (trial for study in studies for trial in study.get_trials(deepcopy=False))
-        return [_as_result(trial, self._axes) for trial in trials if "status" in trial.user_attrs]
+        results = (
+            _as_result(trial, self._axes) for trial in trials if "status" in trial.user_attrs
+        )
+        return list(dict.fromkeys(results))  # a lost connection may leave one twice
 
     def close(self) -> None:
         """Let go of the database's connections."""
         self._storage.remove_session()
         self._storage.engine.dispose()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what a locked, damaged or lost database raises into one line."""
+        try:
+            yield
+        except (SQLAlchemyError, OptunaError) as error:
+            raise self._error("cannot be read", error) from error
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            message = f"{type(error).__name__}: {error}"
+            raise self._error("holds what telescope did not write", message) from error
+
+    def _error(self, problem: str, error: Exception | str) -> StoreError:
+        reason = error if isinstance(error, str) else _reason(error)
+        return StoreError(
+            f"{self._name}: {problem}: {reason}; what was stored before is kept: mend it, or put "
+            "back a copy, and the same command goes on"
+        )
 
     def _study(self, width: int) -> optuna.Study:
         if width not in self._studies:
@@ -156,14 +208,44 @@ def sqlite_url(folder: Path) -> str:
 
 
 def check_exists(url: str) -> None:
-    """Check that an SQLite file is there, which opening would make anew.
+    """Check that an existing sweep's SQLite file is there; opening would make an empty one.
 
     Raises:
-        ResumeError: it is not.
+        ResumeError: it is not, or is too short for what SQLite would take for a database.
     """
-    parsed = sqlalchemy.make_url(url)
-    if parsed.drivername.startswith("sqlite") and not Path(parsed.database or "").is_file():
-        raise ResumeError(f"{parsed.database}: the sweep's results are missing; put the file back")
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError as error:
+        raise ResumeError(f"{url!r}: is no storage's URL; restore spec.json") from error
+    if not parsed.drivername.startswith("sqlite"):
+        return
+    path = Path(parsed.database or "")
+    if not path.is_file() or path.stat().st_size < SQLITE_HEADER:
+        raise ResumeError(
+            f"{path}: the sweep's results are missing; put the file back, or remove the whole "
+            "results folder to start anew"
+        )
+
+
+def _engine_options(is_file: bool) -> dict[str, Any]:
+    """What SQLAlchemy is told: how long a lock is waited for, or to look before it asks."""
+    if is_file:
+        return {"connect_args": {"timeout": LOCK_TIMEOUT}}
+    return {"pool_pre_ping": True}
+
+
+def _reason(error: BaseException) -> str:
+    """The database's own account on one line, without what SQLAlchemy and Optuna put around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(getattr(error, "orig", None) or error)
+    return " ".join(text.partition("(Background")[0].split())[:300]
+
+
+def _opening_advice(error: BaseException) -> str:
+    if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
+        return "for PostgreSQL install telescope with its extra: pip install 'telescope[postgres]'"
+    return "give an Optuna RDB URL such as sqlite:////folder/trials.db"
 
 
 def without_password(url: str) -> str:

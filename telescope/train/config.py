@@ -25,6 +25,9 @@ that starts random, by the same at every width, and is 1 where it is no axis.
 ADAMW_AXES = TRAINER_AXES[:-1]
 """Those that mean something when AdamW trains everything."""
 
+CARE_KEYS = ("checkpoint_every", "timeout")
+"""Keys of [train] that change no loss: no part of the fingerprint."""
+
 PYTHON_STDLIB = "python-stdlib"
 """The corpus that every machine has: the interpreter's own library."""
 
@@ -122,9 +125,17 @@ class TrainConfig:
     """Schedule wsd only: share of the steps that decay at the end. An assumption."""
     evals: int = 1
     """How often the held-out loss is measured, evenly spaced; the last time is the end."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints, from which a killed trial goes on; 0: none."""
+    timeout: float = 0.0
+    """Seconds after which a trial that has not ended counts as hung and fails; 0: never."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        every = self.checkpoint_every
+        require(every >= 0, "checkpoint_every", every, "a number of steps, or 0 for none")
+        allowed = "a finite number of seconds, or 0 for no limit"
+        require(0 <= self.timeout < math.inf, "timeout", self.timeout, allowed)
         for key in ("steps", "batch_size", "sequence_length", "evals"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "an integer >= 1")
         for key in ("warmup", "final_lr", "decay"):
@@ -176,3 +187,5 @@ class TrialConfig:
     threads: int = 1
     flops_per_step: Mapping[int, float] = field(default_factory=dict)
     """Width → floating-point operations of one step, as planned by the driver."""
+    checkpoint_folder: str | None = None
+    """Where trials keep their checkpoints; every worker that sees it can go on with any trial."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from telescope.errors import DataError
 from telescope.records import CurvePoint, Result, Status, Trial
+from telescope.train.checkpoint import Position, checkpoints_of
 from telescope.train.config import TrainConfig, TrialConfig
 from telescope.train.data import Batches, held_out_batch, load_corpus
 from telescope.train.model import build_model
@@ -44,22 +45,31 @@ class TelescopeTrainer:
 
 
 def train(config: TrialConfig, trial: Trial) -> Result:
-    """Train `trial` as `config` says; see `TelescopeTrainer`."""
+    """Train `trial` as `config` says, from its last checkpoint on; see `TelescopeTrainer`."""
     start = time.perf_counter()
     setup = set_up(config, trial)
-    curve: list[CurvePoint] = []
-    steps_done, reason = _run_steps(setup, curve)
-    loss = None if reason else curve[-1].held_out_loss
+    parts = (setup.model, setup.optimizers, setup.device)
+    checkpoints = checkpoints_of(config, trial)
+    position = checkpoints.restore(*parts) if checkpoints else Position()
+    start -= position.seconds
+
+    def keep() -> None:
+        if checkpoints and position.step % config.train.checkpoint_every == 0:
+            position.seconds = time.perf_counter() - start
+            checkpoints.save(*parts, position)
+
+    reason = _run_steps(setup, position, keep)
+    loss = None if reason else position.curve[-1].held_out_loss
     if loss is not None and not math.isfinite(loss):
-        loss, reason = None, f"held-out loss {loss} after {steps_done} steps"
+        loss, reason = None, f"held-out loss {loss} after {position.step} steps"
     return Result(
         trial,
         Status.DIVERGED if reason else Status.COMPLETE,
         loss=loss,
         reason=reason,
-        flops=steps_done * config.flops_per_step.get(trial.width, 0.0),
+        flops=position.step * config.flops_per_step.get(trial.width, 0.0),
         seconds=time.perf_counter() - start,
-        curve=tuple(curve),
+        curve=tuple(position.curve),
     )
 
 
@@ -116,28 +126,35 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
     )
 
 
-def _run_steps(setup: Setup, curve: list[CurvePoint]) -> tuple[int, str]:
-    """Take every step, filling `curve`; returns steps taken and why it diverged, or ""."""
+def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> str:
+    """Take every step from `position` on, moving it; returns why it diverged, or "".
+
+    `keep` is called after every step but the last.
+    """
     steps, evals = setup.train.steps, setup.train.evals
     eval_steps = {round(steps * (i + 1) / evals) for i in range(evals)}
     row_steps = {round(steps * (i + 1) / CURVE_ROWS) for i in range(CURVE_ROWS)} | eval_steps
-    first_loss, recent = None, []
-    for step in range(steps):
+    for step in range(position.step, steps):
         loss = take_step(
             setup.model, setup.optimizers, setup.batches, setup.train, step, setup.device
         )
-        first_loss = loss if first_loss is None else first_loss
-        if not math.isfinite(loss) or loss > DIVERGED_ABOVE * first_loss:
-            curve.append(CurvePoint(step + 1, loss if math.isfinite(loss) else None, None))
-            return step + 1, f"loss {loss:.4g} at step {step + 1} of {steps}, from {first_loss:.4g}"
-        recent.append(loss)
+        position.step += 1
+        first = position.first_loss = loss if position.first_loss is None else position.first_loss
+        if not math.isfinite(loss) or loss > DIVERGED_ABOVE * first:
+            finite = loss if math.isfinite(loss) else None
+            position.curve.append(CurvePoint(step + 1, finite, None))
+            return f"loss {loss:.4g} at step {step + 1} of {steps}, from {first:.4g}"
+        position.recent.append(loss)
         if step + 1 in row_steps:
             held_out = None
             if step + 1 in eval_steps:
                 held_out = held_out_loss(setup.model, setup.held_out, setup.train.batch_size)
-            curve.append(CurvePoint(step + 1, sum(recent) / len(recent), held_out))
-            recent = []
-    return steps, ""
+            mean = sum(position.recent) / len(position.recent)
+            position.curve.append(CurvePoint(step + 1, mean, held_out))
+            position.recent = []
+        if step + 1 < steps:
+            keep()
+    return ""
 
 
 def take_step(

@@ -63,7 +63,7 @@ def blamed_on(config: ModelConfig) -> Iterator[None]:
         yield
     except TelescopeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line, message = _last_line(error, _module_file(config)), " ".join(str(error).split())
         if isinstance(error, SyntaxError):
             line, message = error.lineno, error.msg
@@ -76,7 +76,7 @@ def _module_file(config: ModelConfig) -> str:
     return f"<{PurePath(config.name).stem}-{config.digest}.py>"
 
 
-def _last_line(error: Exception, filename: str) -> int | None:
+def _last_line(error: BaseException, filename: str) -> int | None:
     """The deepest line of the model file in an exception's traceback."""
     line, trace = None, error.__traceback__
     while trace:
@@ -130,6 +130,8 @@ def _build(config: ModelConfig, width: int, device: str) -> nn.Module:
         raise ModelError(
             f"{config.name}: build returned {type(model).__name__}, not a torch module"
         )
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        raise ModelError(f"{config.name}: a lazy module has no shapes; give it its sizes")
     return model
 
 

@@ -1,0 +1,157 @@
+"""The processes of an embedded Ray, told from all others by a mark; and whether Ray is still there.
+
+A Ray whose driver, head or raylet is killed leaves processes behind: agents for half a minute or
+more, workers in the middle of a trial. Every process of a session inherits one environment
+variable that names its owner, so that the next run of the same sweep finds them, and only them.
+
+Standard library only. Where there is no /proc, nothing is found and nothing is reaped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from telescope.errors import LostError
+
+MARK = "TELESCOPE_RAY_OWNER"
+"""The environment variable that a session's processes inherit."""
+OWNER_FILE = "owner"
+"""In a session's temporary folder: whose it is."""
+VITAL = ("gcs_server", "raylet")
+"""The processes without which an embedded Ray is dead: its head and its raylet."""
+REAP_SECONDS = 10.0
+"""How long killed processes may take to be gone."""
+LOOK_SECONDS = 1.0
+"""Pause between two looks at Ray's head and raylet."""
+LEAVE_SECONDS = 10.0
+"""How long the main thread may take to leave a Ray that is gone; then the process ends."""
+
+
+def marked(owner: str) -> list[int]:
+    """The processes of an owner's sessions on this machine, this process aside."""
+    wanted, found = f"{MARK}={owner}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another user's, or just gone
+            is_ours = wanted in (folder / "environ").read_bytes().split(b"\0")
+            if is_ours and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
+def reap(owner: str) -> None:
+    """End what an owner's earlier sessions left running, and remove their temporary folders.
+
+    Only for who holds the owner's lock: a session of its own would be ended as well.
+    """
+    deadline = time.monotonic() + REAP_SECONDS
+    while (left := marked(owner)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
+    for folder in {Path(tempfile.gettempdir()), Path("/tmp")}:
+        for session in folder.glob("telescope-*"):
+            with suppress(OSError):
+                if (session / OWNER_FILE).read_text() == owner:
+                    shutil.rmtree(session, ignore_errors=True)
+
+
+class LocalRay:
+    """The head and the raylet of an embedded Ray, found among this machine's processes."""
+
+    def __init__(self, owner: str) -> None:
+        """Look for the sessions of an owner."""
+        self._owner = owner
+        self._seen: set[int] = set()
+
+    def is_whole(self) -> bool:
+        """Whether all parts that have been seen are still there; at the start there are none."""
+        if len(self._seen) < len(VITAL):
+            self._seen |= {number for number in marked(self._owner) if _name(number) in VITAL}
+        return all(_name(number) in VITAL for number in self._seen)
+
+
+def _name(number: int) -> str | None:
+    """What a process is called; None if it has ended, even if nobody has waited for it yet."""
+    try:
+        text = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return None
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    return None if rest.split()[0] in "ZX" else name
+
+
+def accepts(address: tuple[str, int]) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection(address, timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def watched(
+    is_there: Callable[[], bool],
+    *,
+    patience: float,
+    on_loss: Callable[[LostError], None],
+    give_up: Callable[[], None],
+) -> Iterator[threading.Event]:
+    """Watch over Ray: learn in seconds that it has died, which Ray itself tells after a minute.
+
+    Args:
+        is_there: whether Ray is; called every `LOOK_SECONDS` in another thread.
+        patience: seconds without it after which it counts as gone.
+        on_loss: told once; should make the main thread leave.
+        give_up: called before this process ends, if the main thread has not left in time: a call
+            into Ray that waits for a dead head cannot be interrupted.
+
+    Yields:
+        An event to set before Ray is meant to go.
+    """
+    leaving, left = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        last_seen = time.monotonic()
+        while not leaving.wait(LOOK_SECONDS):
+            if is_there():
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > patience:
+                break
+        else:
+            return
+        error = LostError(
+            "Ray has died (its head or this machine's raylet is gone); what finished is kept, the "
+            "same command goes on"
+        )
+        on_loss(error)
+        if not left.wait(LEAVE_SECONDS):
+            _end_process(error, give_up)
+
+    threading.Thread(target=watch, daemon=True, name="telescope-ray-watch").start()
+    try:
+        yield leaving
+    finally:
+        leaving.set()
+        left.set()
+
+
+def _end_process(error: LostError, give_up: Callable[[], None]) -> None:
+    """End this process at once, as Ray's own library would within a minute, but saying why."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[?25h")  # the live view hides the cursor
+        sys.stdout.flush()
+    os.write(sys.stderr.fileno(), f"telescope: {error}\n".encode())
+    give_up()
+    os._exit(LostError.exit_code)

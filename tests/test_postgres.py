@@ -1,0 +1,201 @@
+"""A sweep on a PostgreSQL server of its own: same answer, connection lost and back, no password.
+
+The server runs in a temporary folder, on a port of loopback, as an unprivileged user.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import answers, formula, quiet, run_fast, spec_of
+
+from telescope import Spec
+from telescope.dispatch import store
+from telescope.errors import ResumeError, StoreError
+from telescope.records import CurvePoint, Result, Status, Trial
+from telescope.sweep import Options, open_result, run
+from telescope.train import loop
+
+PASSWORD = "a-secret-of-the-test"
+
+
+class Server:
+    """One PostgreSQL server."""
+
+    def __init__(self, binaries: Path, folder: Path) -> None:
+        self._binaries, self._folder = binaries, folder
+        self._user: dict[str, Any] = {}
+        if os.getuid() == 0:  # initdb and postgres refuse root
+            self._user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+            shutil.chown(folder, "postgres", "postgres")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        secret = folder / "secret"
+        secret.write_text(PASSWORD)
+        secret.chmod(0o644)
+        self._call("initdb", "-U", "me", "--auth=scram-sha-256", f"--pwfile={secret}")
+
+    def _call(self, program: str, *arguments: str) -> None:
+        command = [str(self._binaries / program), "-D", str(self._folder / "data"), *arguments]
+        done = subprocess.run(
+            command,
+            cwd=self._folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            **self._user,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def start(self) -> None:
+        where = f"-h 127.0.0.1 -p {self.port} -k {self._folder}"
+        self._call("pg_ctl", "-w", "-l", str(self._folder / "log"), "-o", where, "start")
+
+    def kill(self) -> None:
+        """As a crash: connections break, nothing is written on the way out."""
+        self._call("pg_ctl", "-w", "-m", "immediate", "stop")
+
+    def url(self, password: str = "") -> str:
+        who = f"me:{password}" if password else "me"
+        return f"postgresql+psycopg://{who}@127.0.0.1:{self.port}/postgres"
+
+
+def binaries() -> Path | None:
+    """The newest installed server: Debian keeps its programs off the path."""
+    if found := shutil.which("initdb"):
+        return Path(found).parent
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return versions[-1].parent if versions else None
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    pytest.importorskip("psycopg", reason="needs the extra: pip install 'telescope[postgres]'")
+    programs = binaries()
+    if programs is None:
+        pytest.skip("needs PostgreSQL: apt-get install postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="telescope-pg-"))
+    server = Server(programs, folder)
+    server.start()
+    yield server
+    server.kill()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    return tmp_path
+
+
+def run_on(server: Server, place: Path, name: str, *, url: str | None = None) -> None:
+    options = Options(
+        place / "results", dispatcher="inline", storage=url or server.url(), check=False
+    )
+    run(Spec.from_dict(spec_of(place, name=name)), options, quiet)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
+    calls: list[Trial] = []
+
+    def fast(config: Any, trial: Trial) -> Result:
+        calls.append(trial)
+        curve = (CurvePoint(2, 3.25, None), CurvePoint(4, 3.0, formula(trial)))
+        return Result(trial, Status.COMPLETE, loss=formula(trial), flops=1.5e9, curve=curve)
+
+    monkeypatch.setattr(loop, "train", fast)
+    return calls
+
+
+def comparable(place: Path, name: str) -> dict[str, Any]:
+    found = answers(place, name)
+    return {key: found[key] for key in ("transfer", "trials.csv", "curves")}
+
+
+def test_same_sweep_same_answer_and_no_password(
+    server: Server, place: Path, trained: list[Trial]
+) -> None:
+    run_on(server, place, "team", url=server.url(PASSWORD))
+    elsewhere = place / "sqlite"
+    elsewhere.mkdir()
+    run_fast(elsewhere, {})
+    assert comparable(place, "team") == comparable(elsewhere, "tiny")
+    for file in (place / "results").rglob("*"):
+        assert file.is_dir() or PASSWORD.encode() not in file.read_bytes(), file
+    trained.clear()
+    options = Options(place / "results", dispatcher="inline", check=False)
+    run(Spec.from_dict(spec_of(place, name="team")), options, quiet)  # the folder says where
+    assert trained == []
+
+
+def test_a_connection_lost_and_back_in_mid_sweep(
+    server: Server, place: Path, trained: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = store.Store._add
+    downs: list[Trial] = []
+
+    def adding(self: store.Store, result: Result) -> None:
+        if len(trained) in (3, 7) and result.trial not in downs:
+            downs.append(result.trial)
+            server.kill()
+            if len(downs) == 1:
+                server.start()  # back before it is missed; the second time it stays away a while
+        elif len(downs) == 2 and result.trial == downs[1]:
+            server.start()
+            downs.append(result.trial)
+        add(self, result)
+
+    monkeypatch.setattr(store.Store, "_add", adding)
+    run_on(server, place, "lost")
+    assert len(downs) == 3
+    assert len(trained) == len(set(trained)) == 9
+    elsewhere = place / "sqlite"
+    elsewhere.mkdir()
+    run_fast(elsewhere, {})
+    assert comparable(place, "lost") == comparable(elsewhere, "tiny")
+
+
+def test_a_server_that_stays_away_is_a_line_and_the_same_command_goes_on(
+    server: Server, place: Path, trained: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "CONNECTION_PATIENCE", 0.1)
+    add = store.Store._add
+
+    def adding(self: store.Store, result: Result) -> None:
+        if len(trained) == 5:
+            server.kill()
+        add(self, result)
+
+    with monkeypatch.context() as down:
+        down.setattr(store.Store, "_add", adding)
+        with pytest.raises(StoreError, match=r"^[^\n]+the same command goes on$") as caught:
+            run_on(server, place, "away")
+    assert PASSWORD not in str(caught.value)
+    with pytest.raises(ResumeError, match=r"^[^\n]*refused[^\n]*$"):
+        run_on(server, place, "away")
+    server.start()
+    stored = {result.trial for result in open_result("away", place / "results").results}
+    assert len(stored) == 4
+    trained.clear()
+    run_on(server, place, "away")
+    assert not stored & set(trained)
+
+
+def test_a_wrong_password_is_a_line_without_it(
+    server: Server, place: Path, trained: list[Trial]
+) -> None:
+    with pytest.raises(ResumeError, match="password authentication failed") as caught:
+        run_on(server, place, "wrong", url=server.url("not-the-secret"))
+    assert "not-the-secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (place / "results" / "wrong").exists()

@@ -1,0 +1,171 @@
+"""Ray's parts killed in mid-sweep: the same command goes on, to the undisturbed inline answer.
+
+The trainer is the real one, so that "the same" means bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import pytest
+from faults import Tally, answers, finish, quiet, spec_of, start
+
+from telescope import Spec
+from telescope.dispatch.ray_session import marked
+from telescope.errors import LostError
+from telescope.records import Result, Trial
+from telescope.sweep import Options, run
+from telescope.train import loop
+
+pytest.importorskip("telescope.dispatch.ray_tune")
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]  # they watch one /tmp
+
+PARTS = {"worker": "ray::", "raylet": "raylet", "head": "gcs_server"}
+LOST = {LostError.exit_code, 1}
+"""How a driver ends whose Ray has died; 1 where Ray's own library ends it, while it starts."""
+
+
+def run_sweep(place: Path, dispatcher: str) -> None:
+    """One `telescope run`; on Ray each trial takes a little longer, to be killed in."""
+    real, pause = loop.TelescopeTrainer, 0.3 if dispatcher == "ray" else 0.0
+
+    def logged(config: Any) -> Callable[[Trial], Result]:
+        def train(trial: Trial) -> Result:  # local, so that Ray pickles it by value
+            with (place / "starts.log").open("a") as log:
+                log.write(f"{trial}\n")
+            time.sleep(pause)
+            return real(config)(trial)
+
+        return train
+
+    options = Options(place / "results", workers=2, dispatcher=dispatcher, check=False)
+    with patch.object(loop, "TelescopeTrainer", logged):
+        try:
+            run(Spec.from_dict(spec_of(place)), options, quiet)
+        except LostError:
+            os._exit(LostError.exit_code)
+
+
+def owner_of(place: Path) -> str:
+    return str((place / "results" / "tiny").resolve())
+
+
+def part_of_ray(place: Path, part: str) -> psutil.Process | None:
+    """A process of the sweep's own Ray; of the workers, one that trains."""
+    for number in marked(owner_of(place)):
+        try:
+            process = psutil.Process(number)
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        is_it = process.name() == PARTS[part] if part != "worker" else "Trainable" in line
+        if is_it or (part == "worker" and "_Worker" in line):
+            return process
+    return None
+
+
+def kill_part(driver: BaseProcess, place: Path, part: str, pause: float) -> bool:
+    """Kill a part of the running sweep after it has been there for a while; False if too late."""
+    if part == "driver":
+        driver.join(4 + pause)
+        is_running = driver.exitcode is None
+        driver.kill()
+        return is_running
+    deadline = time.monotonic() + 60
+    while not (victim := part_of_ray(place, part)):
+        if driver.exitcode is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    driver.join(pause)
+    victim = part_of_ray(place, part)
+    if driver.exitcode is not None or not victim:
+        return False
+    victim.send_signal(signal.SIGKILL)
+    return True
+
+
+def go_through(place: Path, parts: Iterator[str], moments: random.Random, tally: Tally) -> None:
+    """Run one sweep to its end, with a fault in each run until one is too late."""
+    tally.new_sweep()
+    for part in parts:
+        driver = start(run_sweep, place, "ray")
+        was_killed = kill_part(driver, place, part, moments.uniform(0, 2.5))
+        tally.faults += was_killed
+        code = finish(driver, 90)
+        tally.look(place)
+        if code == 0:
+            return
+        assert was_killed, f"exit code {code} without a fault"
+        assert code in ({-signal.SIGKILL} if part == "driver" else LOST), (part, code)
+    assert finish(start(run_sweep, place, "ray")) == 0
+    tally.look(place)
+
+
+def left_behind(place: Path) -> list[Any]:
+    """What there should not be after a sweep's end: processes, temporary folders."""
+    folders = Path(tempfile.gettempdir()).glob("telescope-*/owner")
+    return [
+        *marked(owner_of(place)),
+        *(file.parent for file in folders if file.read_text() == owner_of(place)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "sweeps"),
+    [
+        (["raylet", "driver", "head"], 1),
+        pytest.param(["worker", "driver", "raylet", "head"], 5, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_on_ray_it_ends_as_undisturbed_inline(
+    parts: list[str], sweeps: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert finish(start(run_sweep, plain, "inline")) == 0
+    expected, tally, moments = answers(plain), Tally(), random.Random(0)
+    wanted = len(parts) * sweeps
+    endless = itertools.cycle(parts)
+    while tally.faults < wanted:
+        place = tmp_path / f"sweep-{tally.sweeps}"
+        place.mkdir()
+        few = itertools.islice(endless, wanted - tally.faults if sweeps == 1 else 5)
+        go_through(place, few, moments, tally)
+        assert answers(place) == expected
+        assert not left_behind(place)
+    assert not tally.lost
+    assert not tally.twice
+    record_property("kill -9 of Ray's worker, raylet, head or driver", str(tally))
+
+
+def test_only_its_own_leftovers_are_reaped(tmp_path: Path) -> None:
+    from telescope.dispatch.ray_session import MARK, reap
+
+    mine, other = str(tmp_path / "mine"), str(tmp_path / "mine-too")
+    sleepers = [
+        psutil.Popen(["sleep", "60"], env={**os.environ, MARK: owner}) for owner in (mine, other)
+    ]
+    sessions = [Path(tempfile.mkdtemp(prefix="telescope-")) for _ in sleepers]
+    for session, owner in zip(sessions, (mine, other), strict=True):
+        (session / "owner").write_text(owner)
+    try:
+        reap(mine)
+        assert sleepers[0].wait(5) == -signal.SIGKILL
+        assert sleepers[1].is_running()
+        assert [session.exists() for session in sessions] == [False, True]
+    finally:
+        reap(other)
+        sleepers[1].wait(5)
+    assert not sessions[1].exists()
