@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+from simulated import ESSENTIAL, Surface
 
 from telescope.ladder.grid import paper_stage
-from telescope.ladder.plan import plan_ladder, plan_stages, what_fits
+from telescope.ladder.ladder import Ladder
+from telescope.ladder.plan import least_cost, plan_ladder, plan_stages, typical_result, what_fits
 from telescope.records import Axis, LadderSpec
 
 SPEC = LadderSpec(
@@ -74,3 +76,33 @@ def test_the_papers_ladder_costs_what_the_paper_spent() -> None:
     assert plan["sweep_over_target"] == pytest.approx(7.9, abs=0.05)
     assert plan["target"]["tokens"] == 20_000 * 2**23
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20  # kilobytes
+
+
+def test_the_adaptive_plan_brackets_what_ladders_spend() -> None:
+    truth = Surface(ESSENTIAL, {"lr": -4.0, "weight_decay": -6.0})
+    plan = plan_ladder(replace(ESSENTIAL, budget=4.0))
+    assert plan.best < plan.expected < plan.worst == 4.0
+    assert plan.best == pytest.approx(least_cost(ESSENTIAL))
+    # 5 points of the star and 3 repeats at base width, one round of 4 at the next.
+    assert plan.best == pytest.approx(8 * ESSENTIAL.cost(256) + 4 * ESSENTIAL.cost(512))
+    assert plan.expected == pytest.approx(
+        sum(stage.trials * ESSENTIAL.cost(stage.width) for stage in plan.stages)
+    )
+    for seed, noise in enumerate((0.0, 0.003, 0.01)):
+        ladder = Ladder(replace(ESSENTIAL, budget=4.0))
+        while trials := ladder.ask():
+            for trial in trials:
+                ladder.tell(replace(truth, seed=seed, noise=noise)(trial))
+        spent = sum(len(s.trials) * ESSENTIAL.cost(s.width) for s in ladder.stages)
+        assert plan.best <= spent <= plan.worst + 1e-9
+
+
+def test_typical_results_do_not_depend_on_order() -> None:
+    ladder = Ladder(ESSENTIAL)
+    one, *_ = ladder.ask()
+    assert typical_result(ESSENTIAL, one) == typical_result(ESSENTIAL, one)
+
+
+def test_a_plan_never_exceeds_its_budget() -> None:
+    plan = plan_ladder(replace(ESSENTIAL, budget=1.0))
+    assert plan.best <= plan.expected <= plan.worst <= 1.0

@@ -298,7 +298,7 @@ def _grown(state: State, stage: Stage, points: Sequence[Point], reason: str) -> 
 
 def _affordable(state: State, width: int) -> int:
     """How many trials of a width the budget still has room for."""
-    if state.spec.budget is None:
+    if state.spec.budget is None or math.isinf(state.spec.budget):
         return 10**9
     # A hair of room, so that a budget of exactly n trials is one of n.
     room = (state.spec.budget - state.spent) / state.spec.cost(width)

@@ -57,18 +57,16 @@ def plan_ladder(spec: LadderSpec) -> Plan:
         stages = plan_stages(spec)
         cost = _cost(spec, stages)
         return Plan(tuple(stages), cost, cost, cost)
-    best, worst = _fewest(spec), _most(spec)
-    ladder = Ladder(replace(spec, budget=None))
+    best = _fewest(spec)
+    wall = math.inf if spec.budget is None else max(spec.budget, best)
+    ladder = Ladder(replace(spec, budget=wall))
     while trials := ladder.ask():
         for trial in trials:
             ladder.tell(typical_result(spec, trial))
     trials_at = {stage.width: len(stage.trials) for stage in ladder.stages}
     lattice = {axis.name: axis.points for axis in spec.axes}
     stages = [StagePlan(width, lattice, trials_at.get(width, 0)) for width in spec.widths]
-    wall = math.inf if spec.budget is None else max(spec.budget, best)
-    return Plan(
-        tuple(stages), best, min(_cost(spec, stages), wall), min(_cost_of(spec, worst), wall)
-    )
+    return Plan(tuple(stages), best, _cost(spec, stages), min(_cost_of(spec, _most(spec)), wall))
 
 
 def typical_result(spec: LadderSpec, trial: Trial) -> Result:

@@ -130,8 +130,6 @@ def _build(config: ModelConfig, width: int, device: str) -> nn.Module:
         raise ModelError(
             f"{config.name}: build returned {type(model).__name__}, not a torch module"
         )
-    if any(map(nn.parameter.is_lazy, model.parameters())):
-        raise ModelError(f"{config.name}: a lazy module has no shapes; give it its sizes")
     return model
 
 
