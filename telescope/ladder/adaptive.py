@@ -17,7 +17,7 @@ from statistics import fmean
 from telescope.ladder import paper
 from telescope.ladder.observe import diverged_points
 from telescope.ladder.state import Move, State
-from telescope.ladder.view import MOST_TRIALS, View, round_size
+from telescope.ladder.view import BUDGET_SPENT, MOST_TRIALS, View, round_size
 from telescope.ladder.window import (
     EXTENSION_CELLS,
     WINDOW,
@@ -306,7 +306,7 @@ def _affordable(state: State, width: int) -> int:
 
 
 def _out_of_budget(state: State) -> str:
-    return f"the budget is spent: {state.spent / (state.spec.budget or math.inf):.0%} of it"
+    return f"{BUDGET_SPENT}: {state.spent / (state.spec.budget or math.inf):.0%} of it"
 
 
 def _too_many_failures(state: State, stage: Stage) -> str | None:

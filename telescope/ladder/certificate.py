@@ -18,7 +18,7 @@ from telescope.ladder.basis import Array
 from telescope.ladder.drift import DRIFT_OCTAVES, LAWS
 from telescope.ladder.state import State
 from telescope.ladder.surface import Data
-from telescope.ladder.view import View
+from telescope.ladder.view import BUDGET_SPENT, View
 from telescope.records import Certificate, Skipped, Status
 
 FAIL_EXCESS = 0.02
@@ -93,15 +93,22 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
             "a drift that never settles, as under a wrong width rule, is not ruled out and would "
             f"cost {_percent(view.unsettled_excess)}; {wider} and run again"
         )
+    if any(BUDGET_SPENT in choice.reason for choice in state.choices):
+        problems.append("the budget ended the ladder; raise budget.max_over_target")
+    return [*problems, *_problems_of_axes(view)]
+
+
+def _problems_of_axes(view: View) -> list[str]:
+    """What is wrong with the axes: an optimum that is nowhere, outside, or in two places."""
+    last, problems = view.state.choices[-1], []
     for axis in view.unidentified:
         problems.append(
             f"{axis} is unidentified: the loss hardly depends on it within its range, it keeps "
-            f"{state.choices[-1].point[axis]:.4g}; widen axes.{axis}, train longer, or fix it"
+            f"{last.point[axis]:.4g}; widen axes.{axis}, train longer, or fix it"
         )
-    for axis in state.choices[-1].at_edge:
+    for axis in last.at_edge:
         problems.append(
-            f"{axis} is on the border of what was tried at width {state.choices[-1].width}; move "
-            f"axes.{axis}"
+            f"{axis} is on the border of what was tried at width {last.width}; move axes.{axis}"
         )
     # Not the fit's noise: two minima are what the fit takes for noise.
     noise = max(view.surface.data.noise_of_repeats, view.surface.frame.expected_noise)
@@ -109,8 +116,6 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
         problems.append(
             f"the loss has two minima at width {rivals}; narrow the axes to one of them"
         )
-    if (spec.budget is not None) and any("budget" in choice.reason for choice in state.choices):
-        problems.append("the budget ended the ladder; raise budget.max_over_target")
     return problems
 
 

@@ -22,6 +22,8 @@ DRAWN_AHEAD = 1.5
 """Steps beyond what was measured where a further trial may still find the optimum."""
 UNIDENTIFIED = 0.5
 """An axis whose 90 % interval is longer than this share of its prior range is unidentified."""
+BUDGET_SPENT = "the budget is spent"
+"""How the reason of a choice says so."""
 MOST_TRIALS = 30
 """Trials of one stage, for each of the spec's seeds, after which it closes as it is."""
 CHECKED_ODDS = 0.2
