@@ -148,6 +148,8 @@ class Axis:
     low: float
     high: float
     points: int
+    most: float = math.inf
+    """No value above this makes sense: 1 for a share."""
 
     @property
     def is_fixed(self) -> bool:

@@ -136,7 +136,8 @@ class AxisTable(Table):
         assert self.low is not None
         assert self.high is not None
         assert self.points is not None
-        return Axis(name, self.low, self.high, self.points)
+        most = 1.0 if name == "warmup" else math.inf
+        return Axis(name, self.low, self.high, self.points, most)
 
 
 class ComputeTable(Table):

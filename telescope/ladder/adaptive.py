@@ -15,7 +15,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from telescope.ladder import paper
-from telescope.ladder.observe import diverged_points
+from telescope.ladder.observe import diverged_points, observe
 from telescope.ladder.state import Move, State
 from telescope.ladder.view import BUDGET_SPENT, MOST_TRIALS, View, round_size
 from telescope.ladder.window import (
@@ -23,6 +23,7 @@ from telescope.ladder.window import (
     WINDOW,
     WINDOW_OF_MANY,
     base_grid,
+    cells,
     extended,
     grid_around,
     place_of,
@@ -30,8 +31,9 @@ from telescope.ladder.window import (
 )
 from telescope.records import Axis, Choice, LadderSpec, Point, Skipped, Stage, Status, Trial
 
+ALL_WALLED = "every cell that is left lies beyond a diverged one"
 LEAST_LOSSES = 3
-"""Complete losses at base width without which there is nothing to fit."""
+"""Losses at base width, of points without a divergence, without which there is nothing to fit."""
 REPEATS = 3
 """Best cells of the base width that get a further seed before the stage closes."""
 MOST_EXTENSIONS = 3
@@ -55,7 +57,7 @@ def next_move(state: State) -> Move | None:
         return Move(stuck=stuck)
     if not state.is_answered(stage):
         return None
-    if sum(result.loss is not None for result in state.results(state.stages[0])) < LEAST_LOSSES:
+    if len(observe(state, widths=state.spec.widths[:1]).losses) < LEAST_LOSSES:
         return _search_lower(state, stage)
     return _decide(View(state, state.spec.target))
 
@@ -77,9 +79,10 @@ def _open_next(state: State) -> Move:
     how = "the drift so far" if len(state.stages) > 1 else "one width, drift unknown"
     reason = f"around {view.point(width)}, predicted from {how}"
     points = _best(view, stage, view.candidates(width, stage.grid), round_size(state.spec))
-    grown = _grown(state, stage, points, reason)
-    assert grown is not None, "a stage closes for another only where the budget has room"
-    return Move(stage=grown)
+    if grown := _grown(state, stage, points, reason):
+        return Move(stage=grown)
+    rest = state.spec.widths[len(state.choices) :]
+    return Move(skipped=tuple(Skipped(left, ALL_WALLED) for left in rest))
 
 
 def _decide(view: View) -> Move:
@@ -100,6 +103,8 @@ def _decide(view: View) -> Move:
     best = _best(view, stage, view.candidates(stage.width, stage.grid), round_size(view.spec))
     if move := _grow(view, stage, best, "these say most about the optimum at the target"):
         return move
+    if not best:
+        return _close(view, ALL_WALLED, ends=_next_width(view) is None)
     return _close(view, _out_of_budget(state), ends=True)
 
 
@@ -281,10 +286,11 @@ def _say_axes(view: View) -> list[str]:
 
 
 def _trials_of(spec: LadderSpec, stage: Stage, point: Point) -> list[Trial]:
-    """A point's trials: all of the spec's seeds, or one further seed where it has those."""
-    used = [trial.seed for trial in stage.trials if trial.point == point]
-    seeds = [max(*used, *spec.seeds) + 1] if used else spec.seeds
-    return [Trial(stage.width, point, seed) for seed in seeds]
+    """A point's trials: those of the spec's seeds that it has not, or one further seed."""
+    used = {trial.seed for trial in stage.trials if trial.point == point}
+    # A budget may have cut a round in the middle of a point.
+    missing = [seed for seed in spec.seeds if seed not in used]
+    return [Trial(stage.width, point, s) for s in missing or [max(*used, *spec.seeds) + 1]]
 
 
 def _grown(state: State, stage: Stage, points: Sequence[Point], reason: str) -> Stage | None:
@@ -319,16 +325,37 @@ def _too_many_failures(state: State, stage: Stage) -> str | None:
 
 
 def _search_lower(state: State, stage: Stage) -> Move:
-    """Hardly anything survived: ask for lower learning rates, below the range too if need be."""
-    spec = state.spec
+    """Too few losses to fit: ask for lower learning rates where trials diverged, else for more."""
+    spec, results = state.spec, state.results(stage)
     lr = next((axis for axis in spec.swept if axis.name == "lr"), None)
+    if lr is None or not diverged_points(results):
+        return _ask_for_more(state, stage)
     tried = {trial.point["lr"] for trial in stage.trials}
-    for wider in (stage, _extended(spec, stage, lr, upward=False)) if lr else ():
+    for wider in (stage, _extended(spec, stage, lr, upward=False)):
         below = [value for value in wider.grid["lr"] if value < min(tried)] if wider else []
         points = [Point.of({**star(spec)[0], "lr": value}) for value in below[::-1]]
         reason = "too few losses to fit: look at lower learning rates"
         chosen = points[: round_size(spec)]
         if chosen and wider and (grown := _grown(state, wider, chosen, reason)):
             return Move(stage=grown)
-    failed = sum(result.status is Status.FAILED for result in state.results(stage))
-    return Move(stuck=paper.all_diverged(stage, failed))
+    return _ask_for_more(state, stage)
+
+
+def _ask_for_more(state: State, stage: Stage) -> Move:
+    """Other cells of the lattice, then further seeds of those with a loss; or say why not."""
+    spec, results = state.spec, state.results(stage)
+    tried = {trial.point for trial in stage.trials}
+    middle = place_of(spec, star(spec)[0])
+    fresh = [point for point in cells(spec, stage.grid, middle) if point not in tried]
+    fresh.sort(key=lambda point: float(abs(place_of(spec, point) - middle).sum()))
+    survived = list(dict.fromkeys(r.trial.point for r in results if r.loss is not None))
+    chosen = [] if _is_full(spec, stage) else (fresh or survived)[: round_size(spec)]
+    if grown := _grown(state, stage, chosen, "too few losses to fit: look at more of the lattice"):
+        return Move(stage=grown)
+    failed = sum(result.status is Status.FAILED for result in results)
+    if not survived:
+        return Move(stuck=paper.all_diverged(stage, failed))
+    return Move(
+        stuck=f"width {stage.width}: only {len(survived)} of {len(tried)} points have a loss, too "
+        "few to fit; lengthen train.warmup, widen the axes, or raise budget.max_over_target"
+    )

@@ -110,8 +110,16 @@ def _problems_of_axes(view: View) -> list[str]:
         problems.append(
             f"{axis} is on the border of what was tried at width {last.width}; move axes.{axis}"
         )
-    # Not the fit's noise: two minima are what the fit takes for noise.
-    noise = max(view.surface.data.noise_of_repeats, view.surface.frame.expected_noise)
+    for number in view.surface.at_wall(view.optimum(view.target).place):
+        axis = view.spec.swept[number].name
+        problems.append(
+            f"{axis} is as near to a divergence as it may be: the optimum may lie at the wall or "
+            "beyond it; lengthen train.warmup, or add points between"
+        )
+    # Not the fit's noise: two minima are what the fit takes for noise. Few repeats may agree by
+    # chance.
+    least = view.surface.frame.expected_noise / 3
+    noise = max(view.surface.data.noise_of_repeats, least)
     if rivals := two_minima(view.surface.data, noise):
         problems.append(
             f"the loss has two minima at width {rivals}; narrow the axes to one of them"
@@ -198,7 +206,8 @@ def _evidence(view: View, *, rule_checked: bool) -> list[str]:
     evidence.append(f"noise between seeds {_percent(view.noise)} of loss, {how}")
     for number, axis in enumerate(view.spec.swept):
         bend = surface.curvature[number] / view.loss
-        evidence.append(f"{axis.name} off by a factor of two costs {_percent(bend)} of loss")
+        if number not in view.held:
+            evidence.append(f"{axis.name} off by a factor of two costs {_percent(bend)} of loss")
     if prediction := _prediction(view):
         predicted, found, error = prediction
         for number, axis in enumerate(view.spec.swept):

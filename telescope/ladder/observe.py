@@ -33,7 +33,8 @@ def frame_of(state: State, target: int) -> Frame:
 
 def reference_loss(state: State) -> float:
     """The first complete loss at base width, in the order of asking: a scale that stays."""
-    return next(r.loss for r in state.results(state.stages[0]) if r.loss is not None)
+    first = next(r.loss for r in state.results(state.stages[0]) if r.loss is not None)
+    return max(abs(first), 1e-12)
 
 
 def diverged_points(results: Iterable[Result]) -> set[Point]:

@@ -66,7 +66,9 @@ def plan_ladder(spec: LadderSpec) -> Plan:
     trials_at = {stage.width: len(stage.trials) for stage in ladder.stages}
     lattice = {axis.name: axis.points for axis in spec.axes}
     stages = [StagePlan(width, lattice, trials_at.get(width, 0)) for width in spec.widths]
-    return Plan(tuple(stages), best, _cost(spec, stages), min(_cost_of(spec, _most(spec)), wall))
+    expected = _cost(spec, stages)
+    worst = min(_cost_of(spec, _most(spec)), wall)
+    return Plan(tuple(stages), min(best, expected), expected, max(worst, expected))
 
 
 def typical_result(spec: LadderSpec, trial: Trial) -> Result:
@@ -84,10 +86,12 @@ def typical_result(spec: LadderSpec, trial: Trial) -> Result:
 def _fewest(spec: LadderSpec) -> float:
     """Cost of the first rounds alone: of the base width, its repeats, and the next width's."""
     seeds = len(spec.seeds)
-    base = len(star(spec)) * seeds + (REPEATS if seeds == 1 else 0)
+    first = len(star(spec))
+    base = first * seeds + (min(REPEATS, first) if seeds == 1 else 0)
     least = {spec.widths[0]: base}
     if len(spec.widths) > 1:
-        least[spec.widths[1]] = round_size(spec) * seeds
+        cells = math.prod(axis.points for axis in spec.axes)
+        least[spec.widths[1]] = min(round_size(spec), cells) * seeds
     return _cost_of(spec, least)
 
 

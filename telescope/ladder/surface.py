@@ -46,6 +46,8 @@ LEAST_BOWLS = 0.05
 """Share of draws that curve upwards in every axis below which none is left out."""
 ROUNDING = 1e-4
 """Octaves within which places are the same: values on the lattice are rounded."""
+AT_WALL = 0.1
+"""Lattice steps from the last place that is allowed before a divergence."""
 ZOOMS = 4
 NEWTON_STEPS = 3
 GRID = {1: 61, 2: 25, 3: 13, 4: 9}
@@ -110,7 +112,8 @@ class Optimum:
         """The central interval that holds `share` of the draws, octaves."""
         tail = 50 * (1 - share)
         low, high = np.percentile(self.draws[:, axis], [tail, 100 - tail])
-        return float(low), float(high)
+        at = float(self.place[axis])
+        return min(float(low), at), max(float(high), at)
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ class Surface:
     """The fitted surface: draws of its coefficients, and what follows from them.
 
     Attributes:
+        origin: (k,) octaves, the cell with the lowest loss at the widest width measured: walls are
+            seen from there.
         centre: (k,) octaves, near the optimum of the widest width measured.
         curvature: (k,) nats per square octave, the expected one.
         noise: nats between seeds, the root of the expected variance.
@@ -180,7 +185,8 @@ class Surface:
         spread = max(float(np.median(at_base)), frame.expected_noise)
         height = max(float(above.max()), spread)
         widest = data.widths == data.seen[-1]
-        self.centre = data.places[widest][np.argmin(above[widest])]
+        self.origin = data.places[widest][np.argmin(above[widest])]
+        self.centre = self.origin
         self.curvature = spread / (frame.span / 4) ** 2
         least = self.curvature * LEAST_CURVATURE
         for _ in range(ITERATIONS):
@@ -261,11 +267,32 @@ class Surface:
         Returns:
             (low, high), each (k,) octaves; at most `REACH` steps from the centre.
         """
-        step, places = self.frame.step, self.data.places
+        step, lowest, highest = self.frame.step, self.data.places.min(0), self.data.places.max(0)
+        low, high = self._between_walls()
         return (
-            np.maximum(self.centre - REACH * step, places.min(0) - margin * step),
-            np.minimum(self.centre + REACH * step, places.max(0) + margin * step),
+            np.maximum.reduce([self.centre - REACH * step, lowest - margin * step, low]),
+            np.minimum.reduce([self.centre + REACH * step, highest + margin * step, high]),
         )
+
+    def _between_walls(self) -> tuple[Array, Array]:
+        """(low, high) per axis: half way from what survived to the nearest divergence beyond it."""
+        places, walls = self.data.places, self.data.walls
+        low, high = np.full(places.shape[1], -np.inf), np.full(places.shape[1], np.inf)
+        for axis in range(places.shape[1]):
+            first, last = places[:, axis].min(), places[:, axis].max()
+            below = walls[walls[:, axis] < first - ROUNDING, axis]
+            beyond = walls[walls[:, axis] > last + ROUNDING, axis]
+            if len(below):
+                low[axis] = (first + below.max()) / 2
+            if len(beyond):
+                high[axis] = (last + beyond.min()) / 2
+        return low, high
+
+    def at_wall(self, place: Array) -> list[int]:
+        """The axes along which a place lies as near to a divergence as it may."""
+        low, high = self._between_walls()
+        near = AT_WALL * self.frame.step
+        return [int(a) for a in np.flatnonzero((place - low < near) | (high - place < near))]
 
     def polynomials(self, width: int) -> Array:
         """(draws, shape) coefficients of the polynomial at one of the frame's widths."""
@@ -312,8 +339,12 @@ class Surface:
         count = GRID.get(len(low), 5)
         values = [np.linspace(a, b, count if b > a else 1) for a, b in zip(low, high, strict=True)]
         grid = np.stack([axis.ravel() for axis in np.meshgrid(*values, indexing="ij")], axis=1)
-        allowed = grid[~walled(grid, self.data.walls, self.centre)]
+        allowed = grid[~self.is_walled(grid)]
         return (allowed if len(allowed) else self.centre[None]), (high - low) / (count - 1)
+
+    def is_walled(self, places: Array) -> NDArray[np.bool_]:
+        """(n,) whether places lie at or beyond a diverged point, as seen from the origin."""
+        return walled(places, self.data.walls, self.origin)
 
     def _lowest(self, shape: Array, box: tuple[Array, Array]) -> Array:
         """(k,) the lowest place of one polynomial in a box, by grids that zoom in."""
@@ -355,6 +386,8 @@ def walled(places: Array, walls: Array, origin: Array) -> NDArray[np.bool_]:
         return np.zeros(len(places), dtype=bool)
     direction = walls - origin
     differs = np.abs(direction) > ROUNDING
+    # A point that diverged at another width, but is the best here, is no wall.
+    direction, differs = direction[differs.any(axis=1)], differs[differs.any(axis=1)]
     # Along each axis in units of the way to the wall; where the wall does not differ, anything.
     share = (places[:, None] - origin) / np.where(differs, direction, 1.0)
     beyond: NDArray[np.bool_] = np.any(np.all((share >= 1 - ROUNDING) | ~differs, axis=2), axis=1)

@@ -14,7 +14,7 @@ from telescope.ladder.design import Candidates, pick
 from telescope.ladder.drift import LAWS
 from telescope.ladder.observe import frame_of, observe
 from telescope.ladder.state import State
-from telescope.ladder.surface import Optimum, Surface, walled
+from telescope.ladder.surface import Optimum, Surface
 from telescope.ladder.window import Grid, cells, middle, octaves, place_of, point_at
 from telescope.records import LadderSpec, Point, Stage
 
@@ -26,7 +26,7 @@ BUDGET_SPENT = "the budget is spent"
 """How the reason of a choice says so."""
 MOST_TRIALS = 30
 """Trials of one stage, for each of the spec's seeds, after which it closes as it is."""
-CHECKED_ODDS = 0.2
+CHECKED_ODDS = 0.3
 """What a passed coordinate check multiplies the odds of a wrong width rule by. An assumption."""
 RULED_OUT = 0.03
 """Probability below which a drift that never settles is ruled out."""
@@ -80,7 +80,7 @@ class View:
     def loss(self) -> float:
         """Nats: the lowest loss measured at the widest width that has one."""
         data = self.surface.data
-        return float(data.losses[data.widths == data.seen[-1]].min())
+        return max(abs(float(data.losses[data.widths == data.seen[-1]].min())), 1e-12)
 
     @cached_property
     def held(self) -> dict[int, float]:
@@ -208,7 +208,7 @@ class View:
         """The cells of a grid that do not lie beyond a wall."""
         points = cells(self.spec, grid, self.surface.optimum(width).place)
         places = np.array([place_of(self.spec, point) for point in points])
-        out = walled(places, self.surface.data.walls, self.surface.centre)
+        out = self.surface.is_walled(places)
         return [point for point, beyond in zip(points, out, strict=True) if not beyond]
 
     def measured(self, number: int) -> tuple[float, float]:
@@ -227,7 +227,7 @@ class View:
             for upward, inside in ((False, place[number] - low), (True, high - place[number])):
                 ahead = place.copy()
                 ahead[number] += step[number] if upward else -step[number]
-                wall = walled(ahead[None], self.surface.data.walls, self.surface.centre)[0]
+                wall = self.surface.is_walled(ahead[None])[0]
                 if inside < AT_BORDER * step[number] and not wall and number not in self.held:
                     sides.append((number, upward))
         return sides

@@ -86,11 +86,13 @@ def grid_around(spec: LadderSpec, place: Array, within: Grid) -> dict[str, tuple
 def extended(grid: Grid, axis: Axis, *, upward: bool) -> dict[str, tuple[float, ...]]:
     """The same grid with `EXTENSION_CELLS` more values on one side of an axis."""
     values = grid[axis.name]
-    first, second, last = (nearest(axis, math.log2(v)) for v in (values[0], values[1], values[-1]))
-    spacing, start = second - first, last if upward else first
+    places = [nearest(axis, math.log2(value)) for value in values]
+    spacing = places[1] - places[0] if len(places) > 1 else 2
+    start = places[-1] if upward else places[0]
     sign = 1 if upward else -1
     new = [value_at(axis, start + sign * spacing * (i + 1)) for i in range(EXTENSION_CELLS)]
-    return {**grid, axis.name: tuple(sorted((*values, *new)))}
+    allowed = [value for value in new if value <= axis.most]
+    return {**grid, axis.name: tuple(sorted((*values, *allowed)))}
 
 
 def star(spec: LadderSpec) -> list[Point]:
@@ -119,7 +121,8 @@ def place_of(spec: LadderSpec, point: Mapping[str, float]) -> Array:
 def point_at(spec: LadderSpec, place: Sequence[float] | Array) -> Point:
     """The point at a place (octaves per swept axis), its values rounded as the lattice's are."""
     swept = {
-        axis.name: round_value(2 ** float(at)) for axis, at in zip(spec.swept, place, strict=True)
+        axis.name: min(round_value(2 ** float(at)), axis.most)
+        for axis, at in zip(spec.swept, place, strict=True)
     }
     return Point.of({axis.name: swept.get(axis.name, axis.low) for axis in spec.axes})
 
