@@ -7,6 +7,7 @@ ten. Its trainer is fast and writes down each start, which shows what is trained
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -114,6 +115,7 @@ def server() -> Any:
 
 def _warm(work: Callable[..., None], *arguments: Any) -> None:
     assert "faults_server" in sys.modules, "the server has not loaded what it should"
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     work(*arguments)
 
 
@@ -127,7 +129,10 @@ def start(work: Callable[..., None], *arguments: Any) -> BaseProcess:
 def finish(process: BaseProcess, seconds: float = 120) -> int | None:
     """Wait for a process; its exit code."""
     process.join(seconds)
-    assert process.exitcode is not None, "it hangs"
+    if process.exitcode is None and process.pid:
+        os.kill(process.pid, signal.SIGUSR2)  # its stacks, on stderr
+        process.join(1)
+    assert process.exitcode is not None, f"no end after {seconds:g} s"
     return process.exitcode
 
 

@@ -152,6 +152,58 @@ def test_killed_on_ray_it_ends_as_undisturbed_inline(
     record_property("kill -9 of Ray's worker, raylet, head or driver", str(tally))
 
 
+def run_with_checkpoints(place: Path, dispatcher: str) -> None:
+    """One `telescope run`; each step of each trial is written down and takes 20 ms."""
+    real = loop.TelescopeTrainer
+
+    def logged(config: Any) -> Callable[[Trial], Result]:
+        def train(trial: Trial) -> Result:  # local, so that Ray pickles it by value
+            take_step = loop.take_step
+
+            def slow(*arguments: Any) -> Any:
+                with (place / "steps.log").open("a") as log:
+                    log.write(f"{trial} {os.getpid()} {arguments[4]}\n")
+                time.sleep(0.02)
+                return take_step(*arguments)
+
+            with patch.object(loop, "take_step", slow):
+                return real(config)(trial)
+
+        return train
+
+    steps = {"steps": 40, "evals": 4, "checkpoint_every": 4}
+    tables = {"ladder": {"widths": [16], "policy": "paper"}, "train": steps}
+    options = Options(place / "results", workers=2, dispatcher=dispatcher, check=False)
+    with patch.object(loop, "TelescopeTrainer", logged):
+        run(Spec.from_dict(spec_of(place, **tables)), options, quiet)
+
+
+def test_a_checkpoint_is_gone_on_from_by_another_worker(tmp_path: Path) -> None:
+    plain, killed = tmp_path / "plain", tmp_path / "killed"
+    for place in (plain, killed):
+        place.mkdir()
+    assert finish(start(run_with_checkpoints, plain, "inline")) == 0
+    driver = start(run_with_checkpoints, killed, "ray")
+    kept, deadline = killed / "results" / "tiny" / "checkpoints", time.monotonic() + 90
+    while not (found := list(kept.glob("*/step-000000016.json"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    victim = found[0].parent.name
+    log = [line.split(" ") for line in (killed / "steps.log").read_text().splitlines()]
+    os.kill(next(int(pid) for trial, pid, _ in log if trial == victim), signal.SIGKILL)
+    assert finish(driver) == 0
+    steps: dict[str, list[int]] = {}
+    for line in (killed / "steps.log").read_text().splitlines():
+        trial, pid, step = line.split(" ")
+        if trial == victim:
+            steps.setdefault(pid, []).append(int(step))
+    first, second = steps.values()
+    assert second == list(range(second[0], 40))
+    assert 16 <= second[0] <= first[-1] + 1
+    assert answers(killed) == answers(plain)
+    assert not kept.exists()
+
+
 def test_only_its_own_leftovers_are_reaped(tmp_path: Path) -> None:
     from telescope.dispatch.ray_session import MARK, reap
 

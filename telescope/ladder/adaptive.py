@@ -15,6 +15,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from telescope.ladder import paper
+from telescope.ladder.failures import FAILED_SHARE, all_diverged, failures_reason
 from telescope.ladder.observe import diverged_points, observe
 from telescope.ladder.state import Move, State
 from telescope.ladder.view import BUDGET_SPENT, MOST_TRIALS, View, round_size
@@ -319,9 +320,9 @@ def _too_many_failures(state: State, stage: Stage) -> str | None:
     """Why the stage cannot go on: one failure is missing information, many are a fault."""
     results = state.results(stage)
     failed = [result for result in results if result.status is Status.FAILED]
-    if len(failed) <= max(1.0, paper.FAILED_SHARE * len(stage.trials)):
+    if len(failed) <= max(1.0, FAILED_SHARE * len(stage.trials)):
         return None
-    return paper.failures_reason(stage, failed)
+    return failures_reason(stage, failed)
 
 
 def _search_lower(state: State, stage: Stage) -> Move:
@@ -354,8 +355,8 @@ def _ask_for_more(state: State, stage: Stage) -> Move:
         return Move(stage=grown)
     failed = sum(result.status is Status.FAILED for result in results)
     if not survived:
-        return Move(stuck=paper.all_diverged(stage, failed))
+        return Move(stuck=all_diverged(stage, failed))
     return Move(
         stuck=f"width {stage.width}: only {len(survived)} of {len(tried)} points have a loss, too "
-        "few to fit; lengthen train.warmup, widen the axes, or raise budget.max_over_target"
+        "few to fit; lengthen the warm-up, widen the axes, or raise budget.max_over_target"
     )

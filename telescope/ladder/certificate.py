@@ -114,7 +114,7 @@ def _problems_of_axes(view: View) -> list[str]:
         axis = view.spec.swept[number].name
         problems.append(
             f"{axis} is as near to a divergence as it may be: the optimum may lie at the wall or "
-            "beyond it; lengthen train.warmup, or add points between"
+            "beyond it; lengthen the warm-up, or add points between"
         )
     # Not the fit's noise: two minima are what the fit takes for noise. Few repeats may agree by
     # chance.

@@ -6,12 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
+from telescope.ladder.failures import FAILED_SHARE, all_diverged, failures_reason, first_line
 from telescope.ladder.grid import paper_stage
 from telescope.ladder.state import Move, State
 from telescope.records import Choice, Point, Result, Stage, Status
-
-FAILED_SHARE = 0.1
-"""A stage closes with failures up to this share of its trials. An assumption."""
 
 
 def next_move(state: State) -> Move | None:
@@ -106,30 +104,6 @@ def stuck_reason(stage: Stage, results: Sequence[Result]) -> str | None:
             f"{first_line(neighbours[0].reason)}); run again to retry it"
         )
     return None
-
-
-def failures_reason(stage: Stage, failed: Sequence[Result]) -> str:
-    """The message for a stage with more failures than may be."""
-    return (
-        f"width {stage.width}: {len(failed)} of {len(stage.trials)} trials failed, at most a "
-        f"tenth may; last reason: {first_line(failed[-1].reason)}; run again to retry them"
-    )
-
-
-def first_line(reason: str) -> str:
-    """The first line of a reason, for a message of one line."""
-    return reason.splitlines()[0] if reason else "none given"
-
-
-def all_diverged(stage: Stage, failed: int) -> str:
-    """The message for a stage without a single loss, naming the axis to change."""
-    values = stage.grid["lr"]
-    lowest, key = values[0], "low" if len(values) > 1 else "value"
-    but = f" or failed ({failed})" if failed else ""
-    return (
-        f"width {stage.width}: every point diverged{but}, down to lr {lowest:g}; lower "
-        f"axes.lr.{key}, or lengthen train.warmup, and run again"
-    )
 
 
 def _is_beside(stage: Stage, point: Point, other: Point) -> bool:

@@ -111,7 +111,13 @@ class View:
 
     def optimum(self, width: int) -> Optimum:
         """The answer at a width; unidentified axes keep their prior value."""
-        return self.surface.optimum(width, held=self.held)
+        if width not in self._optima:
+            self._optima[width] = self.surface.optimum(width, held=self.held)
+        return self._optima[width]
+
+    @cached_property
+    def _optima(self) -> dict[int, Optimum]:
+        return {}
 
     def excess(self, width: int) -> float:
         """Expected excess loss of the answer at a width, as a share of the loss."""

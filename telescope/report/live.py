@@ -78,10 +78,11 @@ def describe_start(progress: Progress) -> str:
 
 def describe_result(result: Result) -> str:
     """One trial in a line."""
+    seed = f", seed {result.trial.seed}" if result.trial.seed else ""  # a repeat, mostly
     if result.status is Status.COMPLETE:
-        return f"{result.trial.point}: loss {result.loss:.4f} in {result.seconds:.1f} s"
+        return f"{result.trial.point}{seed}: loss {result.loss:.4f} in {result.seconds:.1f} s"
     reason = result.reason.splitlines()[0] if result.reason else ""
-    return f"{result.trial.point}: {result.status}, {reason}"
+    return f"{result.trial.point}{seed}: {result.status}, {reason}"
 
 
 def describe_choice(choice: Choice) -> str:

@@ -1,0 +1,37 @@
+"""When a stage cannot go on, and what to say: the same words under every policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from telescope.records import Result, Stage
+
+FAILED_SHARE = 0.1
+"""A stage closes with failures up to this share of its trials. An assumption."""
+
+
+def failures_reason(stage: Stage, failed: Sequence[Result]) -> str:
+    """The message for a stage with more failures than may be."""
+    return (
+        f"width {stage.width}: {len(failed)} of {len(stage.trials)} trials failed, at most a "
+        f"tenth may; last reason: {first_line(failed[-1].reason)}; run again to retry them"
+    )
+
+
+def first_line(reason: str) -> str:
+    """The first line of a reason, for a message of one line."""
+    return reason.splitlines()[0] if reason else "none given"
+
+
+def all_diverged(stage: Stage, failed: int) -> str:
+    """The message for a stage without a single loss, naming the axis to change."""
+    but = f" or failed ({failed})" if failed else ""
+    what = f"width {stage.width}: every point diverged{but}"
+    if "lr" not in stage.grid:
+        return f"{what}; move the axes ({', '.join(stage.grid)}) and run again"
+    values = stage.grid["lr"]
+    lowest, key = values[0], "low" if len(values) > 1 else "value"
+    return (
+        f"{what}, down to lr {lowest:g}; lower axes.lr.{key}, or lengthen the warm-up, and run "
+        "again"
+    )
