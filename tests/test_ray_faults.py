@@ -104,7 +104,7 @@ def go_through(place: Path, parts: Iterator[str], moments: random.Random, tally:
         driver = start(run_sweep, place, "ray")
         was_killed = kill_part(driver, place, part, moments.uniform(0, 2.5))
         tally.faults += was_killed
-        code = finish(driver, 90)
+        code = finish(driver, 240)
         tally.look(place)
         if code == 0:
             return
@@ -172,7 +172,12 @@ def run_with_checkpoints(place: Path, dispatcher: str) -> None:
         return train
 
     steps = {"steps": 40, "evals": 4, "checkpoint_every": 4}
-    tables = {"ladder": {"widths": [16], "policy": "paper"}, "train": steps}
+    lr = {"low": 0.01, "high": 0.04, "points": 2}
+    tables = {
+        "ladder": {"widths": [16], "policy": "paper"},
+        "axes": {"lr": lr, "weight_decay": {"value": 0.1}},
+        "train": steps,
+    }
     options = Options(place / "results", workers=2, dispatcher=dispatcher, check=False)
     with patch.object(loop, "TelescopeTrainer", logged):
         run(Spec.from_dict(spec_of(place, **tables)), options, quiet)

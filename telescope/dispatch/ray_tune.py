@@ -62,6 +62,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 SWITCHES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new engine prints tables even at verbosity 0
+    # Ray's workers run at nice 15, at which a machine that does anything else starves them.
+    "RAY_worker_niceness": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a trainer keep their meaning
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files per trial
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a lost worker is a result with a reason
