@@ -159,7 +159,7 @@ def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> st
 
     `keep` is called where a checkpoint may be due; the last step needs none.
     """
-    train, read_every = setup.train, 1 if setup.device == "cpu" else READ_EVERY
+    train, read_every = setup.train, _read_every(setup.device)
     unread: list[Tensor] = []
     for step in range(position.step, train.steps):
         unread.append(
@@ -174,6 +174,11 @@ def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> st
         if position.step < train.steps:
             keep()
     return ""
+
+
+def _read_every(device: str) -> int:
+    """Steps between two readings of the losses: on a CPU there is nothing to wait for."""
+    return 1 if torch.device(device).type == "cpu" else READ_EVERY
 
 
 def _must_be_read(train: TrainConfig, done: int) -> bool:
