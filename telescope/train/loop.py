@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,7 +16,7 @@ from torch.nn import functional
 from telescope.errors import DataError
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.train.checkpoint import Position, checkpoints_of
-from telescope.train.config import TrainConfig, TrialConfig
+from telescope.train.config import TrainConfig, TrialConfig, require
 from telescope.train.data import Batches, held_out_batch, load_corpus
 from telescope.train.model import build_model
 from telescope.train.optim import build_optimizers, parameter_groups, schedule, set_lr
@@ -25,6 +27,11 @@ DIVERGED_ABOVE = 2.0
 starts at ln(vocabulary), and a healthy trial never comes near twice that."""
 CURVE_ROWS = 50
 """About how many rows a training curve has."""
+READ_EVERY = 16
+"""Steps between two readings of the losses off an accelerator, which each wait for it to be done.
+A trial that diverges trains on for up to as many; its result is that of the step where it did."""
+RECOMPILE_LIMIT = 64
+"""How many widths and shapes torch keeps the compiled step of, before it gives up compiling."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,19 @@ def train(config: TrialConfig, trial: Trial) -> Result:
             checkpoints.save(*parts, position)
 
     reason = _run_steps(setup, position, keep)
+    position.seconds = time.perf_counter() - start
+    return result_of(config, trial, position, reason)
+
+
+def result_of(config: TrialConfig, trial: Trial, position: Position, reason: str) -> Result:
+    """What came of a trial that has ended at `position`.
+
+    Args:
+        config: what trained it.
+        trial: the trial.
+        position: where it ended.
+        reason: why it diverged, or "".
+    """
     loss = None if reason else position.curve[-1].held_out_loss
     if loss is not None and not math.isfinite(loss):
         loss, reason = None, f"held-out loss {loss} after {position.step} steps"
@@ -68,7 +88,7 @@ def train(config: TrialConfig, trial: Trial) -> Result:
         loss=loss,
         reason=reason,
         flops=position.step * config.flops_per_step.get(trial.width, 0.0),
-        seconds=time.perf_counter() - start,
+        seconds=position.seconds,
         curve=tuple(position.curve),
     )
 
@@ -96,6 +116,14 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
             f"is {config.corpus_digest[:12]}; use the same files, and for python-stdlib the same "
             "Python version, on every machine"
         )
+    for key, value in (
+        ("precision", config.train.precision),
+        ("ns_dtype", config.optimizer.ns_dtype),
+    ):
+        require(value != "auto", key, value, "settled before a trial: fp32 or bf16")
+    if config.train.precision == "bf16":
+        # Autocast leaves a norm's gain in fp32, which torch takes for an oversight.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
     torch.manual_seed(trial.seed)
     tagged = build_model(
         config.model,
@@ -129,32 +157,67 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
 def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> str:
     """Take every step from `position` on, moving it; returns why it diverged, or "".
 
-    `keep` is called after every step but the last.
+    `keep` is called where a checkpoint may be due; the last step needs none.
     """
-    steps, evals = setup.train.steps, setup.train.evals
-    eval_steps = {round(steps * (i + 1) / evals) for i in range(evals)}
-    row_steps = {round(steps * (i + 1) / CURVE_ROWS) for i in range(CURVE_ROWS)} | eval_steps
-    for step in range(position.step, steps):
-        loss = take_step(
-            setup.model, setup.optimizers, setup.batches, setup.train, step, setup.device
+    train, read_every = setup.train, _read_every(setup.device)
+    unread: list[Tensor] = []
+    for step in range(position.step, train.steps):
+        unread.append(
+            take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
         )
-        position.step += 1
-        first = position.first_loss = loss if position.first_loss is None else position.first_loss
-        if not math.isfinite(loss) or loss > DIVERGED_ABOVE * first:
-            finite = loss if math.isfinite(loss) else None
-            position.curve.append(CurvePoint(step + 1, finite, None))
-            return f"loss {loss:.4g} at step {step + 1} of {steps}, from {first:.4g}"
-        position.recent.append(loss)
-        if step + 1 in row_steps:
-            held_out = None
-            if step + 1 in eval_steps:
-                held_out = held_out_loss(setup.model, setup.held_out, setup.train.batch_size)
-            mean = sum(position.recent) / len(position.recent)
-            position.curve.append(CurvePoint(step + 1, mean, held_out))
-            position.recent = []
-        if step + 1 < steps:
+        if len(unread) < read_every and not _must_be_read(train, step + 1):
+            continue
+        for loss in torch.stack(unread).tolist():
+            if reason := note_step(position, loss, train, lambda: held_out_loss_of(setup)):
+                return reason
+        unread = []
+        if position.step < train.steps:
             keep()
     return ""
+
+
+def _read_every(device: str) -> int:
+    """Steps between two readings of the losses: on a CPU there is nothing to wait for."""
+    return 1 if torch.device(device).type == "cpu" else READ_EVERY
+
+
+def _must_be_read(train: TrainConfig, done: int) -> bool:
+    """Whether after `done` steps an evaluation or a checkpoint needs to know how far a trial is."""
+    every = train.checkpoint_every
+    return done in _evenly_spaced(train.steps, train.evals) or bool(every and done % every == 0)
+
+
+def note_step(
+    position: Position, loss: float, train: TrainConfig, measure: Callable[[], float]
+) -> str:
+    """Move a trial on by the step whose batch had `loss`; returns why it diverged, or "".
+
+    Args:
+        position: moved, its curve extended where a row is due.
+        loss: the batch's, before the step; nats per token.
+        train: how many steps and evaluations there are.
+        measure: the held-out loss as of now; called only where it is due.
+    """
+    position.step += 1
+    first = position.first_loss = loss if position.first_loss is None else position.first_loss
+    if not math.isfinite(loss) or loss > DIVERGED_ABOVE * first:
+        finite = loss if math.isfinite(loss) else None
+        position.curve.append(CurvePoint(position.step, finite, None))
+        return f"loss {loss:.4g} at step {position.step} of {train.steps}, from {first:.4g}"
+    position.recent.append(loss)
+    eval_steps = _evenly_spaced(train.steps, train.evals)
+    if position.step in eval_steps | _evenly_spaced(train.steps, CURVE_ROWS):
+        held_out = measure() if position.step in eval_steps else None
+        mean = sum(position.recent) / len(position.recent)
+        position.curve.append(CurvePoint(position.step, mean, held_out))
+        position.recent = []
+    return ""
+
+
+@functools.lru_cache(maxsize=8)
+def _evenly_spaced(steps: int, count: int) -> frozenset[int]:
+    """`count` of the numbers from 1 to `steps`, the last one among them."""
+    return frozenset(round(steps * (i + 1) / count) for i in range(count))
 
 
 def take_step(
@@ -164,33 +227,79 @@ def take_step(
     config: TrainConfig,
     step: int,
     device: str,
-) -> float:
-    """One optimizer step; returns the batch's loss before it, nats per token."""
-    inputs, targets = batches.at(step)
-    loss = token_loss(model, inputs.to(device), targets.to(device))
+) -> Tensor:
+    """One optimizer step; returns the batch's loss before it, nats per token, on the device."""
+    inputs, targets = (_moved(tokens, device) for tokens in batches.at(step))
+    loss_of = compiled_token_loss() if config.compile else token_loss
+    loss = loss_of(model, inputs, targets, config.precision)
     loss.backward()  # type: ignore[no-untyped-call]
     set_lr(optimizers, schedule(step, config))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item()
+    return loss.detach()
 
 
-def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of (batch, sequence) tokens, nats per token."""
-    logits = model(inputs)
-    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def _moved(tokens: Tensor, device: str) -> Tensor:
+    """The tokens on a device; a GPU fetches them itself, and the next step's launch goes on."""
+    if not device.startswith("cuda"):
+        return tokens.to(device)
+    return tokens.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-@torch.no_grad()
-def held_out_loss(model: nn.Module, held_out: tuple[Tensor, ...], batch_size: int) -> float:
-    """Mean loss over the held-out sequences, in chunks of the training batch's size."""
+def token_loss(
+    model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, precision: str = "fp32"
+) -> Tensor:
+    """Mean cross-entropy of (batch, sequence) tokens in fp32 or better, nats per token.
+
+    Args:
+        model: tokens to logits.
+        inputs: (batch, sequence) int64.
+        targets: the tokens that follow, of the same shape.
+        precision: "fp32", or "bf16" for torch's autocast in the model; weights stay as they are.
+    """
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(inputs)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@functools.cache
+def compiled_token_loss() -> Callable[..., Tensor]:
+    """`token_loss` through torch.compile: compiled once per process and width.
+
+    Optimizers stay as they are, so that no learning rate is compiled in. Models of one width are
+    one to the compiler, whatever their weights, so that a warm worker compiles for its first trial
+    alone.
+    """
+    torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
+    return torch.compile(token_loss, dynamic=False)
+
+
+def held_out_loss_of(setup: Setup) -> float:
+    """The held-out loss of a trial as its spec says."""
+    train = setup.train
+    return held_out_loss(setup.model, setup.held_out, train.batch_size, train.precision)
+
+
+@torch.no_grad()  # inference mode would spoil tables that a model computes once and keeps
+def held_out_loss(
+    model: nn.Module, held_out: tuple[Tensor, ...], batch_size: int, precision: str = "fp32"
+) -> float:
+    """Mean loss over the held-out sequences, in chunks of the training batch's size.
+
+    Larger chunks are no faster: at quickstart's sizes 16 to 32 sequences are the best on a CPU.
+    """
     model.eval()
-    total = 0.0
-    for inputs, targets in zip(*(torch.split(t, batch_size) for t in held_out), strict=True):
-        total += token_loss(model, inputs, targets).item() * inputs.numel()
+    chunks = list(zip(*(torch.split(t, batch_size) for t in held_out), strict=True))
+    losses = [token_loss(model, inputs, targets, precision) for inputs, targets in chunks]
     model.train()
-    return total / held_out[0].numel()
+    sizes: list[int] = [inputs.numel() for inputs, _ in chunks]
+    means: list[float] = torch.stack(losses).tolist()
+    total = 0.0
+    for mean, size in zip(means, sizes, strict=True):
+        total += mean * size
+    return total / sum(sizes)
 
 
 def resolve_device(device: str) -> str:

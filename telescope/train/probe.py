@@ -9,7 +9,7 @@ import torch
 
 from telescope.records import Trial
 from telescope.train.config import TrialConfig
-from telescope.train.loop import held_out_loss, set_up, take_step
+from telescope.train.loop import held_out_loss_of, set_up, take_step
 
 WARM_UP_STEPS = 2
 TIMED_STEPS = 5
@@ -32,6 +32,6 @@ def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
         take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
     per_step = (time.perf_counter() - start) / TIMED_STEPS
     start = time.perf_counter()
-    held_out_loss(setup.model, setup.held_out, train.batch_size)
+    held_out_loss_of(setup)
     per_eval = time.perf_counter() - start
     return per_step * config.train.steps + per_eval * config.train.evals
