@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -59,6 +60,19 @@ def train(config: TrialConfig, trial: Trial) -> Result:
             checkpoints.save(*parts, position)
 
     reason = _run_steps(setup, position, keep)
+    position.seconds = time.perf_counter() - start
+    return result_of(config, trial, position, reason)
+
+
+def result_of(config: TrialConfig, trial: Trial, position: Position, reason: str) -> Result:
+    """What came of a trial that has ended at `position`.
+
+    Args:
+        config: what trained it.
+        trial: the trial.
+        position: where it ended.
+        reason: why it diverged, or "".
+    """
     loss = None if reason else position.curve[-1].held_out_loss
     if loss is not None and not math.isfinite(loss):
         loss, reason = None, f"held-out loss {loss} after {position.step} steps"
@@ -68,7 +82,7 @@ def train(config: TrialConfig, trial: Trial) -> Result:
         loss=loss,
         reason=reason,
         flops=position.step * config.flops_per_step.get(trial.width, 0.0),
-        seconds=time.perf_counter() - start,
+        seconds=position.seconds,
         curve=tuple(position.curve),
     )
 
@@ -131,30 +145,54 @@ def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> st
 
     `keep` is called after every step but the last.
     """
-    steps, evals = setup.train.steps, setup.train.evals
-    eval_steps = {round(steps * (i + 1) / evals) for i in range(evals)}
-    row_steps = {round(steps * (i + 1) / CURVE_ROWS) for i in range(CURVE_ROWS)} | eval_steps
-    for step in range(position.step, steps):
+    for step in range(position.step, setup.train.steps):
         loss = take_step(
             setup.model, setup.optimizers, setup.batches, setup.train, step, setup.device
         )
-        position.step += 1
-        first = position.first_loss = loss if position.first_loss is None else position.first_loss
-        if not math.isfinite(loss) or loss > DIVERGED_ABOVE * first:
-            finite = loss if math.isfinite(loss) else None
-            position.curve.append(CurvePoint(step + 1, finite, None))
-            return f"loss {loss:.4g} at step {step + 1} of {steps}, from {first:.4g}"
-        position.recent.append(loss)
-        if step + 1 in row_steps:
-            held_out = None
-            if step + 1 in eval_steps:
-                held_out = held_out_loss(setup.model, setup.held_out, setup.train.batch_size)
-            mean = sum(position.recent) / len(position.recent)
-            position.curve.append(CurvePoint(step + 1, mean, held_out))
-            position.recent = []
-        if step + 1 < steps:
+        reason = note_step(
+            position,
+            loss,
+            setup.train,
+            lambda: held_out_loss(setup.model, setup.held_out, setup.train.batch_size),
+        )
+        if reason:
+            return reason
+        if position.step < setup.train.steps:
             keep()
     return ""
+
+
+def note_step(
+    position: Position, loss: float, train: TrainConfig, measure: Callable[[], float]
+) -> str:
+    """Move a trial on by the step whose batch had `loss`; returns why it diverged, or "".
+
+    Args:
+        position: moved, its curve extended where a row is due.
+        loss: the batch's, before the step; nats per token.
+        train: how many steps and evaluations there are.
+        measure: the held-out loss as of now; called only where it is due.
+    """
+    position.step += 1
+    first = position.first_loss = loss if position.first_loss is None else position.first_loss
+    if not math.isfinite(loss) or loss > DIVERGED_ABOVE * first:
+        finite = loss if math.isfinite(loss) else None
+        position.curve.append(CurvePoint(position.step, finite, None))
+        return f"loss {loss:.4g} at step {position.step} of {train.steps}, from {first:.4g}"
+    position.recent.append(loss)
+    eval_steps = _evenly_spaced(train.steps, train.evals)
+    if position.step in eval_steps | _evenly_spaced(train.steps, CURVE_ROWS):
+        held_out = measure() if position.step in eval_steps else None
+        mean = sum(position.recent) / len(position.recent)
+        position.curve.append(CurvePoint(position.step, mean, held_out))
+        position.recent = []
+    return ""
+
+
+@functools.lru_cache(maxsize=8)
+def _evenly_spaced(steps: int, count: int) -> frozenset[int]:
+    """`count` of the numbers from 1 to `steps`, the last one among them."""
+    return frozenset(round(steps * (i + 1) / count) for i in range(count))
 
 
 def take_step(
@@ -176,10 +214,11 @@ def take_step(
     return loss.item()
 
 
-def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of (batch, sequence) tokens, nats per token."""
+def token_loss(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of (batch, sequence) tokens in fp32 or better, nats per token."""
     logits = model(inputs)
-    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ class Muon(torch.optim.Optimizer):
         beta = group["momentum"]
         torch._foreach_lerp_(buffers, grads, 1 - beta)
         looked_ahead = torch._foreach_lerp(grads, buffers, beta) if group["nesterov"] else buffers
-        updates = _orthogonalize_all(
+        updates = orthogonalize_all(
             looked_ahead,
             steps=group["ns_steps"],
             dtype=DTYPES[group["ns_dtype"]],
@@ -156,7 +156,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, updates, alpha=-lr * scale)
 
 
-def _orthogonalize_all(
+def orthogonalize_all(
     matrices: Sequence[Tensor], *, steps: int, dtype: torch.dtype, ns: str
 ) -> list[Tensor]:
     """Orthogonalise same-shape matrices, as one batch where that is faster."""
