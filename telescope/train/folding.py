@@ -96,7 +96,7 @@ class _Recomputed(torch.autograd.Function):
                 filled[place] = tensor
             return cls.forward(*filled)
 
-        _, pull_back = torch.func.vjp(again, *(inputs[i] for i in moving))
+        pull_back = torch.func.vjp(again, *(inputs[i] for i in moving))[1]
         found = dict(zip(moving, pull_back(grad), strict=True))
         return tuple(found.get(i) for i in range(len(inputs)))
 
@@ -130,17 +130,16 @@ class _Attention(_Recomputed):
 
         Without heads, (…, T, E), the trials stand where a batch does.
         """
-        size = info.batch_size
-        tensors = [_leading(t, d, size) for t, d in zip((query, key, value), in_dims, strict=False)]
-        lead = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
-        folded = [_folded(t, lead) for t in tensors]
+        per_trial = zip((query, key, value), in_dims[:3], strict=True)
+        q, k, v = (_leading(tensor, dim, info.batch_size) for tensor, dim in per_trial)
+        shapes = (q.shape[:-3], k.shape[:-3], v.shape[:-3])
+        lead: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
         if mask is not None and (in_dims[3] is not None or mask.ndim > 2):
-            mask = _leading(mask, in_dims[3], size)
-            missing = max(t.ndim for t in tensors) - mask.ndim
-            mask = mask[(slice(None), *[None] * missing)]
-            mask = _folded(mask, lead)
-        mixed = _sdpa(*folded, mask, options)
-        return mixed.unflatten(0, lead) if len(lead) > 1 else mixed, 0
+            mask = _leading(mask, in_dims[3], info.batch_size)
+            missing = len(lead) + 3 - mask.ndim
+            mask = _folded(mask[(slice(None), *[None] * missing)], lead)
+        mixed = _sdpa(_folded(q, lead), _folded(k, lead), _folded(v, lead), mask, options)
+        return mixed.reshape(*lead, *mixed.shape[-3:]) if len(lead) > 1 else mixed, 0
 
 
 class _Linear(_Recomputed):
@@ -174,7 +173,7 @@ class _Linear(_Recomputed):
         else:
             b = _leading(bias, bias_dim, info.batch_size).unsqueeze(1)
             product = torch.baddbmm(b, rows, w.mT)
-        return product.view(*x.shape[:-1], w.shape[-2]), 0
+        return product.reshape(*x.shape[:-1], w.shape[-2]), 0
 
 
 def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:

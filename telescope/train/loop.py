@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from telescope.train.data import Batches, held_out_batch, load_corpus
 from telescope.train.model import build_model
 from telescope.train.optim import build_optimizers, parameter_groups, schedule, set_lr
 from telescope.train.parametrization import Tag
+
+if TYPE_CHECKING:
+    from telescope.train.probe import PackProbe
 
 DIVERGED_ABOVE = 2.0
 """A batch loss above this multiple of the first one ends the trial. An assumption: a zero readout
@@ -43,6 +47,28 @@ class TelescopeTrainer:
         """
         torch.set_num_threads(self.config.threads)
         return train(self.config, trial)
+
+    def train_pack(self, trials: Sequence[Trial]) -> Iterator[Result]:
+        """Train trials of one width as one; see `fused.train_pack`."""
+        from telescope.train.fused import train_pack
+
+        torch.set_num_threads(self.config.threads)
+        return train_pack(self.config, trials)
+
+    def obstacle(self, trial: Trial) -> str:
+        """Why trials like this one cannot be trained as one; see `fused.obstacle`."""
+        from telescope.train.fused import obstacle
+
+        torch.set_num_threads(self.config.threads)
+        return obstacle(self.config, trial)
+
+    def probe_pack(self, trials: Sequence[Trial]) -> PackProbe | None:
+        """What a pack gains and needs, see `probe.pack_probe`; None on a CPU: it gains little."""
+        from telescope.train.probe import pack_probe
+
+        if torch.device(resolve_device(self.config.device)).type == "cpu":
+            return None
+        return pack_probe(self.config, trials)
 
 
 def train(config: TrialConfig, trial: Trial) -> Result:
