@@ -27,6 +27,7 @@ from telescope.errors import SpecError
 from telescope.records import Axis, LadderSpec
 from telescope.train.config import (
     ADAMW_AXES,
+    ADDED_KEYS,
     CARE_KEYS,
     PYTHON_STDLIB,
     TRAINER_AXES,
@@ -350,6 +351,9 @@ class Spec(Table):
             keys = data.get(table, {}).keys() - CARE_KEYS
             fields |= {f"{table}.{key}": data[table][key] for key in keys}
         fields |= {f"data.{key}": data["data"][key] for key in ("held_out", "eval_tokens")}
+        for key, before in ADDED_KEYS.items():
+            if fields.get(key) == before:
+                del fields[key]
         if model:
             fields["model.file (hash)"] = model.digest
             fields |= {f"model.{key}": value for key, value in model.kwargs.items()}

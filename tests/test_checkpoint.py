@@ -56,7 +56,7 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     taken: list[int] = []
     take_step = loop.take_step
 
-    def counting(*arguments: Any) -> float:
+    def counting(*arguments: Any) -> Any:
         taken.append(arguments[4])
         return take_step(*arguments)
 
@@ -67,7 +67,7 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def train_until(config: TrialConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     take_step = loop.take_step
 
-    def stopping(*arguments: Any) -> float:
+    def stopping(*arguments: Any) -> Any:
         if arguments[4] == step:
             raise Killed
         return take_step(*arguments)
@@ -196,7 +196,7 @@ def run_with_checkpoints(place: Path, every: int) -> None:
     """One `telescope run` with the real trainer; each step is written down and takes 20 ms."""
     take_step = loop.take_step
 
-    def slow(*arguments: Any) -> float:
+    def slow(*arguments: Any) -> Any:
         with (place / "steps.log").open("a") as log:
             log.write(f"{os.getpid()} {arguments[4]}\n")
         time.sleep(0.02)

@@ -170,6 +170,7 @@ OTHER_TRAIN: dict[str, Any] = {
     "final_lr": 0.9,
     "decay": 0.9,
     "evals": 2,
+    "precision": "bf16",
 }
 OTHER_AXES = {
     "lr": 0.01,
@@ -178,7 +179,9 @@ OTHER_AXES = {
     "init_scale": 0.5,
     "adamw_lr_ratio": 0.5,
 }
-# CARE_KEYS change how a trial survives, not what comes out: see test_checkpoint, test_queue.
+ELSEWHERE = (*CARE_KEYS, "compile")
+"""CARE_KEYS change how a trial survives, not what comes out: see test_checkpoint, test_queue.
+What compiling changes is a rounding, and takes a C++ compiler: see test_compile."""
 
 
 @pytest.mark.parametrize("key", [item.name for item in fields(OptimizerConfig)])
@@ -189,7 +192,7 @@ def test_every_key_of_the_optimizer_changes_the_training(corpus_file: Path, key:
 
 
 @pytest.mark.parametrize(
-    "key", [item.name for item in fields(TrainConfig) if item.name not in CARE_KEYS]
+    "key", [item.name for item in fields(TrainConfig) if item.name not in ELSEWHERE]
 )
 def test_every_key_of_the_training_changes_it(corpus_file: Path, key: str) -> None:
     plain: dict[str, Any] = {"steps": 8, "schedule": "wsd" if key == "decay" else "cosine"}

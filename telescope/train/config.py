@@ -28,6 +28,10 @@ ADAMW_AXES = TRAINER_AXES[:-1]
 CARE_KEYS = ("checkpoint_every", "timeout")
 """Keys of [train] that change no loss: no part of the fingerprint."""
 
+ADDED_KEYS = {"train.precision": "fp32", "train.compile": False}
+"""Keys that came after the first sweeps, with what those were trained with: at that value they are
+no part of the fingerprint, so that older results stay comparable."""
+
 PYTHON_STDLIB = "python-stdlib"
 """The corpus that every machine has: the interpreter's own library."""
 
@@ -79,8 +83,9 @@ class OptimizerConfig:
     effective learning rate slightly: choose before the sweep."""
     ns_steps: int = 5
     """Muon only: Newton–Schulz steps. Source: `torch.optim.Muon`."""
-    ns_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Muon only: arithmetic of Newton–Schulz; torch's own is bf16."""
+    ns_dtype: Literal["bf16", "fp32", "auto"] = "bf16"
+    """Muon only: arithmetic of Newton–Schulz; torch's own is bf16. auto is what the sweep's first
+    run measures to be faster; from then on the sweep has that."""
     betas: tuple[float, float] = (0.95, 0.95)
     """AdamW's averages. Source: arXiv 2505.02222, App. H."""
     eps: float = 1e-8
@@ -129,6 +134,11 @@ class TrainConfig:
     """Steps between two checkpoints, from which a killed trial goes on; 0: none."""
     timeout: float = 0.0
     """Seconds after which a trial that has not ended counts as hung and fails; 0: never."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Arithmetic of forward and backward; bf16 is torch's autocast, and weights, optimizer and the
+    loss stay fp32. auto as of `ns_dtype`: one precision at every width, for losses are compared."""
+    compile: bool = False
+    """Whether a step's forward and backward go through torch.compile."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

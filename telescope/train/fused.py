@@ -7,6 +7,7 @@ each from its own last checkpoint, whoever wrote it.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ from telescope.records import Result, Trial
 from telescope.train.checkpoint import Checkpoints, Position, checkpoints_of, random_states
 from telescope.train.config import TrainConfig, TrialConfig
 from telescope.train.data import Batches
-from telescope.train.loop import Setup, note_step, result_of, set_up, token_loss
+from telescope.train.loop import (
+    READ_EVERY,
+    Setup,
+    moved,
+    must_be_read,
+    note_step,
+    result_of,
+    set_up,
+    token_loss,
+)
 from telescope.train.optim import schedule
 from telescope.train.stack import Stack
 
@@ -63,6 +73,8 @@ class Pack:
         """Set every trial up, or restore it, one after the other."""
         self._config = config
         self.members: list[Member] = []
+        self._unread: list[Tensor] = []  # the losses of the last steps, (K,) each
+        self._clock = 0.0
         for trial in trials:
             start = time.perf_counter()
             setup = set_up(config, trial)
@@ -77,9 +89,27 @@ class Pack:
             self.members.append(Member(trial, setup.batches, setup.train, checkpoints, position))
 
     def step(self) -> list[Result]:
-        """Every trial's next step; returns the results of those that have ended with it."""
+        """Every trial's next step; returns the results of those that have ended, as far as read."""
         self._clock = time.perf_counter()
-        reasons = self._note(self._train())
+        steps = [member.position.step + len(self._unread) for member in self.members]
+        shares = [schedule(s, m.train) for s, m in zip(steps, self.members, strict=True)]
+        losses = self.stack.losses(*self._batches(steps))
+        self.stack.update(self.stack.gradients(losses), shares, [step + 1 for step in steps])
+        self._unread.append(losses.detach())
+        due = any(
+            must_be_read(m.train, step + 1) for step, m in zip(steps, self.members, strict=True)
+        )
+        if due or len(self._unread) == (1 if self._shell.device == "cpu" else READ_EVERY):
+            return self.read()
+        self._charge()
+        return []
+
+    def read(self) -> list[Result]:
+        """Learn how far the trials are; returns the results of those that have ended."""
+        if not self._unread:
+            return []
+        reasons = self._note(torch.stack(self._unread).T.tolist())
+        self._unread = []
         self._charge()
         self._save(reasons)
         self._charge()
@@ -94,15 +124,6 @@ class Pack:
         self.members = [self.members[k] for k in left]
         return results
 
-    def _train(self) -> list[float]:
-        """The losses of the batches, before the step that they lead to."""
-        steps = [member.position.step for member in self.members]
-        shares = [schedule(s, m.train) for s, m in zip(steps, self.members, strict=True)]
-        losses = self.stack.losses(*self._batches(steps))
-        self.stack.update(self.stack.gradients(losses), shares, [step + 1 for step in steps])
-        found: list[float] = losses.tolist()
-        return found
-
     def _batches(self, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets (K, batch, sequence); one that several trials see is made once."""
         seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -113,10 +134,10 @@ class Pack:
                 seen[key] = member.batches.at(step)
             batches.append(seen[key])
         inputs, targets = (torch.stack(tensors) for tensors in zip(*batches, strict=True))
-        return inputs.to(self._shell.device), targets.to(self._shell.device)
+        return moved(inputs, self._shell.device), moved(targets, self._shell.device)
 
-    def _note(self, losses: Sequence[float]) -> list[str]:
-        """Move every trial's position on; returns why each diverged, or ""."""
+    def _note(self, losses: Sequence[Sequence[float]]) -> list[str]:
+        """Move every trial's position on by its losses; returns why each diverged, or ""."""
         held_out: list[float] = []
 
         def measure(k: int) -> float:
@@ -124,22 +145,25 @@ class Pack:
                 held_out.extend(self._held_out_losses())
             return held_out[k]
 
-        return [
-            note_step(member.position, loss, member.train, lambda k=k: measure(k))  # type: ignore[misc]
-            for k, (member, loss) in enumerate(zip(self.members, losses, strict=True))
-        ]
+        reasons = []
+        for k, (member, own) in enumerate(zip(self.members, losses, strict=True)):
+            notes = (
+                note_step(member.position, loss, member.train, functools.partial(measure, k))
+                for loss in own
+            )
+            reasons.append(next(filter(None, notes), ""))
+        return reasons
 
     @torch.no_grad()
     def _held_out_losses(self) -> list[float]:
         """As `loop.held_out_loss`, of every trial."""
-        held_out, size = self._shell.held_out, self._config.train.batch_size
-        self._shell.model.eval()
-        total = torch.zeros(len(self.members), dtype=torch.float64)
-        for inputs, targets in zip(*(torch.split(t, size) for t in held_out), strict=True):
-            losses = self.stack.losses(inputs, targets, shared=True)
-            total += losses.cpu().double() * inputs.numel()
-        self._shell.model.train()
-        means: list[float] = (total / held_out[0].numel()).tolist()
+        size, model = self._config.train.batch_size, self._shell.model
+        chunks = list(zip(*(t.split(size) for t in self._shell.held_out), strict=True))
+        model.eval()
+        losses = [self.stack.losses(*chunk, shared=True) for chunk in chunks]
+        model.train()
+        sizes = torch.tensor([inputs.numel() for inputs, _ in chunks], dtype=torch.float64)
+        means: list[float] = (sizes @ torch.stack(losses).cpu().double() / sizes.sum()).tolist()
         return means
 
     def _charge(self) -> None:
@@ -163,7 +187,8 @@ class Pack:
 
 def stack_of(setup: Setup, size: int) -> Stack:
     """Room for `size` trials like this one."""
-    return Stack.empty(setup.model, setup.optimizers, size, loss=token_loss, device=setup.device)
+    loss = functools.partial(token_loss, precision=setup.train.precision)
+    return Stack.empty(setup.model, setup.optimizers, size, loss=loss, device=setup.device)
 
 
 def obstacle(config: TrialConfig, trial: Trial) -> str:
@@ -174,13 +199,15 @@ def obstacle(config: TrialConfig, trial: Trial) -> str:
     Raises:
         DataError, ModelError: as `loop.train`.
     """
+    if config.train.compile:
+        return "train.compile is on, and compiles the step of one trial"
     setup = set_up(config, trial)
     _shake(setup)
     model, device = setup.model, setup.device
     inputs, targets = (tensor.to(device) for tensor in setup.batches.at(0))
     random = random_states(device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    loss = token_loss(model, inputs, targets)
+    loss = token_loss(model, inputs, targets, config.train.precision)
     loss.backward()  # type: ignore[no-untyped-call]
     if any(not torch.equal(state, random[key]) for key, state in random_states(device).items()):
         return "it draws random numbers in training, and they would not be those of a trial alone"

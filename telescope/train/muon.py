@@ -1,13 +1,14 @@
 """Muon: momentum, orthogonalised by Newton–Schulz, same-shape matrices in one batch.
 
 Agrees with `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` where both can do the thing, and
-adds what torch has not: fp32 arithmetic, Polar Express, stacks of matrices, batching.
+adds what torch has not: fp32 arithmetic, Polar Express, stacks of matrices, batching. How long a
+step takes beside torch's: `benchmarks/muon.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,8 @@ BATCHED_SIDE = {torch.bfloat16: 192, torch.float32: 64}
 """On a CPU, batching same shapes pays up to this smaller side. Measured, one thread, 8 squares:
 bf16 5.8x at 32, 3.1x at 128, 1.8x at 192; fp32 2.7x at 32, 1.4x at 64, 0.8x at 128."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SETTINGS = ("momentum", "nesterov", "ns_steps", "ns_dtype", "ns")
+"""What groups must share for their matrices to be worked on together: all but lr and decay."""
 
 
 def quintics(ns: str, steps: int) -> list[tuple[float, float, float]]:
@@ -92,6 +95,106 @@ def _fused(addend: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: f
     return product.view(addend.shape)
 
 
+def orthogonalize_all(
+    matrices: Sequence[Tensor], *, steps: int, dtype: torch.dtype, ns: str
+) -> list[Tensor]:
+    """Orthogonalise many matrices, those of one shape as one batch where that is faster.
+
+    A tall matrix is worked on as its transpose, so (out, in) and (in, out) are one shape here.
+
+    Args:
+        matrices: each (…, out, in), on one device.
+        steps: as of `orthogonalize`.
+        dtype: as of `orthogonalize`.
+        ns: as of `orthogonalize`.
+
+    Returns:
+        One of each matrix's shape and dtype, contiguous.
+    """
+    results = list(matrices)
+    for tall, wide in _batches(matrices, dtype):
+        if len(tall + wide) == 1:
+            (index,) = tall + wide
+            done = orthogonalize(matrices[index], steps=steps, dtype=dtype, ns=ns)
+            results[index] = _plain(done, matrices[0].dtype)
+            continue
+        stacks = [torch.stack([matrices[i] for i in part]) for part in (tall, wide) if part]
+        if tall:
+            stacks[0] = stacks[0].mT
+        stack = torch.cat(stacks) if len(stacks) > 1 else stacks[0]
+        done = orthogonalize(stack, steps=steps, dtype=dtype, ns=ns)
+        for part, piece in (tall, done[: len(tall)].mT), (wide, done[len(tall) :]):
+            for index, result in zip(part, _plain(piece, matrices[0].dtype), strict=True):
+                results[index] = result
+    return results
+
+
+def _batches(
+    matrices: Sequence[Tensor], dtype: torch.dtype
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Which matrices are worked on at once: indices of tall ones, and of the others."""
+    alike: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
+    for index, matrix in enumerate(matrices):
+        tall, wide = alike.setdefault(_up_to_transposition(matrix), ([], []))
+        (tall if matrix.shape[-2] > matrix.shape[-1] else wide).append(index)
+    for shape, (tall, wide) in alike.items():
+        if matrices[0].is_cuda or shape[-2] <= BATCHED_SIDE[dtype]:
+            yield tall, wide
+        else:
+            yield from (([i], []) for i in tall)
+            yield from (([], [i]) for i in wide)
+
+
+def _up_to_transposition(matrix: Tensor) -> tuple[int, ...]:
+    """A matrix's shape, or a stack's, the smaller side first."""
+    return (*matrix.shape[:-2], *sorted(matrix.shape[-2:]))
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous in `dtype`: an update laid out as its parameter is added in one call."""
+    return tensor.to(dtype, memory_format=torch.contiguous_format)
+
+
+def muon_updates(
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    ns_steps: int,
+    ns_dtype: str,
+    ns: str,
+) -> list[Tensor]:
+    """Momentum, then Newton–Schulz: the directions of one step, before `step_scale` and lr.
+
+    Args:
+        grads: each (…, out, in); leading dimensions are a batch, of experts or of trials.
+        buffers: the momentum of each, of its shape; moved in place.
+        momentum: β of the average.
+        nesterov: whether the step looks ahead by one more average.
+        ns_steps: Newton–Schulz steps.
+        ns_dtype: "bf16" or "fp32".
+        ns: "jordan" or "polar-express".
+
+    Returns:
+        One of each gradient's shape and dtype.
+    """
+    torch._foreach_lerp_(list(buffers), list(grads), 1 - momentum)
+    looked_ahead = (
+        torch._foreach_lerp(list(grads), list(buffers), momentum) if nesterov else buffers
+    )
+    return orthogonalize_all(looked_ahead, steps=ns_steps, dtype=DTYPES[ns_dtype], ns=ns)
+
+
+def step_scale(shape: Sequence[int]) -> float:
+    """What a direction is multiplied by besides lr: 0.2 · √max(out, in).
+
+    >>> step_scale((4, 64, 256)) == 0.2 * 16
+    True
+    """
+    return RMS_MATCH * math.sqrt(max(shape[-2:]))
+
+
 class Muon(torch.optim.Optimizer):
     """Muon in torch's convention, with RMS-matched steps.
 
@@ -130,38 +233,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step with the gradients at hand; parameters without one stay."""
+        for settings, groups in self._alike():
+            members = [[p for p in group["params"] if p.grad is not None] for group in groups]
+            params = [p for mine in members for p in mine]
+            if not params:
+                continue
+            grads = [cast(Tensor, p.grad) for p in params]
+            buffers = [self._buffer(p) for p in params]
+            updates = iter(muon_updates(grads, buffers, **settings))
+            for group, mine in zip(groups, members, strict=True):
+                if mine:
+                    lr, scale = group["lr"], step_scale(mine[0].shape)
+                    torch._foreach_mul_(mine, 1 - lr * group["weight_decay"])
+                    torch._foreach_add_(mine, [next(updates) for _ in mine], alpha=-lr * scale)
+
+    def _alike(self) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """The groups whose matrices are worked on together, with what they share.
+
+        One shape at a time, transposed ones with it: the updates of a whole model would double
+        its memory.
+        """
+        alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(params, group)
+            shared = tuple(group[key] for key in SETTINGS)
+            alike.setdefault((shared, _up_to_transposition(group["params"][0])), []).append(group)
+        return [({key: groups[0][key] for key in SETTINGS}, groups) for groups in alike.values()]
 
-    def _step_group(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [cast(Tensor, p.grad) for p in params]
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        beta = group["momentum"]
-        torch._foreach_lerp_(buffers, grads, 1 - beta)
-        looked_ahead = torch._foreach_lerp(grads, buffers, beta) if group["nesterov"] else buffers
-        updates = orthogonalize_all(
-            looked_ahead,
-            steps=group["ns_steps"],
-            dtype=DTYPES[group["ns_dtype"]],
-            ns=group["ns"],
-        )
-        lr = group["lr"]
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        scale = RMS_MATCH * math.sqrt(max(params[0].shape[-2:]))
-        torch._foreach_add_(params, updates, alpha=-lr * scale)
-
-
-def orthogonalize_all(
-    matrices: Sequence[Tensor], *, steps: int, dtype: torch.dtype, ns: str
-) -> list[Tensor]:
-    """Orthogonalise same-shape matrices, as one batch where that is faster."""
-    first = matrices[0]
-    if len(matrices) > 1 and (first.is_cuda or min(first.shape[-2:]) <= BATCHED_SIDE[dtype]):
-        batch = orthogonalize(torch.stack(list(matrices)), steps=steps, dtype=dtype, ns=ns)
-        return list(batch.to(first.dtype).unbind())
-    return [orthogonalize(m, steps=steps, dtype=dtype, ns=ns).to(m.dtype) for m in matrices]
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return cast(Tensor, state["momentum_buffer"])

@@ -12,7 +12,7 @@ import torch
 from telescope.records import Point, Trial
 from telescope.train.config import TrainConfig, TrialConfig
 from telescope.train.fused import Pack
-from telescope.train.loop import Setup, held_out_loss, resolve_device, set_up, take_step
+from telescope.train.loop import Setup, held_out_loss_of, resolve_device, set_up, take_step
 
 WARM_UP_STEPS = 2
 TIMED_STEPS = 5
@@ -32,7 +32,7 @@ def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
     train = replace(config.train, steps=WARM_UP_STEPS + TIMED_STEPS, evals=1)
     per_step = _seconds_per_step(setup, train)
     start = time.perf_counter()
-    held_out_loss(setup.model, setup.held_out, train.batch_size)
+    held_out_loss_of(setup)
     per_eval = time.perf_counter() - start
     return per_step * config.train.steps + per_eval * config.train.evals
 
@@ -43,7 +43,8 @@ def _seconds_per_step(setup: Setup, train: TrainConfig) -> float:
     for step in range(WARM_UP_STEPS + TIMED_STEPS):
         if step == WARM_UP_STEPS:
             start = time.perf_counter()
-        take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
+        loss = take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
+    loss.item()  # an accelerator has done all steps only now
     return (time.perf_counter() - start) / TIMED_STEPS
 
 
@@ -95,6 +96,7 @@ def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
         if step == WARM_UP_STEPS:
             start = time.perf_counter()
         pack.step()
+    pack.read()
     seconds = (time.perf_counter() - start) / TIMED_STEPS
     used = torch.cuda.max_memory_allocated() - before if free else 0
     return PackProbe(len(trials), alone, seconds, used, free)

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from telescope.train.folding import Folded
-from telescope.train.muon import DTYPES, Muon, orthogonalize_all
-from telescope.train.parametrization import RMS_MATCH
+from telescope.train.muon import SETTINGS, Muon, muon_updates, step_scale
 
 Loss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 """(model, inputs, targets) → loss, as `loop.token_loss`."""
@@ -57,7 +56,7 @@ class Block:
         lrs = [share * peak for share, peak in zip(shares, self.peak_lr, strict=True)]
         decay = [1 - lr * wd for lr, wd in zip(lrs, self.weight_decay, strict=True)]
         if self.is_muon:
-            scale = RMS_MATCH * math.sqrt(max(self.value.shape[-2:]))
+            scale = step_scale(self.value.shape)
             return [decay, [lr * scale for lr in lrs], [1.0] * len(lrs)]
         first, second = self.settings["betas"]
         sizes = [lr / (1 - first**t) for lr, t in zip(lrs, steps, strict=True)]
@@ -75,16 +74,13 @@ class Block:
         self.value.mul_(decay).addcmul_(direction, size, value=-1)
 
     def _muon(self, grad: Tensor) -> Tensor:
-        beta, buffer = self.settings["momentum"], self.state["momentum_buffer"]
-        buffer.lerp_(grad, 1 - beta)
-        ahead = grad.lerp(buffer, beta) if self.settings["nesterov"] else buffer
-        updates = orthogonalize_all(
-            list(ahead.flatten(0, 1).unbind()),
-            steps=self.settings["ns_steps"],
-            dtype=DTYPES[self.settings["ns_dtype"]],
-            ns=self.settings["ns"],
-        )
-        return torch.stack(updates).view_as(grad)
+        settings = {key: self.settings[key] for key in SETTINGS}
+        buffer = self.state["momentum_buffer"]
+        if grad.is_cuda:
+            return muon_updates([grad], [buffer], **settings)[0]
+        # On a CPU a batch of large matrices is slower than one after the other: let it choose.
+        grads, buffers = grad.flatten(0, 1).unbind(), buffer.flatten(0, 1).unbind()
+        return torch.stack(muon_updates(grads, buffers, **settings)).view_as(grad)
 
     def _adamw(self, grad: Tensor, root: Tensor) -> Tensor:
         first, second = self.settings["betas"]
