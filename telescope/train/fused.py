@@ -20,11 +20,11 @@ from telescope.train.checkpoint import Checkpoints, Position, checkpoints_of, ra
 from telescope.train.config import TrainConfig, TrialConfig
 from telescope.train.data import Batches
 from telescope.train.loop import (
-    READ_EVERY,
     Setup,
     moved,
     must_be_read,
     note_step,
+    reads_every,
     result_of,
     set_up,
     token_loss,
@@ -99,7 +99,7 @@ class Pack:
         due = any(
             must_be_read(m.train, step + 1) for step, m in zip(steps, self.members, strict=True)
         )
-        if due or len(self._unread) == (1 if self._shell.device == "cpu" else READ_EVERY):
+        if due or len(self._unread) == reads_every(self._shell.device):
             return self.read()
         self._charge()
         return []
@@ -158,7 +158,7 @@ class Pack:
     def _held_out_losses(self) -> list[float]:
         """As `loop.held_out_loss`, of every trial."""
         size, model = self._config.train.batch_size, self._shell.model
-        chunks = list(zip(*(t.split(size) for t in self._shell.held_out), strict=True))
+        chunks = list(zip(*(torch.split(t, size) for t in self._shell.held_out), strict=True))
         model.eval()
         losses = [self.stack.losses(*chunk, shared=True) for chunk in chunks]
         model.train()

@@ -180,7 +180,7 @@ def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> st
 
     `keep` is called where a checkpoint may be due; the last step needs none.
     """
-    train, read_every = setup.train, 1 if setup.device == "cpu" else READ_EVERY
+    train, read_every = setup.train, reads_every(setup.device)
     unread: list[Tensor] = []
     for step in range(position.step, train.steps):
         unread.append(
@@ -195,6 +195,11 @@ def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> st
         if position.step < train.steps:
             keep()
     return ""
+
+
+def reads_every(device: str) -> int:
+    """Steps between two readings of the losses; on a CPU they are at hand after every one."""
+    return 1 if device == "cpu" else READ_EVERY
 
 
 def must_be_read(train: TrainConfig, done: int) -> bool:
