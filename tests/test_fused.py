@@ -370,3 +370,27 @@ def test_folded_linear_is_linear_trial_by_trial(per_trial: Any) -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.usefixtures("double")
+def test_what_all_trials_share_has_its_gradient_too() -> None:
+    """Calls in which nothing is per trial: vmap passes them to the plain functions."""
+    shared = [torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3)]
+    scales = torch.tensor([1.0, 2.0])
+
+    def scaled(scale: torch.Tensor) -> torch.Tensor:
+        mixed = functional.scaled_dot_product_attention(
+            shared[0], shared[1], shared[2], is_causal=True
+        )
+        return scale * functional.linear(mixed, shared[0][0, 0]).square().sum()
+
+    with Folded():
+        folded = torch.vmap(scaled)(scales)
+    plain = torch.stack([scaled(scale) for scale in scales])
+    torch.testing.assert_close(folded, plain)
+    for mine, theirs in zip(
+        torch.autograd.grad(folded.sum(), shared),
+        torch.autograd.grad(plain.sum(), shared),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)

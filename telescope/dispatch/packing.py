@@ -218,7 +218,8 @@ def choose_size(size: Size, number: int, measured: Measured | None) -> tuple[flo
     if size == "auto" and measured.gain < MIN_GAIN:
         return 1, f"{number} trials as one are {measured.gain:.2f}x as fast as one after the other"
     wanted = math.inf if size == "auto" else size
-    most = max(1.0, measured.most * MEMORY_SHARE // 1)
+    most = max(1.0, measured.most * MEMORY_SHARE)
+    most = most if math.isinf(most) else math.floor(most)
     return (most, f"memory holds {most:g} trials at once") if most < wanted else (wanted, "")
 
 
