@@ -120,10 +120,15 @@ def check(
     from telescope.dispatch.folder import Folder
     from telescope.prepare import prepare
     from telescope.report.tables import print_check
+    from telescope.settle import settled
 
-    prepared = prepare(loaded)
-    measured = run_check(prepared, say=lambda text: typer.echo(text, err=True))
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
     folder = Folder(results / loaded.name)
+    record = folder.read_spec() if folder.exists else None
+    prepared, _ = settled(prepare(loaded), record, say=say)
+    measured = run_check(prepared, say)
     folder.create()
     kept = write_check(folder, measured, prepared)
     if not kept:

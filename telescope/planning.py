@@ -16,7 +16,9 @@ from telescope.prepare import (
     workers,
 )
 from telescope.records import Point, Trial
+from telescope.settle import settled_here
 from telescope.spec import Spec
+from telescope.train.choose import undecided
 
 
 def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
@@ -30,13 +32,17 @@ def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
         TelescopeError: the spec, its model file or its corpus is wrong.
     """
     prepared = prepare(spec)
+    auto = dict.fromkeys(undecided(prepared.trial_config), "decided by the first run")
     if probe:
         check_corpus(prepared.trial_config)
+        prepared, measured = settled_here(prepared)
+        auto = {key: f"{figures.choice} as measured now" for key, figures in measured.items()}
     number = workers(spec, None, is_cluster=False)
     seconds, basis = _probed(prepared) if probe else _assumed(prepared)
     estimate = estimate_seconds(prepared, seconds, number)
     basis += f"; {number} worker{'s' if number > 1 else ''}, start-up not counted"
-    return plan_as_json(prepared, {"estimate": estimate, "basis": basis}), _refusal(prepared)
+    plan = plan_as_json(prepared, {"estimate": estimate, "basis": basis})
+    return {**plan, "auto": auto}, _refusal(prepared)
 
 
 def _refusal(prepared: Prepared) -> str | None:

@@ -230,6 +230,25 @@ def check_usable(device: str) -> None:
         ) from error
 
 
+def check_compiler(spec: Spec) -> None:
+    """Check that torch can compile on this machine, where the spec wants it; takes seconds.
+
+    Raises:
+        SpecError: it cannot.
+    """
+    if spec.train is None or not spec.train.compile:
+        return
+    number = torch.zeros(1, device=torch.device(resolve_device(spec.compute.device)))
+    try:
+        torch.compile(lambda x: x + 1)(number)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError(
+            f"train.compile: got true, but torch.compile fails on this machine ({reason}); install "
+            "a C++ compiler, or leave it false"
+        ) from error
+
+
 def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> int:
     """How many trials run at once.
 

@@ -30,6 +30,7 @@ from telescope.errors import RefusedError, ResumeError, StoreError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import (
     Prepared,
+    check_compiler,
     check_corpus,
     check_this_machine,
     over_budget,
@@ -41,6 +42,7 @@ from telescope.records import Certificate, Point, Result, Status, Trial
 from telescope.report.figures import write_loss_figure
 from telescope.report.frames import write_csv
 from telescope.report.live import Progress, View
+from telescope.settle import settled
 from telescope.spec import Spec
 from telescope.transfer.settings import at_horizon
 
@@ -222,19 +224,21 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
     number = workers(spec, options.workers, is_cluster=is_cluster)
     if not is_cluster:
         check_this_machine(spec)
+        check_compiler(spec)
     folder = Folder(options.results / spec.name)
     with (
         _told_what_to_mend(folder),
         folder.held(),
         make_view() as view,
-        _recording(prepared, folder, options, view, number) as recorder,
     ):
-        _dispatch(recorder, prepared, options, number)
-        title = (
-            f"{spec.name}: held-out loss, rule {spec.optimizer.rule}, policy {spec.ladder.policy}"
-        )
-        write_loss_figure(folder.path / "loss.png", recorder.ladder, title)
-        return folder, recorder.ladder
+        record = folder.read_spec() if folder.exists else None
+        prepared, measured = settled(prepared, record, is_cluster=is_cluster, say=view.note)
+        with _recording(prepared, folder, options, view, number, measured) as recorder:
+            _dispatch(recorder, prepared, options, number)
+            rule, policy = spec.optimizer.rule, spec.ladder.policy
+            title = f"{spec.name}: held-out loss, rule {rule}, policy {policy}"
+            write_loss_figure(folder.path / "loss.png", recorder.ladder, title)
+            return folder, recorder.ladder
 
 
 @contextmanager
@@ -253,13 +257,18 @@ def _told_what_to_mend(folder: Folder) -> Iterator[None]:
 
 @contextmanager
 def _recording(
-    prepared: Prepared, folder: Folder, options: Options, view: View, number: int
+    prepared: Prepared,
+    folder: Folder,
+    options: Options,
+    view: View,
+    number: int,
+    measured: Mapping[str, Any],
 ) -> Iterator[Recorder]:
     """Check, open the store, replay it, and leave folder and heartbeat in a true state."""
     spec = prepared.spec
     _check_comparable(folder, prepared)
     storage = _chosen_storage(folder, options.storage)
-    record = _spec_record(prepared, storage)
+    record = _spec_record(prepared, storage) | {"measured": measured}
     url = storage or sqlite_url(folder.path)
     if folder.exists:
         check_exists(url)

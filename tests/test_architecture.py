@@ -78,7 +78,7 @@ def test_rooms_import_downward(room: str) -> None:
 LAYERS = [
     # below the rooms, bottom up; above them, bottom up
     *("errors", "records", "files", "catalog"),
-    *("spec", "prepare", "checking", "planning", "answer", "sweep", "api", "cli"),
+    *("spec", "prepare", "settle", "checking", "planning", "answer", "sweep", "api", "cli"),
 ]
 
 

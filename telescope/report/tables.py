@@ -64,6 +64,8 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         f"time     about {describe_seconds(seconds['estimate'])} ({seconds['basis']})",
         highlight=False,
     )
+    for key, value in plan["auto"].items():
+        console.print(f"auto     {key}: {value}", highlight=False)
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
 

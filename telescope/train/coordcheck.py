@@ -204,6 +204,7 @@ def check_config(config: TrialConfig, extent: Extent) -> TrialConfig:
         schedule="constant",
         warmup=0.0,
         evals=1,
+        compile=False,  # what is measured inside the model is measured by hooks
     )
     measured = min(config.data.eval_tokens, train.tokens_per_step)
     data = replace(config.data, eval_tokens=measured)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from telescope.errors import DataError
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.train.checkpoint import Position, checkpoints_of
-from telescope.train.config import TrainConfig, TrialConfig
+from telescope.train.config import TrainConfig, TrialConfig, require
 from telescope.train.data import Batches, held_out_batch, load_corpus
 from telescope.train.model import build_model
 from telescope.train.optim import build_optimizers, parameter_groups, schedule, set_lr
@@ -142,6 +142,11 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
             f"is {config.corpus_digest[:12]}; use the same files, and for python-stdlib the same "
             "Python version, on every machine"
         )
+    for key, value in (
+        ("precision", config.train.precision),
+        ("ns_dtype", config.optimizer.ns_dtype),
+    ):
+        require(value != "auto", key, value, "settled before a trial: fp32 or bf16")
     if config.train.precision == "bf16":
         # Autocast leaves a norm's gain in fp32, which torch takes for an oversight.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)

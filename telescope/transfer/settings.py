@@ -140,7 +140,7 @@ def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
     """One group in the JSON's keys; `optimizer` is None where torch has no equivalent."""
     name: str | None = "Muon" if group.is_muon else "AdamW"
     notes = [_init_note(group)]
-    if group.is_muon and optimizer.ns_dtype != "bf16":
+    if group.is_muon and optimizer.ns_dtype == "fp32":
         name = None
         notes.append("needs a Muon with fp32 Newton–Schulz; torch.optim.Muon computes in bf16")
     if group.is_muon and optimizer.ns != "jordan":
