@@ -68,7 +68,7 @@ def minimal_step(config: TrialConfig, width: int) -> Callable[[int], None]:
 
 
 def seconds(step: Callable[[int], None], steps: int) -> float:
-    """CPU time per step over `steps` of them: others on the machine count less than in wall time."""
+    """CPU time per step over `steps` of them: others count less than in wall time."""
     start = time.thread_time()
     for number in range(steps):
         step(number)
