@@ -7,7 +7,8 @@ All train the quickstart's model and data with the same steps, in fresh processe
 best of the rounds counts. Compared are trials per second once everything runs, evaluation left
 out: of one process that trains one trial at a time, of as many processes at once as are fastest
 (each with one trial; --processes says which numbers are tried), and of one process with a pack. On
-a CPU all of them have the same --cpus cores. Start-up, until a process has taken its first steps,
+a CPU all of them have the same --cpus cores, and it is the time on those that counts, so that other
+work on the machine hardly does; on an accelerator it is wall time. Start-up, until a process has taken its first steps,
 and memory per trial are given apart: on CUDA all that is in use on the device, contexts included,
 on a CPU the largest resident size.
 """
@@ -92,15 +93,15 @@ def work(
     take(WARM_UP)
     startup = time.time() - born
     barrier.wait()
-    start = time.time()
+    start, start_cpu = time.time(), time.process_time()
     take(steps)
-    end = time.time()
+    end, cpu = time.time(), time.process_time() - start_cpu
     barrier.wait()  # the memory of all is in use
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if resolve_device(config.device).startswith("cuda"):
         free, total = torch.cuda.mem_get_info()
         used = total - free
-    found.put((start, end, startup, used))
+    found.put((start, end, cpu, startup, used))
     barrier.wait()
 
 
@@ -120,10 +121,11 @@ def measure(
     seen = [found.get() for _ in workers]
     for worker in workers:
         worker.join()
-    starts, ends, startups, used = zip(*seen, strict=True)
+    starts, ends, cpu, startups, used = zip(*seen, strict=True)
     trials = size * processes
-    seconds = (max(ends) - min(starts)) / steps * trial_steps
-    on_device = resolve_device(config.device).startswith("cuda")
+    on_device = resolve_device(config.device) != "cpu"
+    seconds = max(ends) - min(starts) if on_device else sum(cpu) / config.threads
+    seconds *= trial_steps / steps
     return Figures(
         trials_per_second=trials / seconds,
         startup_seconds=max(startups),
