@@ -8,9 +8,9 @@ best of the rounds counts. Compared are trials per second once everything runs, 
 out: of one process that trains one trial at a time, of as many processes at once as are fastest
 (each with one trial; --processes says which numbers are tried), and of one process with a pack. On
 a CPU all of them have the same --cpus cores, and it is the time on those that counts, so that other
-work on the machine hardly does; on an accelerator it is wall time. Start-up, until a process has taken its first steps,
-and memory per trial are given apart: on CUDA all that is in use on the device, contexts included,
-on a CPU the largest resident size.
+work on the machine hardly does; on an accelerator it is wall time. Start-up, until a process has
+taken its first steps, and memory per trial are given apart: on CUDA all that is in use on the
+device, contexts included, on a CPU the largest resident size.
 """
 
 from __future__ import annotations
