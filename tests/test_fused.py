@@ -394,3 +394,34 @@ def test_what_all_trials_share_has_its_gradient_too() -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("per_trial", [(0, 0), (0, None), (None, 0), (2, 1)])
+def test_folded_norm_is_the_norm_trial_by_trial(per_trial: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for shape, dim in zip(((2, 5, 4), (4,)), per_trial, strict=True):
+        size = list(shape)
+        if dim is not None:
+            size.insert(dim, 3)
+        tensors.append(torch.randn(size, generator=generator).requires_grad_())
+
+    def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (4,), gain, 1e-3)
+
+    with Folded():
+        folded = torch.vmap(norm, in_dims=per_trial)(*tensors)
+    x, gain = (
+        t.expand(3, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip(tensors, per_trial, strict=True)
+    )
+    plain = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * gain[:, None, None]
+    torch.testing.assert_close(folded, plain)
+    weights = torch.randn(folded.shape, generator=generator)
+    for mine, theirs in zip(
+        torch.autograd.grad((folded * weights).sum(), tensors),
+        torch.autograd.grad((plain * weights).sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)

@@ -1,16 +1,16 @@
-"""Attention and linear layers under `torch.vmap`: the trials of a pack fold into a batch.
+"""Attention, linear layers and RMSNorm under `torch.vmap`: a pack's trials fold into a batch.
 
 A fused CPU attention has no batching rule, so that vmap calls it trial by trial and warns; a linear
-layer's rule multiplies many small matrices where one per trial does. Here both are told to vmap by
-a `torch.autograd.Function` with a rule of its own, and `Folded` puts them where a model file calls
-torch's.
+layer's rule multiplies many small matrices where one per trial does; RMSNorm is taken apart, where
+CUDA has it in one kernel. Here they are told to vmap by a `torch.autograd.Function` with a rule of
+its own, and `Folded` puts them where a model file calls torch's.
 
 Shapes: K trials, B batch, T tokens, I and O features; … is any number of dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ Options = tuple[float, bool, float | None, bool]
 
 
 class Folded(TorchFunctionMode):
-    """While active, `scaled_dot_product_attention` and `linear` fold what vmap adds."""
+    """While active, those functions of torch fold what vmap adds."""
 
     def __torch_function__(
         self,
@@ -57,7 +57,18 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     return _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
 
 
+def _rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    """torch's `rms_norm`, by the same names."""
+    return _RMSNorm.apply(input, normalized_shape, weight, eps)  # type: ignore[no-untyped-call]
+
+
 _TWINS: dict[Any, Callable[..., Any]] = {
+    functional.rms_norm: _rms_norm,
     functional.scaled_dot_product_attention: _attention,
     functional.linear: _linear,
 }
@@ -174,6 +185,41 @@ class _Linear(_Recomputed):
             b = _leading(bias, bias_dim, info.batch_size).unsqueeze(1)
             product = torch.baddbmm(b, rows, w.mT)
         return product.reshape(*x.shape[:-1], w.shape[-2]), 0
+
+
+class _RMSNorm(_Recomputed):
+    """`rms_norm` with the trials as one more dimension before those it is over."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None
+    ) -> Tensor:
+        """As torch's."""
+        return functional.rms_norm(input, list(shape), weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """As torch's."""
+        return _RMSNorm.gradients(ctx, grads[0])
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        input: Tensor,
+        shape: Sequence[int],
+        weight: Tensor | None,
+        eps: float | None,
+    ) -> tuple[Tensor, int]:
+        """Normalise (K, …, *shape), then multiply by the gains (K, 1, …, *shape)."""
+        x = _leading(input, in_dims[0], info.batch_size)
+        if weight is None or in_dims[2] is None:
+            return functional.rms_norm(x, list(shape), weight, eps), 0
+        gain = _leading(weight, in_dims[2], info.batch_size)
+        gain = gain[(slice(None), *[None] * (x.ndim - gain.ndim))]
+        # torch rounds to the input's precision after the gain, not before.
+        wide = x.to(torch.promote_types(x.dtype, gain.dtype))
+        return (functional.rms_norm(wide, list(shape), None, eps) * gain).to(x.dtype), 0
 
 
 def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:

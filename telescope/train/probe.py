@@ -90,7 +90,8 @@ def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
     tame = [replace(trial, point=Point.of({**trial.point, "lr": TAME_LR})) for trial in trials]
     torch.set_num_threads(config.threads)
     alone = _seconds_per_step(set_up(probed, tame[0]), train)
-    before, free = _memory(config.device)
+    device = torch.device(resolve_device(config.device))
+    before, free = _memory(device)
     pack, start = Pack(probed, tame), 0.0
     for step in range(steps):
         if step == WARM_UP_STEPS:
@@ -98,14 +99,14 @@ def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
         pack.step()
     pack.read()
     seconds = (time.perf_counter() - start) / TIMED_STEPS
-    used = torch.cuda.max_memory_allocated() - before if free else 0
+    used = torch.cuda.max_memory_allocated(device) - before if free else 0
     return PackProbe(len(trials), alone, seconds, used, free)
 
 
-def _memory(device: str) -> tuple[int, int]:
+def _memory(device: torch.device) -> tuple[int, int]:
     """Bytes in use and bytes free on a CUDA device, its peak forgotten; zeros on others."""
-    if torch.device(resolve_device(device)).type != "cuda":
+    if device.type != "cuda":
         return 0, 0
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
