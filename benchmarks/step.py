@@ -34,7 +34,8 @@ def program_step(config: TrialConfig, width: int) -> Callable[[int], None]:
     setup = set_up(config, Trial(width, POINT, 0))
 
     def step(number: int) -> None:
-        take_step(setup.model, setup.optimizers, setup.batches, setup.train, number, setup.device)
+        parts = (setup.model, setup.optimizers, setup.batches, setup.train)
+        float(take_step(*parts, number, setup.device))
 
     return step
 
@@ -68,7 +69,7 @@ def minimal_step(config: TrialConfig, width: int) -> Callable[[int], None]:
 
 
 def seconds(step: Callable[[int], None], steps: int) -> float:
-    """CPU time per step over `steps` of them: others count less than in wall time."""
+    """CPU time per step: others on the machine count less than in wall time."""
     start = time.thread_time()
     for number in range(steps):
         step(number)

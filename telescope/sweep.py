@@ -44,6 +44,7 @@ from telescope.report.frames import write_csv
 from telescope.report.live import Progress, View
 from telescope.settle import settled
 from telescope.spec import Spec
+from telescope.train.config import ADDED_KEYS
 from telescope.transfer.settings import at_horizon
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
@@ -373,8 +374,8 @@ def _check_comparable(folder: Folder, prepared: Prepared) -> None:
     """
     if not folder.exists:
         return
-    before = folder.read_spec()["comparable_if_equal"]
-    now = prepared.comparable
+    before = ADDED_KEYS | folder.read_spec()["comparable_if_equal"]
+    now = ADDED_KEYS | prepared.comparable
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if differing:
         shown = ", ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in differing)

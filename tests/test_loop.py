@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import gpt_config, trial_config
 
 from telescope.errors import DataError
 from telescope.records import Point, Result, Status, Trial
+from telescope.train import loop
 from telescope.train.config import (
     ADAMW_AXES,
     CARE_KEYS,
@@ -75,6 +77,22 @@ def test_divergence_ends_early_with_its_reason(corpus_file: Path) -> None:
     assert result.loss is None
     assert len(result.curve) < 20
     assert "at step" in result.reason
+
+
+@pytest.mark.parametrize("lr", [0.05, 300.0])
+def test_losses_read_late_give_the_same_result(
+    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lr: float
+) -> None:
+    """As on an accelerator: a few at a time, checkpoints and evaluations between them."""
+    config = trial_config(corpus_file, steps=30, evals=3, checkpoint_every=7)
+    config = replace(config, checkpoint_folder=str(tmp_path))
+    trial = Trial(16, Point.of(lr=lr, weight_decay=0.1), 0)
+    at_once = replace(train(config, trial), seconds=0.0)
+    for folder in tmp_path.iterdir():
+        shutil.rmtree(folder)
+    monkeypatch.setattr(loop, "_read_every", lambda device: 4)
+    assert replace(train(config, trial), seconds=0.0) == at_once
+    assert (at_once.status is Status.DIVERGED) == (lr > 1)
 
 
 def test_nan_is_divergence(corpus_file: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from telescope.train import muon
 from telescope.train.muon import Muon, orthogonalize, quintics
 
 SHAPES = [(16, 16), (32, 8), (8, 32), (96, 96), (80, 160)]  # fp32 batches up to 64, bf16 to 256
@@ -84,6 +86,66 @@ def test_a_batch_is_its_matrices() -> None:
         for j in range(2):
             alone = orthogonalize(batch[i, j], steps=5, dtype=torch.float32)
             torch.testing.assert_close(got[i, j], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("elements", [2**19, 600, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_at_once_are_each_alone(
+    monkeypatch: pytest.MonkeyPatch, elements: int, dtype: torch.dtype
+) -> None:
+    """Tall and wide ones in one batch, stacks, one of its shape, sides too long for a batch."""
+    monkeypatch.setattr(muon, "BATCHED_ELEMENTS", elements)
+    shapes = [(8, 24), (24, 8), (8, 8), (24, 8), (3, 24, 8), (3, 8, 24), (300, 310), (310, 300)]
+    generator = torch.Generator().manual_seed(5)
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    many = muon.orthogonalize_all(matrices, steps=5, dtype=dtype, ns="jordan")
+    for matrix, got in zip(matrices, many, strict=True):
+        alone = orthogonalize(matrix, steps=5, dtype=dtype).float()
+        atol = 1e-5 if dtype is torch.float32 else 0.02  # bf16 has 8 bits
+        torch.testing.assert_close(got, alone, atol=atol, rtol=0)
+        assert got.is_contiguous()
+
+
+def test_groups_that_share_a_batch_keep_their_settings() -> None:
+    """Four groups, of two shapes up to transposition, against torch's Muon."""
+    shapes, lrs, decays = (
+        [(8, 24), (24, 8), (16, 16), (16, 16)],
+        (0.1, 0.02, 0.05, 0.3),
+        (0, 2, 1, 3),
+    )
+    arms: list[torch.optim.Optimizer] = []
+    for make_optimizer in (
+        lambda groups: Muon(groups, momentum=0.9, nesterov=True, ns_steps=5, ns_dtype="bf16"),
+        lambda groups: torch.optim.Muon(groups, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+    ):
+        generator = torch.Generator().manual_seed(6)
+        starts = [[torch.randn(shape, generator=generator) for _ in range(2)] for shape in shapes]
+        groups: list[dict[str, Any]] = [
+            {"params": [torch.nn.Parameter(s) for s in start], "lr": lr, "weight_decay": decay}
+            for start, lr, decay in zip(starts, lrs, decays, strict=True)
+        ]
+        optimizer = make_optimizer(groups)
+        for _ in range(4):
+            for group in groups:
+                for p in group["params"]:
+                    p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        arms.append(optimizer)
+    ours, theirs = ([p for g in arm.param_groups for p in g["params"]] for arm in arms)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, atol=0.01, rtol=0)
+
+
+def test_trials_stacked_move_as_each_alone() -> None:
+    generator = torch.Generator().manual_seed(7)
+    how = {"momentum": 0.9, "nesterov": True, "ns_steps": 5, "ns_dtype": "fp32", "ns": "jordan"}
+    grads, buffers = ([torch.randn(4, 12, 20, generator=generator)] for _ in range(2))
+    alone = [
+        muon.muon_updates([grads[0][k]], [buffers[0][k].clone()], **how)[0]  # type: ignore[arg-type]
+        for k in range(4)
+    ]
+    stacked = muon.muon_updates(grads, buffers, **how)[0]  # type: ignore[arg-type]
+    torch.testing.assert_close(stacked, torch.stack(alone), atol=1e-5, rtol=0)
 
 
 def test_a_zero_gradient_gives_a_zero_step() -> None:

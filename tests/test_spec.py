@@ -208,6 +208,8 @@ INCOMPARABLE = [
     "train.steps=101",
     "train.schedule=constant",
     "train.evals=2",
+    "train.precision=bf16",
+    "train.compile=true",
     "data.held_out=0.1",
     "data.eval_tokens=1024",
 ]

@@ -131,7 +131,7 @@ def _fastest(parts: Mapping[str, Callable[[], object]], device: str) -> dict[str
         for name, part in parts.items():
             start = time.perf_counter()
             part()
-            if device != "cpu":
+            if torch.device(device).type != "cpu":
                 torch.accelerator.synchronize()
             taken = time.perf_counter() - start
             if turn:

@@ -204,7 +204,7 @@ def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> st
 
 def reads_every(device: str) -> int:
     """Steps between two readings of the losses; on a CPU they are at hand after every one."""
-    return 1 if device == "cpu" else READ_EVERY
+    return 1 if torch.device(device).type == "cpu" else READ_EVERY
 
 
 def must_be_read(train: TrainConfig, done: int) -> bool:

@@ -160,7 +160,7 @@ def _up_to_transposition(matrix: Tensor) -> tuple[int, ...]:
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous in `dtype`: an update laid out as its parameter is added in one call."""
-    return tensor.to(dtype, memory_format=torch.contiguous_format)
+    return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def muon_updates(

@@ -1,0 +1,156 @@
+"""bf16 by autocast, and `auto`: measured once, kept in spec.json, never measured again.
+
+The clock is replaced by given seconds, so that what is chosen follows from hand numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_spec, trial_config
+from rich.console import Console
+from torch import nn
+
+from telescope.errors import ResumeError, SpecError
+from telescope.planning import make_plan
+from telescope.prepare import prepare
+from telescope.records import Point, Trial
+from telescope.report.live import PlainView
+from telescope.settle import settled
+from telescope.spec import Spec
+from telescope.sweep import Options, open_result, run
+from telescope.train import choose
+from telescope.train.choose import Measured
+from telescope.train.config import OptimizerConfig, TrialConfig
+from telescope.train.loop import held_out_loss_of, set_up, take_step, train
+
+TRIAL = Trial(16, Point.of(lr=0.05, weight_decay=0.1), 0)
+AUTO: dict[str, Any] = {"train": {"precision": "auto"}, "optimizer": {"ns_dtype": "auto"}}
+
+
+def test_bf16_is_in_the_model_alone(corpus_file: Path) -> None:
+    setup = set_up(trial_config(corpus_file, precision="bf16"), TRIAL)
+    seen: list[torch.dtype] = []
+    for module in setup.model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+    parts = (setup.model, setup.optimizers, setup.batches, setup.train)
+    loss = take_step(*parts, 0, "cpu")
+    held_out_loss_of(setup)
+    assert set(seen) == {torch.bfloat16}
+    assert loss.dtype is torch.float32
+    assert {p.dtype for p in setup.model.parameters()} == {torch.float32}
+    states = [value for o in setup.optimizers for s in o.state.values() for value in s.values()]
+    assert {value.dtype for value in states} == {torch.float32}
+
+
+def test_bf16_trains_as_fp32_to_its_rounding(corpus_file: Path) -> None:
+    losses = [
+        train(trial_config(corpus_file, steps=20, precision=precision), TRIAL).loss
+        for precision in ("fp32", "bf16")
+    ]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_the_choice_is_for_the_sweep_as_a_whole() -> None:
+    """bf16 loses 1 s on each of 10 narrow trials, and wins 4 s on each of the wide ones."""
+    seconds = {"fp32": {32: 1.0, 64: 9.0}, "bf16": {32: 2.0, 64: 5.0}}
+    assert Measured(seconds, {32: 10, 64: 2}, "cpu").choice == "fp32"  # 28 against 30
+    assert Measured(seconds, {32: 10, 64: 3}, "cpu").choice == "bf16"  # 37 against 35
+    assert Measured(seconds, {32: 4, 64: 1}, "cpu").choice == "fp32"  # 13 each
+    assert Measured(seconds, {32: 10, 64: 3}, "cpu").gain == pytest.approx(37 / 35)
+
+
+def test_both_parts_are_really_timed(corpus_file: Path) -> None:
+    config = replace(
+        trial_config(corpus_file, precision="auto"), optimizer=OptimizerConfig(ns_dtype="auto")
+    )
+    measured = choose.measure(config, {16: 3, 32: 1}, TRIAL.point)
+    assert list(measured) == ["train.precision", "optimizer.ns_dtype"]
+    for figures in measured.values():
+        assert figures.trials == {16: 3, 32: 1}
+        assert all(0 < figures.seconds[a][w] < 10 for a in ("fp32", "bf16") for w in (16, 32))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What the timing says instead of the clock; empty, and nothing may be timed."""
+    given = {"fp32": 2.0, "bf16": 1.0}
+
+    def fastest(parts: Mapping[str, Any], device: str) -> dict[str, float]:
+        assert given, "measured again"
+        return dict(given)
+
+    monkeypatch.setattr(choose, "_fastest", fastest)
+    return given
+
+
+def sweep(corpus: Path, results: Path, **tables: Any) -> dict[str, Any]:
+    """Run a tiny sweep; returns its spec.json."""
+    spec = Spec.from_dict(tiny_spec(corpus, **tables))
+    options = Options(results, dispatcher="inline", check=False)
+    folder, _ = run(spec, options, lambda: PlainView(Console()))
+    return json.loads((folder.path / "spec.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_auto_is_settled_once(corpus_file: Path, tmp_path: Path, clock: dict[str, float]) -> None:
+    first = sweep(corpus_file, tmp_path / "a", **AUTO)
+    assert first["spec"]["train"]["precision"] == first["spec"]["optimizer"]["ns_dtype"] == "bf16"
+    figures = first["measured"]["train.precision"]
+    assert figures["seconds"] == {a: {"16": s, "32": s} for a, s in clock.items()}
+    assert figures["device"] == "cpu"
+    assert first["comparable_if_equal"]["train.precision"] == "bf16"
+    assert open_result("tiny", tmp_path / "a").spec.optimizer.ns_dtype == "bf16"
+    clock.clear()  # another machine, say
+    again = sweep(corpus_file, tmp_path / "a", **AUTO, ladder={"seeds": [0, 1]})
+    assert (again["fingerprint"], again["measured"]) == (first["fingerprint"], first["measured"])
+    named = {"train": {"precision": "bf16"}, "optimizer": {"ns_dtype": "bf16"}}
+    assert sweep(corpus_file, tmp_path / "b", **named)["fingerprint"] == first["fingerprint"]
+    with pytest.raises(ResumeError, match=r"train\.precision was bf16, now fp32"):
+        sweep(corpus_file, tmp_path / "a", train={"precision": "fp32"})
+
+
+def test_an_older_sweep_goes_on_with_what_it_had(
+    corpus_file: Path, tmp_path: Path, clock: dict[str, float]
+) -> None:
+    first = sweep(corpus_file, tmp_path)
+    assert "train.precision" not in first["comparable_if_equal"]
+    path = tmp_path / "tiny" / "spec.json"
+    del first["spec"]["train"]["precision"], first["spec"]["train"]["compile"], first["measured"]
+    path.write_text(json.dumps(first))
+    clock.clear()
+    assert sweep(corpus_file, tmp_path, **AUTO)["fingerprint"] == first["fingerprint"]
+
+
+def test_auto_on_a_cluster_is_refused(corpus_file: Path) -> None:
+    prepared = prepare(Spec.from_dict(tiny_spec(corpus_file, **AUTO)))
+    with pytest.raises(SpecError, match=r"^train\.precision: got 'auto'.*set fp32 or bf16"):
+        settled(prepared, None, is_cluster=True, say=print)
+
+
+def test_a_plan_says_what_is_open(corpus_file: Path, clock: dict[str, float]) -> None:
+    spec = Spec.from_dict(tiny_spec(corpus_file, **AUTO))
+    plan, _ = make_plan(spec, probe=True)
+    assert plan["auto"]["train.precision"] == "bf16 as measured now"
+    clock.clear()
+    plan, _ = make_plan(spec, probe=False)
+    assert plan["auto"]["optimizer.ns_dtype"] == "decided by the first run"
+    assert make_plan(Spec.from_dict(tiny_spec(corpus_file)), probe=False)[0]["auto"] == {}
+
+
+@pytest.mark.parametrize("key", ["precision", "ns_dtype"])
+def test_no_trial_trains_undecided(corpus_file: Path, key: str) -> None:
+    config: TrialConfig = trial_config(corpus_file)
+    if key == "precision":
+        config = replace(config, train=replace(config.train, precision="auto"))
+    else:
+        config = replace(config, optimizer=OptimizerConfig(ns_dtype="auto"))
+    with pytest.raises(SpecError, match=rf"^{key}: got 'auto'"):
+        train(config, TRIAL)
