@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -270,6 +270,25 @@ def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> int:
     if not spec.compute.gpus:
         return by_cpu
     return max(1, math.floor(torch.cuda.device_count() / spec.compute.gpus))
+
+
+def pack_size(spec: Spec, *, is_cluster: bool) -> int | Literal["auto"]:
+    """How many trials a worker may train as one: "auto" only where workers may have accelerators.
+
+    On a CPU a pack gains next to nothing, so that auto is 1 without a probe.
+
+    Args:
+        spec: the sweep.
+        is_cluster: whether the trials run on another machine than this.
+    """
+    compute = spec.compute
+    if compute.pack != "auto":
+        return compute.pack
+    if is_cluster:
+        on_cpu = compute.device == "cpu" or (compute.device == "auto" and not compute.gpus)
+    else:
+        on_cpu = torch.device(resolve_device(compute.device)).type == "cpu"
+    return 1 if on_cpu else "auto"
 
 
 def over_budget(prepared: Prepared) -> str | None:

@@ -150,6 +150,9 @@ class ComputeTable(Table):
     """CPUs of a trial; it computes with as many threads."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of a trial; 0.5 lets two share one."""
+    pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Trials of one width that train as one model. auto is 1 on a CPU, and on an accelerator as
+    many as fit its memory, where a short probe says that it pays."""
     device: str = "auto"
     """torch's name of the device; auto is the worker's accelerator if it has one, else the CPU."""
     flop_rate: Annotated[float, Field(gt=0)] | None = None

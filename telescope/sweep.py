@@ -24,6 +24,7 @@ from telescope.answer import certificate_of
 from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
+from telescope.dispatch.queue import Pack
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError, StoreError
 from telescope.ladder.ladder import Ladder, replay
@@ -33,6 +34,7 @@ from telescope.prepare import (
     check_corpus,
     check_this_machine,
     over_budget,
+    pack_size,
     prepare,
     workers,
 )
@@ -77,6 +79,8 @@ class Recorder:
     """Results so far, those of earlier runs included."""
     running: set[Trial] = field(default_factory=set)
     started: float = field(default_factory=time.monotonic)
+    unpacked: set[str] = field(default_factory=set)
+    """Why packs were smaller than asked for, as far as it has been said."""
 
     def __post_init__(self) -> None:
         """Prepare what progress needs, which is asked for twice per trial."""
@@ -113,6 +117,17 @@ class Recorder:
             self.view.choice(choice)
         if len(self.ladder.choices) > closed:
             self.write_table()
+
+    def on_pack(self, pack: Pack) -> None:
+        """Note which trials were trained as one, and say once why others were not."""
+        self.running.difference_update(pack.released)
+        if len(pack.trained) > 1:
+            trials = [str(trial) for trial in pack.trained]
+            self.folder.note_pack({"trials": trials, "why": pack.why})
+        if pack.why and pack.why not in self.unpacked:
+            self.unpacked.add(pack.why)
+            width = (*pack.trained, *pack.released)[0].width
+            self.view.note(f"pack of width {width}: {pack.why}")
 
     def write_table(self) -> None:
         """Write `trials.csv`."""
@@ -305,10 +320,18 @@ def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: 
     kept = str(recorder.folder.checkpoints.absolute())
     trainer = TelescopeTrainer(replace(prepared.trial_config, checkpoint_folder=kept))
     timeout = prepared.trial_config.train.timeout
+    pack = pack_size(prepared.spec, is_cluster=options.ray_address is not None)
     if options.dispatcher == "inline":
         from telescope.dispatch.inline import run_inline
 
-        run_inline(recorder, trainer, timeout=timeout, on_start=recorder.on_start)
+        run_inline(
+            recorder,
+            trainer,
+            timeout=timeout,
+            pack=pack,
+            on_start=recorder.on_start,
+            on_pack=recorder.on_pack,
+        )
         return
     from telescope.dispatch.ray_tune import run_ray
 
@@ -321,8 +344,10 @@ def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: 
         gpus=compute.gpus,
         address=options.ray_address,
         timeout=timeout,
+        pack=pack,
         owner=str(recorder.folder.path.resolve()),
         on_start=recorder.on_start,
+        on_pack=recorder.on_pack,
     )
 
 

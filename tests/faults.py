@@ -119,6 +119,12 @@ def _warm(work: Callable[..., None], *arguments: Any) -> None:
     work(*arguments)
 
 
+def run_real(place: Path, tables: dict[str, Any]) -> None:
+    """One `telescope run`, inline, with the trainer that users have."""
+    options = Options(place / "results", dispatcher="inline", check=False)
+    run(Spec.from_dict(spec_of(place, **tables)), options, quiet)
+
+
 def start(work: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Run a function of this file in a process of its own."""
     process: BaseProcess = server().Process(target=_warm, args=(work, *arguments))

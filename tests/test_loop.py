@@ -90,7 +90,7 @@ def test_losses_read_late_give_the_same_result(
     at_once = replace(train(config, trial), seconds=0.0)
     for folder in tmp_path.iterdir():
         shutil.rmtree(folder)
-    monkeypatch.setattr(loop, "_read_every", lambda device: 4)
+    monkeypatch.setattr(loop, "reads_every", lambda device: 4)
     assert replace(train(config, trial), seconds=0.0) == at_once
     assert (at_once.status is Status.DIVERGED) == (lr > 1)
 

@@ -8,6 +8,7 @@ Standard library only, because `status` and `ls` read it and must start at once.
         trials.db      every result (Optuna on SQLite), unless --storage names another place
         trials.csv     the same as a table
         curves/        one CSV per trial
+        packs.jsonl    which trials were trained as one, if any were
         checkpoints/   of the trials that are running, where the spec asks for them
         loss.png       loss against each axis, per width, the choices marked
         coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure
@@ -48,6 +49,7 @@ RECORD: dict[str, Any] = {
 """What `spec.json` must hold, of which types."""
 CHECK_FILE = "coordcheck.json"
 STATUS_FILE = "status.json"
+PACKS_FILE = "packs.jsonl"
 LOCK_FILE = "lock"
 LOCK_TRIES = 25
 """Tries, 20 ms apart, before a lock counts as another driver's."""
@@ -136,6 +138,11 @@ class Folder:
         rows.writerow(("step", "train_loss", "held_out_loss"))
         rows.writerows((row.step, row.train_loss, row.held_out_loss) for row in result.curve)
         write_atomic(self.path / "curves" / f"{result.trial}.csv", text.getvalue(), durable=False)
+
+    def note_pack(self, pack: Mapping[str, Any]) -> None:
+        """Keep which trials were trained as one, on a line of its own."""
+        with (self.path / PACKS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(pack) + "\n")
 
     def write_status(self, heartbeat: Mapping[str, Any]) -> None:
         """Say how far the sweep is, for `status` in another process."""

@@ -1,10 +1,11 @@
-"""Runs a sweep in this process, one trial after the other: for debugging, and as the reference."""
+"""Runs a sweep in this process, one pack after the other: for debugging, and as the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from telescope.dispatch.queue import Queue, Trainer, attempt
+from telescope.dispatch.packing import Packer, Size, largest
+from telescope.dispatch.queue import Pack, Queue, Trainer
 from telescope.records import Trial, TrialSource
 
 
@@ -13,12 +14,18 @@ def run_inline(
     trainer: Trainer,
     *,
     timeout: float = 0.0,
+    pack: Size = 1,
     on_start: Callable[[Trial], None] | None = None,
+    on_pack: Callable[[Pack], None] | None = None,
 ) -> None:
     """Run every trial that `source` asks for; returns when it asks for no more.
 
     What a trial does to its process (exits, is killed, hangs in C) it does to this one.
     """
-    queue = Queue(source, on_start=on_start)
-    while (trial := queue.take()) is not None:
-        queue.answer(attempt(trainer, trial, timeout=timeout))
+    queue = Queue(source, on_start=on_start, pack=largest(pack))
+    packer = Packer(lambda: trainer, pack, timeout=timeout)
+    while trials := queue.take_pack():
+        done = packer(trials, queue.answer)
+        queue.settle(done)
+        if on_pack:
+            on_pack(done)

@@ -13,9 +13,9 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Protocol
 
@@ -38,8 +38,32 @@ class Trainer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Pack:
+    """What a worker has done with the trials it was handed."""
+
+    trained: tuple[Trial, ...]
+    """Those that have ended; several were trained as one."""
+    released: tuple[Trial, ...] = ()
+    """Those that have not, for whoever is free."""
+    alone: tuple[Trial, ...] = ()
+    """Those of the released that failed as a pack: each has to be trained alone."""
+    most: int | None = None
+    """How many of this width can be trained as one, where something is known to limit it."""
+    why: str = ""
+    """What limits it, or why a pack failed; "" if nothing did."""
+
+
 class Queue:
-    """Hands out a source's trials, each to one worker at a time, and retries what fails."""
+    """Hands out a source's trials, each to one worker at a time, and retries what fails.
+
+    Args:
+        source: asked for trials, told of results.
+        retries: how often a failed trial is tried again.
+        on_start: called whenever a worker takes a trial.
+        pack: how many trials of one width a worker may take at once; None: as many as there are.
+        workers: among whom a stage's trials are shared out evenly, if they are taken in packs.
+    """
 
     def __init__(
         self,
@@ -47,23 +71,58 @@ class Queue:
         *,
         retries: int = RETRIES,
         on_start: Callable[[Trial], None] | None = None,
+        pack: int | None = 1,
+        workers: int = 1,
     ) -> None:
-        """Serve `source`; call `on_start` whenever a worker takes a trial."""
+        """Nothing has been handed out yet."""
         self._source = source
         self._retries = retries
         self._on_start = on_start
+        self._pack = pack
+        self._workers = workers
+        self._limits: dict[int, int] = {}  # width → largest pack that is known to work
+        self._alone: set[Trial] = set()
         self._in_flight: set[Trial] = set()
         self._failures: Counter[Trial] = Counter()
 
     def take(self) -> Trial | None:
         """The next trial to run, or None when all that is asked for now is in flight."""
+        return next(iter(self._take(1)), None)
+
+    def take_pack(self) -> list[Trial]:
+        """The next trials of one width for one worker; none when all is in flight.
+
+        As many as the worker's share of what is asked for now. A trial that has failed is alone:
+        what killed a worker may have been any of its pack.
+        """
+        asked = self._source.ask()
+        share = math.ceil(len(asked) / self._workers) if asked else 1
+        return self._take(share if self._pack is None else min(share, self._pack))
+
+    def _take(self, most: int) -> list[Trial]:
+        taken: list[Trial] = []
         for trial in self._source.ask():
-            if trial not in self._in_flight:
-                self._in_flight.add(trial)
-                if self._on_start:
-                    self._on_start(trial)
-                return trial
-        return None
+            is_alone = trial in self._alone or trial in self._failures
+            if trial in self._in_flight or (taken and (is_alone or trial.width != taken[0].width)):
+                continue
+            if len(taken) == min(most, self._limits.get(trial.width, most)):
+                break
+            taken.append(trial)
+            if is_alone:
+                break
+        for trial in taken:
+            self._in_flight.add(trial)
+            if self._on_start:
+                self._on_start(trial)
+        return taken
+
+    def settle(self, pack: Pack) -> None:
+        """Take back what a worker has not trained, which is no failure of theirs, and learn."""
+        self._in_flight.difference_update(pack.released)
+        self._alone.update(pack.alone)
+        if pack.most is not None:
+            width = (*pack.trained, *pack.released)[0].width
+            self._limits[width] = min(pack.most, self._limits.get(width, pack.most))
 
     def answer(self, result: Result) -> None:
         """Give back a trial: its result goes to the source, or it is tried again."""
@@ -105,8 +164,8 @@ def attempt(trainer: Trainer, trial: Trial, *, timeout: float = 0.0) -> Result:
     """
     start = time.perf_counter()
     try:
-        with _time_limit(timeout):
-            result = _checked(trainer(trial), trial)
+        with time_limit(timeout):
+            result = checked(trainer(trial), [trial])
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -114,14 +173,19 @@ def attempt(trainer: Trainer, trial: Trial, *, timeout: float = 0.0) -> Result:
         result = Result(
             trial,
             Status.FAILED,
-            reason=clean([_message(error), *tail]),
+            reason=clean([message(error), *tail]),
             seconds=time.perf_counter() - start,
         )
+    return named_worker(result)
+
+
+def named_worker(result: Result) -> Result:
+    """A result that says which process it comes from."""
     return replace(result, worker=f"{socket.gethostname()}:{os.getpid()}")
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raise `Hung` in the code inside after so many seconds; 0: never."""
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
@@ -139,16 +203,21 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _checked(result: object, trial: Trial) -> Result:
+def checked(result: object, trials: Sequence[Trial]) -> Result:
     """A trainer's result as plain data; the types of what others return are not to be trusted.
+
+    Args:
+        result: what it returned.
+        trials: those that a result is expected of.
 
     Raises:
         TrialError: it is no result, another trial's, or holds what cannot be stored.
     """
     if not isinstance(result, Result):
         raise TrialError(f"the trainer returned {type(result).__name__}, must be a Result")
-    if result.trial != trial:
-        raise TrialError(f"the trainer returned a result of {result.trial}, was given {trial}")
+    if result.trial not in trials:
+        given = " ".join(map(str, trials))
+        raise TrialError(f"the trainer returned a result of {result.trial}, was given {given}")
     for name in ("loss", "flops", "seconds"):
         value = getattr(result, name)
         if not isinstance(value, Real) or not math.isfinite(value):
@@ -170,7 +239,7 @@ def _checked(result: object, trial: Trial) -> Result:
     )
 
 
-def _message(error: BaseException) -> str:
+def message(error: BaseException) -> str:
     """What an exception says on one line, even one that cannot be printed."""
     try:
         text = " ".join(str(error).split())

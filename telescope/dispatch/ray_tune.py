@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from telescope.dispatch.queue import LOG_TAIL_LINES, Queue, Trainer, attempt, clean
+from telescope.dispatch.packing import Packer, Size, largest
+from telescope.dispatch.queue import LOG_TAIL_LINES, Pack, Queue, Trainer, clean
 from telescope.dispatch.ray_session import (
     MARK,
     OWNER_FILE,
@@ -95,8 +96,10 @@ def run_ray(
     gpus: float = 0,
     address: str | None = None,
     timeout: float = 0.0,
+    pack: Size = 1,
     owner: str | None = None,
     on_start: Callable[[Trial], None] | None = None,
+    on_pack: Callable[[Pack], None] | None = None,
 ) -> None:
     """Run every trial that `source` asks for, `workers` at once; returns when it asks for no more.
 
@@ -112,9 +115,11 @@ def run_ray(
         address: ``host:port`` of a running cluster, or ``auto`` to look for one.
         timeout: seconds after which a trial counts as hung; 0: never. One that cannot be
             interrupted has its process ended `HANG_GRACE` later.
+        pack: how many trials of one width a worker may train as one; their results come together.
         owner: a name that only one run at a time may use; what an earlier run of that name, now
             dead, left behind of its own Ray is ended first.
         on_start: called when a worker takes a trial.
+        on_pack: called when a worker has ended what it was handed.
 
     Raises:
         SpecError: no cluster at `address`, or no room for `workers` trials at once.
@@ -122,7 +127,7 @@ def run_ray(
             interrupted, the process ends with that message instead, as Ray itself ends it later.
         KeyboardInterrupt: Ctrl-C; what ran is killed, what had finished is told.
     """
-    queue = Queue(source, on_start=on_start)
+    queue = Queue(source, on_start=on_start, pack=largest(pack), workers=workers)
     if queue.is_done:
         return
     owned = not ray.is_initialized()
@@ -136,7 +141,7 @@ def run_ray(
         folder = tempfile.mkdtemp(prefix="telescope-", dir=_short_folder())
         (Path(folder) / OWNER_FILE).write_text(owner)
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        driver = _Driver(queue, leave_at_once=owned, logs=Path(folder))
+        driver = _Driver(queue, leave_at_once=owned, logs=Path(folder), on_pack=on_pack)
         heads: list[tuple[str, int]] = []  # of a cluster, when it is connected to
         local = LocalRay(owner)
         leaving = stack.enter_context(
@@ -162,7 +167,7 @@ def run_ray(
         stack.callback(ray.kill, gate)
         parts = {
             **{"trainer": cloudpickle.dumps(trainer), "gate": gate, "threads": max(1, int(cpus))},
-            **{"timeout": timeout, "logs": folder},
+            **{"timeout": timeout, "logs": folder, "pack": pack},
         }
         worker = tune.with_parameters(_Worker, **parts)
         driver.gate = gate
@@ -182,13 +187,21 @@ class _Leave(BaseException):
 class _Driver:
     """The driver's side: which worker does what, and the first error of the source."""
 
-    def __init__(self, queue: Queue, *, leave_at_once: bool, logs: Path) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        *,
+        leave_at_once: bool,
+        logs: Path,
+        on_pack: Callable[[Pack], None] | None = None,
+    ) -> None:
         self.gate: Any = None
+        self._on_pack = on_pack
         self._logs = logs
         self.error: Exception | None = None
         self._queue = queue
         self._leave_at_once = leave_at_once
-        self._running: dict[str, Trial | None] = {}  # Tune's trial id → trial, None at the gate
+        self._running: dict[str, list[Trial]] = {}  # Tune's trial id → trials, none at the gate
         self._turn = 0  # how often the gate was opened
         self._unstarted: dict[str, float] = {}  # Tune's trial id → when it was handed out
         self._opened = 0.0  # when the gate was opened for one of those
@@ -198,46 +211,52 @@ class _Driver:
         return (object, ())
 
     def assign(self, tune_id: str) -> dict[str, Any] | None:
-        """What a free worker does next: a trial, the gate, or None when the sweep is over.
+        """What a free worker does next: trials, the gate, or None when the sweep is over.
 
         An empty order is none for now: the worker is left for a trial that has found no other.
         """
         if self.error:
             return None
         try:
-            trial = self._queue.take()
-            if trial is None and not self._queue.is_waiting:
+            trials = self._queue.take_pack()
+            if not trials and not self._queue.is_waiting:
                 return None
-            if trial is None and self._has_stranded():
+            if not trials and self._has_stranded():
                 return {}
         except Exception as error:
             self.error = error
             return None
-        self._running[tune_id] = trial
-        if trial:
+        self._running[tune_id] = trials
+        if trials:
             self._unstarted[tune_id] = time.monotonic()
-        return {"trial": trial} if trial else {"turn": self._turn}
+        return {"trials": trials} if trials else {"turn": self._turn}
 
-    def answer(self, tune_id: str, result: Result | None) -> None:
-        """Take what a worker brought back; from the gate it brings None."""
-        del self._running[tune_id]
+    def answer(self, tune_id: str, results: Sequence[Result], pack: Pack | None) -> None:
+        """Take what a worker brought back; from the gate it brings nothing."""
+        trials = self._running.pop(tune_id)
         self._unstarted.pop(tune_id, None)
-        if result is None or self.error:
+        if not trials or self.error:
             return
         try:
-            self._queue.answer(result)
-            if None in self._running.values() and not self._queue.is_waiting:
+            for result in results:
+                self._queue.answer(result)
+            if pack:
+                self._queue.settle(pack)
+                if self._on_pack:
+                    self._on_pack(pack)
+            if [] in self._running.values() and not self._queue.is_waiting:
                 self._turn += 1
                 self.gate.open.remote(self._turn)
         except Exception as error:
             self.error = error
 
     def lose(self, tune_id: str, reason: str) -> None:
-        """Take the loss of a worker process: its trial has failed; a gate trial is forgotten."""
-        trial = self._running[tune_id]
-        if trial:
-            reason = clean([reason, *_log_tail(self._logs, trial)])
-        self.answer(tune_id, Result(trial, Status.FAILED, reason=reason) if trial else None)
+        """Take the loss of a worker process: its trials have failed; a gate trial is forgotten."""
+        trials = self._running[tune_id]
+        if trials:
+            reason = clean([reason, *_log_tail(self._logs, trials[0])])
+        failed = [Result(trial, Status.FAILED, reason=reason) for trial in trials]
+        self.answer(tune_id, failed, None)
 
     def stop(self, error: Exception) -> None:
         """Give up for a reason that comes from outside."""
@@ -255,7 +274,7 @@ class _Driver:
     def _free_workers_for_stranded(self) -> None:
         """Let workers go that wait at the gate for the very trial that needs one of them."""
         is_due = time.monotonic() - self._opened > 1.0
-        if is_due and None in self._running.values() and self._has_stranded():
+        if is_due and [] in self._running.values() and self._has_stranded():
             self._opened = time.monotonic()
             self._turn += 1
             self.gate.open.remote(self._turn)
@@ -285,7 +304,7 @@ class _Asker(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
     ) -> None:
         """Pass on what a worker brought back; errors go another way, which knows their reason."""
         if result is not None and not error:
-            self._driver.answer(trial_id, result.get("result"))
+            self._driver.answer(trial_id, result.get("results", ()), result.get("pack"))
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the store is the state."""
@@ -352,14 +371,15 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
         threads: int,
         timeout: float,
         logs: str,
+        pack: Size,
     ) -> None:
         """Size the thread pools, before the trainer brings in torch."""
         self._order = config
         self._pickled = trainer
-        self._trainer: Trainer | None = None
+        # Loaded when it is first needed: a trainer that cannot load is a trial's failure.
+        self._packer = Packer(self._load, pack, timeout=timeout, guard=_ended_if_hung)
         self._gate = gate
         self._threads = threads
-        self._timeout = timeout
         self._logs = Path(logs)
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
 
@@ -369,20 +389,20 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train a trial, or wait at the gate."""
-        if trial := self._order.get("trial"):
-            with _logged(self._logs, trial), _ended_if_hung(self._timeout):
-                result = attempt(self._train, trial, timeout=self._timeout)
-            return {"done": True, "result": result}
+        """Train what was ordered, or wait at the gate."""
+        if trials := self._order.get("trials"):
+            results: list[Result] = []
+            with _logged(self._logs, trials[0]):
+                pack = self._packer(trials, results.append)
+            return {"done": True, "results": results, "pack": pack}
         ray.get(self._gate.wait_beyond.remote(self._order["turn"]))
         return {"done": True}
 
-    def _train(self, trial: Trial) -> Result:
-        if self._trainer is None:  # here, not in setup: a trainer that cannot load is a failure
-            self._trainer = cloudpickle.loads(self._pickled)
-            if torch := sys.modules.get("torch"):
-                torch.set_num_threads(self._threads)
-        return self._trainer(trial)
+    def _load(self) -> Trainer:
+        trainer: Trainer = cloudpickle.loads(self._pickled)
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(self._threads)
+        return trainer
 
 
 @contextmanager

@@ -68,7 +68,11 @@ class Checkpoints:
         """
         from safetensors.torch import save
 
-        tensors = {**_model_tensors(model), **_optimizer_tensors(optimizers), **_random(device)}
+        tensors = {
+            **_model_tensors(model),
+            **_optimizer_tensors(optimizers),
+            **random_states(device),
+        }
         data = save({name: _plain(tensor) for name, tensor in tensors.items()})
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = self._folder / f"step-{position.step:09d}"
@@ -175,7 +179,7 @@ def _put_optimizers(
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _random(device: str) -> dict[str, Tensor]:
+def random_states(device: str) -> dict[str, Tensor]:
     """torch's random states, which dropout in a model draws from."""
     states = {"random.cpu": torch.get_rng_state()}
     if torch.device(device).type != "cpu":

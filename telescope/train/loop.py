@@ -6,8 +6,9 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from telescope.train.data import Batches, held_out_batch, load_corpus
 from telescope.train.model import build_model
 from telescope.train.optim import build_optimizers, parameter_groups, schedule, set_lr
 from telescope.train.parametrization import Tag
+
+if TYPE_CHECKING:
+    from telescope.train.probe import PackProbe
 
 DIVERGED_ABOVE = 2.0
 """A batch loss above this multiple of the first one ends the trial. An assumption: a zero readout
@@ -49,6 +53,28 @@ class TelescopeTrainer:
         """
         torch.set_num_threads(self.config.threads)
         return train(self.config, trial)
+
+    def train_pack(self, trials: Sequence[Trial]) -> Iterator[Result]:
+        """Train trials of one width as one; see `fused.train_pack`."""
+        from telescope.train.fused import train_pack
+
+        torch.set_num_threads(self.config.threads)
+        return train_pack(self.config, trials)
+
+    def obstacle(self, trial: Trial) -> str:
+        """Why trials like this one cannot be trained as one; see `fused.obstacle`."""
+        from telescope.train.fused import obstacle
+
+        torch.set_num_threads(self.config.threads)
+        return obstacle(self.config, trial)
+
+    def probe_pack(self, trials: Sequence[Trial]) -> PackProbe | None:
+        """What a pack gains and needs, see `probe.pack_probe`; None on a CPU: it gains little."""
+        from telescope.train.probe import pack_probe
+
+        if torch.device(resolve_device(self.config.device)).type == "cpu":
+            return None
+        return pack_probe(self.config, trials)
 
 
 def train(config: TrialConfig, trial: Trial) -> Result:
@@ -159,13 +185,13 @@ def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> st
 
     `keep` is called where a checkpoint may be due; the last step needs none.
     """
-    train, read_every = setup.train, _read_every(setup.device)
+    train, read_every = setup.train, reads_every(setup.device)
     unread: list[Tensor] = []
     for step in range(position.step, train.steps):
         unread.append(
             take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
         )
-        if len(unread) < read_every and not _must_be_read(train, step + 1):
+        if len(unread) < read_every and not must_be_read(train, step + 1):
             continue
         for loss in torch.stack(unread).tolist():
             if reason := note_step(position, loss, train, lambda: held_out_loss_of(setup)):
@@ -176,12 +202,12 @@ def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> st
     return ""
 
 
-def _read_every(device: str) -> int:
-    """Steps between two readings of the losses: on a CPU there is nothing to wait for."""
+def reads_every(device: str) -> int:
+    """Steps between two readings of the losses; on a CPU they are at hand after every one."""
     return 1 if torch.device(device).type == "cpu" else READ_EVERY
 
 
-def _must_be_read(train: TrainConfig, done: int) -> bool:
+def must_be_read(train: TrainConfig, done: int) -> bool:
     """Whether after `done` steps an evaluation or a checkpoint needs to know how far a trial is."""
     every = train.checkpoint_every
     return done in _evenly_spaced(train.steps, train.evals) or bool(every and done % every == 0)
@@ -229,7 +255,7 @@ def take_step(
     device: str,
 ) -> Tensor:
     """One optimizer step; returns the batch's loss before it, nats per token, on the device."""
-    inputs, targets = (_moved(tokens, device) for tokens in batches.at(step))
+    inputs, targets = (moved(tokens, device) for tokens in batches.at(step))
     loss_of = compiled_token_loss() if config.compile else token_loss
     loss = loss_of(model, inputs, targets, config.precision)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -240,7 +266,7 @@ def take_step(
     return loss.detach()
 
 
-def _moved(tokens: Tensor, device: str) -> Tensor:
+def moved(tokens: Tensor, device: str) -> Tensor:
     """The tokens on a device; a GPU fetches them itself, and the next step's launch goes on."""
     if not device.startswith("cuda"):
         return tokens.to(device)

@@ -9,6 +9,7 @@ r is the matrix's fan-in over its fan-in at base width. Every rule is the same a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -315,11 +316,15 @@ def initialise(
 
 
 def set_multipliers(model: nn.Module, tags: dict[str, Tag], *, optimizer: str, rule: str) -> None:
-    """Make every readout's multiplier the rule's; mup's own forward divides by r."""
+    """Make every readout's multiplier the rule's; mup's own forward divides by r.
+
+    r is fixed here: mup reads it off the weight, and a functional call puts a plain tensor there.
+    """
     for module, name in readouts(model):
-        tag = tags[name]
+        tag, ratio = tags[name], float(module.width_mult())
         wanted = scaling(tag.role, tag.shape, tag.base_shape, optimizer=optimizer, rule=rule)
-        module.output_mult *= wanted.multiplier * module.width_mult()
+        module.output_mult *= wanted.multiplier * ratio
+        module.width_mult = functools.partial(float, ratio)
 
 
 def readouts(model: nn.Module) -> Iterator[tuple[mup.MuReadout, str]]:

@@ -1,18 +1,23 @@
-"""How long a trial takes on this machine: a few real steps, timed."""
+"""How long a trial takes on this machine, and what a pack gains: a few real steps, timed."""
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from telescope.records import Trial
-from telescope.train.config import TrialConfig
-from telescope.train.loop import held_out_loss_of, set_up, take_step
+from telescope.records import Point, Trial
+from telescope.train.config import TrainConfig, TrialConfig
+from telescope.train.fused import Pack
+from telescope.train.loop import Setup, held_out_loss_of, resolve_device, set_up, take_step
 
 WARM_UP_STEPS = 2
 TIMED_STEPS = 5
+TAME_LR = 1e-6
+"""A learning rate at which nothing diverges while a pack is timed."""
 
 
 def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
@@ -25,13 +30,83 @@ def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
     torch.set_num_threads(config.threads)
     setup = set_up(config, trial)
     train = replace(config.train, steps=WARM_UP_STEPS + TIMED_STEPS, evals=1)
-    start = time.perf_counter()
-    for step in range(train.steps):
-        if step == WARM_UP_STEPS:
-            start = time.perf_counter()
-        take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
-    per_step = (time.perf_counter() - start) / TIMED_STEPS
+    per_step = _seconds_per_step(setup, train)
     start = time.perf_counter()
     held_out_loss_of(setup)
     per_eval = time.perf_counter() - start
     return per_step * config.train.steps + per_eval * config.train.evals
+
+
+def _seconds_per_step(setup: Setup, train: TrainConfig) -> float:
+    """Wall time of a step of one trial, from the steps after a few others."""
+    start = time.perf_counter()
+    for step in range(WARM_UP_STEPS + TIMED_STEPS):
+        if step == WARM_UP_STEPS:
+            start = time.perf_counter()
+        loss = take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
+    loss.item()  # an accelerator has done all steps only now
+    return (time.perf_counter() - start) / TIMED_STEPS
+
+
+@dataclass(frozen=True)
+class PackProbe:
+    """What was measured of a pack."""
+
+    size: int
+    """Its trials."""
+    alone_seconds: float
+    """One step of one trial."""
+    pack_seconds: float
+    """One step of the pack."""
+    bytes_used: int
+    """Most accelerator memory at once, one trial's own model included; 0 where it is not known."""
+    bytes_free: int
+    """Accelerator memory that was free before; 0 where it is not known."""
+
+    @property
+    def gain(self) -> float:
+        """Trials per second as a pack over one after the other."""
+        return self.size * self.alone_seconds / self.pack_seconds
+
+    @property
+    def most(self) -> float:
+        """How many trials the free memory holds."""
+        return self.bytes_free * self.size / self.bytes_used if self.bytes_used else math.inf
+
+
+def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
+    """A few steps of a pack and of one trial alone, at a learning rate that cannot diverge.
+
+    Args:
+        config: the sweep's training; no checkpoint is read or written.
+        trials: of one width.
+
+    Raises:
+        torch.OutOfMemoryError: they do not fit.
+    """
+    steps = WARM_UP_STEPS + TIMED_STEPS
+    train = replace(config.train, steps=max(steps + 1, config.train.steps), evals=1)
+    probed = replace(config, train=train, checkpoint_folder=None)
+    tame = [replace(trial, point=Point.of({**trial.point, "lr": TAME_LR})) for trial in trials]
+    torch.set_num_threads(config.threads)
+    alone = _seconds_per_step(set_up(probed, tame[0]), train)
+    device = torch.device(resolve_device(config.device))
+    before, free = _memory(device)
+    pack, start = Pack(probed, tame), 0.0
+    for step in range(steps):
+        if step == WARM_UP_STEPS:
+            start = time.perf_counter()
+        pack.step()
+    pack.read()
+    seconds = (time.perf_counter() - start) / TIMED_STEPS
+    used = torch.cuda.max_memory_allocated(device) - before if free else 0
+    return PackProbe(len(trials), alone, seconds, used, free)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes in use and bytes free on a CUDA device, its peak forgotten; zeros on others."""
+    if device.type != "cuda":
+        return 0, 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,261 @@
+"""A pack: trials of one width that train as one stacked model, each as it would alone.
+
+Every trial keeps its own data, schedule, curve, checkpoints and end. One that ends or diverges
+leaves the pack, and its memory is freed. Trials may be at different steps, so a resumed pack takes
+each from its own last checkpoint, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from telescope.records import Result, Trial
+from telescope.train.checkpoint import Checkpoints, Position, checkpoints_of, random_states
+from telescope.train.config import TrainConfig, TrialConfig
+from telescope.train.data import Batches
+from telescope.train.loop import (
+    Setup,
+    moved,
+    must_be_read,
+    note_step,
+    reads_every,
+    result_of,
+    set_up,
+    token_loss,
+)
+from telescope.train.optim import schedule
+from telescope.train.stack import Stack
+
+AGREEMENT = 0.05
+"""How far loss or gradients of a stacked model may be from its own, as a share of their size: far
+above rounding, bf16's included, and far below what another computation gives."""
+
+
+@dataclass
+class Member:
+    """One trial of a pack."""
+
+    trial: Trial
+    batches: Batches
+    train: TrainConfig
+    checkpoints: Checkpoints | None
+    position: Position
+
+
+def train_pack(config: TrialConfig, trials: Sequence[Trial]) -> Iterator[Result]:
+    """Train trials of one width as one; yields each result as soon as its trial has ended.
+
+    A result is that of `loop.train` up to rounding. Its seconds are the trial's share: at every
+    step those who train share the time evenly, so that the seconds of all add up to the pack's.
+
+    Args:
+        config: the sweep's training.
+        trials: of one width, each at most once; seeds may differ.
+
+    Raises:
+        DataError, ModelError: as `loop.train`.
+    """
+    pack = Pack(config, trials)
+    while pack.members:
+        yield from pack.step()
+
+
+class Pack:
+    """The trials that still train, and their stacked model."""
+
+    def __init__(self, config: TrialConfig, trials: Sequence[Trial]) -> None:
+        """Set every trial up, or restore it, one after the other."""
+        self._config = config
+        self.members: list[Member] = []
+        self._unread: list[Tensor] = []  # the losses of the last steps, (K,) each
+        self._clock = 0.0
+        for trial in trials:
+            start = time.perf_counter()
+            setup = set_up(config, trial)
+            parts = (setup.model, setup.optimizers)
+            checkpoints = checkpoints_of(config, trial)
+            position = checkpoints.restore(*parts, setup.device) if checkpoints else Position()
+            if not self.members:
+                self._shell = setup  # whose module is called, and through which checkpoints go
+                self.stack = stack_of(setup, len(trials))
+            self.stack.load(len(self.members), *parts)
+            position.seconds += time.perf_counter() - start
+            self.members.append(Member(trial, setup.batches, setup.train, checkpoints, position))
+
+    def step(self) -> list[Result]:
+        """Every trial's next step; returns the results of those that have ended, as far as read."""
+        self._clock = time.perf_counter()
+        steps = [member.position.step + len(self._unread) for member in self.members]
+        shares = [schedule(s, m.train) for s, m in zip(steps, self.members, strict=True)]
+        losses = self.stack.losses(*self._batches(steps))
+        self.stack.update(self.stack.gradients(losses), shares, [step + 1 for step in steps])
+        self._unread.append(losses.detach())
+        due = any(
+            must_be_read(m.train, step + 1) for step, m in zip(steps, self.members, strict=True)
+        )
+        if due or len(self._unread) == reads_every(self._shell.device):
+            return self.read()
+        self._charge()
+        return []
+
+    def read(self) -> list[Result]:
+        """Learn how far the trials are; returns the results of those that have ended."""
+        if not self._unread:
+            return []
+        reasons = self._note(torch.stack(self._unread).T.tolist())
+        self._unread = []
+        self._charge()
+        self._save(reasons)
+        self._charge()
+        left, results = [], []
+        for k, (member, reason) in enumerate(zip(self.members, reasons, strict=True)):
+            if reason or member.position.step == member.train.steps:
+                results.append(result_of(self._config, member.trial, member.position, reason))
+            else:
+                left.append(k)
+        if left and results:
+            self.stack.keep(left)
+        self.members = [self.members[k] for k in left]
+        return results
+
+    def _batches(self, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (K, batch, sequence); one that several trials see is made once."""
+        seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        batches = []
+        for step, member in zip(steps, self.members, strict=True):
+            key = (member.trial.seed, step)
+            if key not in seen:
+                seen[key] = member.batches.at(step)
+            batches.append(seen[key])
+        inputs, targets = (torch.stack(tensors) for tensors in zip(*batches, strict=True))
+        return moved(inputs, self._shell.device), moved(targets, self._shell.device)
+
+    def _note(self, losses: Sequence[Sequence[float]]) -> list[str]:
+        """Move every trial's position on by its losses; returns why each diverged, or ""."""
+        held_out: list[float] = []
+
+        def measure(k: int) -> float:
+            if not held_out:
+                held_out.extend(self._held_out_losses())
+            return held_out[k]
+
+        reasons = []
+        for k, (member, own) in enumerate(zip(self.members, losses, strict=True)):
+            notes = (
+                note_step(member.position, loss, member.train, functools.partial(measure, k))
+                for loss in own
+            )
+            reasons.append(next(filter(None, notes), ""))
+        return reasons
+
+    @torch.no_grad()
+    def _held_out_losses(self) -> list[float]:
+        """As `loop.held_out_loss`, of every trial."""
+        size, model = self._config.train.batch_size, self._shell.model
+        chunks = list(zip(*(torch.split(t, size) for t in self._shell.held_out), strict=True))
+        model.eval()
+        losses = [self.stack.losses(*chunk, shared=True) for chunk in chunks]
+        model.train()
+        sizes = torch.tensor([inputs.numel() for inputs, _ in chunks], dtype=torch.float64)
+        means: list[float] = (sizes @ torch.stack(losses).cpu().double() / sizes.sum()).tolist()
+        return means
+
+    def _charge(self) -> None:
+        """Share the time since the last call among those who train."""
+        now = time.perf_counter()
+        for member in self.members:
+            member.position.seconds += (now - self._clock) / len(self.members)
+        self._clock = now
+
+    def _save(self, reasons: Sequence[str]) -> None:
+        """Write the checkpoints that are due, each as the trial alone would."""
+        every = self._config.train.checkpoint_every
+        parts = (self._shell.model, self._shell.optimizers)
+        for k, (member, reason) in enumerate(zip(self.members, reasons, strict=True)):
+            step = member.position.step
+            is_last = bool(reason) or step == member.train.steps
+            if member.checkpoints and not is_last and step % every == 0:
+                self.stack.put(k, step, *parts)
+                member.checkpoints.save(*parts, self._shell.device, member.position)
+
+
+def stack_of(setup: Setup, size: int) -> Stack:
+    """Room for `size` trials like this one."""
+    loss = functools.partial(token_loss, precision=setup.train.precision)
+    return Stack.empty(setup.model, setup.optimizers, size, loss=loss, device=setup.device)
+
+
+def obstacle(config: TrialConfig, trial: Trial) -> str:
+    """Why trials like this one cannot be trained as one; "" if they can.
+
+    One batch is computed alone and as a stack of two, and compared.
+
+    Raises:
+        DataError, ModelError: as `loop.train`.
+    """
+    if config.train.compile:
+        return "train.compile is on, and compiles the step of one trial"
+    setup = set_up(config, trial)
+    _shake(setup)
+    model, device = setup.model, setup.device
+    inputs, targets = (tensor.to(device) for tensor in setup.batches.at(0))
+    random = random_states(device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loss = token_loss(model, inputs, targets, config.train.precision)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if any(not torch.equal(state, random[key]) for key, state in random_states(device).items()):
+        return "it draws random numbers in training, and they would not be those of a trial alone"
+    if any(not torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers()):
+        return "it changes its buffers in training"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            return f"{name} has no part in its loss"
+    stack = stack_of(setup, 2)
+    for k in range(2):
+        stack.load(k, model, setup.optimizers)
+    try:
+        losses = stack.losses(torch.stack([inputs] * 2), torch.stack([targets] * 2))
+        grads = stack.gradients(losses)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+        return f"its forward does not take stacked parameters ({type(error).__name__}: {said})"
+    return _difference(setup, loss, losses, stack, grads)
+
+
+def _shake(setup: Setup) -> None:
+    """Move every parameter a little: from a readout of zeros no gradient comes back."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in setup.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter), alpha=0.02)
+
+
+def _difference(
+    setup: Setup, loss: Tensor, losses: Tensor, stack: Stack, grads: Sequence[Tensor]
+) -> str:
+    """What a stacked model does otherwise than the model alone; "" if nothing."""
+    if not torch.allclose(losses, loss.detach().expand(2), rtol=AGREEMENT):
+        return f"stacked, its loss is {losses[0].item():.4g}, alone {loss.item():.4g}"
+    named = dict(setup.model.named_parameters())
+    for block, grad in zip(stack.blocks, grads, strict=True):
+        for name, stacked in zip(block.names, grad, strict=True):
+            alone = named[name].grad
+            assert alone is not None
+            if (stacked - alone).norm() > AGREEMENT * 2**0.5 * alone.norm():
+                return f"stacked, the gradient of {name} is another"
+    return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left; on a CPU torch has no own type."""
+    is_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return is_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))

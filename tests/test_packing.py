@@ -1,0 +1,364 @@
+"""Who gets which trials, how many as one, and what a pack's mishaps cost the trials in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GPT, tiny_spec
+from faults import answers, finish, run_real, start, stored
+from rich.console import Console
+
+from telescope import Spec
+from telescope.dispatch.inline import run_inline
+from telescope.dispatch.packing import Packer, choose_size
+from telescope.dispatch.queue import Pack, Queue
+from telescope.errors import SpecError, StoreError
+from telescope.prepare import pack_size
+from telescope.records import Point, Result, Status, Trial
+from telescope.report.live import View, make_view
+from telescope.sweep import Options, open_result, run
+
+
+def trials(number: int, width: int = 32) -> list[Trial]:
+    return [Trial(width, Point.of(lr=0.01 * (n + 1)), 0) for n in range(number)]
+
+
+class Source:
+    """Asks for trials until each has a result."""
+
+    def __init__(self, wanted: Sequence[Trial]) -> None:
+        self.wanted, self.told = list(wanted), dict[Trial, Result]()
+
+    def ask(self) -> Sequence[Trial]:
+        return [trial for trial in self.wanted if trial not in self.told]
+
+    def tell(self, result: Result) -> None:
+        assert result.trial not in self.told
+        self.told[result.trial] = result
+
+
+def good(trial: Trial) -> Result:
+    return Result(trial, Status.COMPLETE, loss=trial.lr)
+
+
+@dataclass
+class Probe:
+    gain: float = 5.0
+    most: float = math.inf
+
+
+class Fake:
+    """A trainer of packs, without models."""
+
+    def __init__(
+        self,
+        on_pack: Callable[[Sequence[Trial]], None] = lambda members: None,
+        *,
+        bad: Trial | None = None,
+        stops: str = "",
+        probe: Probe | None = None,
+    ) -> None:
+        self.packs: list[int] = []
+        self.alone: list[Trial] = []
+        self.on_pack, self.bad, self.stops, self.probe = on_pack, bad, stops, probe
+
+    def __call__(self, trial: Trial) -> Result:
+        self.alone.append(trial)
+        if trial == self.bad:
+            raise ValueError("this point's fault")
+        return good(trial)
+
+    def train_pack(self, members: Sequence[Trial]) -> Iterator[Result]:
+        self.packs.append(len(members))
+        self.on_pack(members)
+        for trial in members:
+            if trial == self.bad:
+                raise ValueError("this point's fault")
+            yield good(trial)
+
+    def obstacle(self, trial: Trial) -> str:
+        return self.stops
+
+    def probe_pack(self, members: Sequence[Trial]) -> Probe | None:
+        return self.probe
+
+
+def packed(trainer: Any, wanted: Sequence[Trial], **options: Any) -> tuple[Source, list[Pack]]:
+    source, packs = Source(wanted), list[Pack]()
+    run_inline(source, trainer, on_pack=packs.append, **{"pack": 8, **options})
+    assert set(source.told) == set(wanted)
+    return source, packs
+
+
+def test_workers_share_a_stage_evenly() -> None:
+    queue = Queue(Source(trials(20)), pack=None, workers=4)
+    taken = [queue.take_pack() for _ in range(5)]
+    assert [len(pack) for pack in taken] == [5, 5, 5, 5, 0]
+    assert len({trial for pack in taken for trial in pack}) == 20
+    queue = Queue(Source(trials(9)), pack=4, workers=2)
+    assert [len(queue.take_pack()) for _ in range(4)] == [4, 4, 1, 0]
+
+
+def test_a_pack_is_of_one_width() -> None:
+    queue = Queue(Source([*trials(2, 32), *trials(3, 64), *trials(1, 32)]), pack=None)
+    assert [{t.width for t in queue.take_pack()} for _ in range(3)] == [{32}, {64}, set()]
+
+
+def test_what_failed_is_tried_again_alone() -> None:
+    source = Source(trials(4))
+    queue = Queue(source, pack=None)
+    for trial in queue.take_pack():  # a worker has died with all of them
+        queue.answer(Result(trial, Status.FAILED, reason="killed"))
+    assert [len(queue.take_pack()) for _ in range(5)] == [1, 1, 1, 1, 0]
+    assert not source.told
+
+
+def test_without_room_a_pack_is_halved_and_the_size_remembered() -> None:
+    def needs_memory(members: Sequence[Trial]) -> None:
+        if len(members) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer = Fake(needs_memory)
+    source, packs = packed(trainer, trials(12))
+    assert trainer.packs == [8, 4, 2, 2, 2, 2, 2, 2]
+    assert all(result.loss == trial.lr for trial, result in source.told.items())
+    assert "8 trials of width 32 need more memory" in packs[0].why
+    assert not trainer.alone
+
+
+def test_memory_of_a_cpu_counts_too_and_other_errors_do_not() -> None:
+    def no_room(members: Sequence[Trial]) -> None:
+        if len(members) > 2:
+            torch.empty(10**17)
+
+    trainer = Fake(no_room)
+    packed(trainer, trials(4), pack=4)
+    assert trainer.packs == [4, 2, 2]
+
+
+def test_a_fault_of_one_costs_the_others_nothing() -> None:
+    wanted = trials(6)
+    trainer = Fake(bad=wanted[2])
+    source, packs = packed(trainer, wanted)
+    assert source.told[wanted[2]].reason.startswith("failed 3 times; last: ValueError: this point")
+    assert all(source.told[t].loss == t.lr for t in wanted if t != wanted[2])
+    assert trainer.packs == [6]
+    assert Counter(trainer.alone) == Counter({**dict.fromkeys(wanted[3:], 1), wanted[2]: 3})
+    assert packs[0].trained == tuple(wanted[:2])  # results that came before it are kept
+    assert "this point's fault" in packs[0].why
+
+
+def test_a_pack_that_hangs_is_trained_one_by_one() -> None:
+    trainer = Fake(lambda members: time.sleep(30))
+    start = time.monotonic()
+    source, packs = packed(trainer, trials(3), timeout=0.1)
+    assert 0.3 <= time.monotonic() - start < 10  # three times one trial's
+    assert "no end after" in packs[0].why
+    assert {result.status for result in source.told.values()} == {Status.COMPLETE}
+
+
+def test_what_cannot_be_stacked_is_trained_one_by_one() -> None:
+    trainer = Fake(stops="it draws random numbers")
+    _, packs = packed(trainer, trials(5))
+    assert not trainer.packs
+    assert len(trainer.alone) == 5
+    assert packs[0] == Pack(
+        tuple(trials(5)[:1]), tuple(trials(5)[1:]), most=1, why="it draws random numbers"
+    )
+
+
+def test_a_trainer_of_single_trials_gets_single_trials() -> None:
+    _, packs = packed(good, trials(3))
+    assert [len(pack.trained) for pack in packs] == [1, 1, 1]
+    assert "one trial at a time" in packs[0].why
+
+
+def test_results_of_others_or_too_few_are_the_packs_fault() -> None:
+    class Short(Fake):
+        def train_pack(self, members: Sequence[Trial]) -> Iterator[Result]:
+            return iter([good(members[0]), good(members[0])])
+
+    class Shorter(Fake):
+        def train_pack(self, members: Sequence[Trial]) -> Iterator[Result]:
+            return iter([good(members[0])])
+
+    for trainer, why in ((Short(), "returned a result of"), (Shorter(), "before its trials")):
+        _, packs = packed(trainer, trials(3))
+        assert why in packs[0].why
+        assert trainer.alone == trials(3)[1:]
+
+
+def test_what_the_store_raises_is_no_fault_of_the_pack() -> None:
+    def full(result: Result) -> None:
+        raise StoreError("disk full")
+
+    with pytest.raises(StoreError, match="disk full"):
+        Packer(lambda: Fake(), 4)(trials(4), full)
+    with pytest.raises(KeyboardInterrupt):
+        packed(Fake(lambda members: (_ for _ in ()).throw(KeyboardInterrupt)), trials(3))
+
+
+@pytest.mark.parametrize(
+    ("size", "probe", "most", "why"),
+    [
+        ("auto", None, 1, "on a CPU"),
+        (6, None, 6, ""),
+        ("auto", Probe(gain=1.19), 1, "1.19x"),
+        (6, Probe(gain=0.5), 6, ""),  # asked for
+        ("auto", Probe(), math.inf, ""),
+        ("auto", Probe(most=10.0), 8, "memory holds 8"),
+        (6, Probe(most=10.0), 6, ""),
+        (6, Probe(most=5.0), 4, "memory holds 4"),
+        (6, Probe(most=0.9), 1, "memory holds 1"),
+    ],
+)
+def test_how_many_go_together(size: Any, probe: Any, most: float, why: str) -> None:
+    chosen = choose_size(size, 4, probe)
+    assert chosen[0] == most
+    assert why in chosen[1]
+    assert bool(why) == bool(chosen[1])
+
+
+def test_auto_asks_workers_only_where_there_may_be_an_accelerator(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(is_cluster: bool = False, **compute: Any) -> Any:
+        spec = Spec.from_dict(tiny_spec(corpus_file, compute=compute))
+        return pack_size(spec, is_cluster=is_cluster)
+
+    assert chosen(device="cpu") == chosen(is_cluster=True) == 1
+    assert chosen(is_cluster=True, gpus=1) == chosen(device="cuda") == "auto"
+    assert chosen(pack=3) == 3
+    monkeypatch.setattr("telescope.prepare.resolve_device", lambda device: "cuda")
+    assert chosen() == "auto"
+    for wrong, allowed in ((0, ">= 1"), ("many", "an integer or 'auto'")):
+        with pytest.raises(SpecError, match=rf"compute\.pack: got .*, must be .*{allowed}"):
+            chosen(pack=wrong)
+
+
+def quiet() -> View:
+    return make_view(Console(quiet=True))
+
+
+# Two decimals apart, so that the rounding of a pack cannot turn a decision.
+CLEAR = {
+    "optimizer": {"ns_dtype": "fp32"},
+    "train": {"steps": 8, "checkpoint_every": 3},
+    "axes": {
+        "lr": {"low": 0.002, "high": 0.128, "points": 4},
+        "weight_decay": {"low": 0.05, "high": 4.0, "points": 2},
+    },
+}
+
+
+def swept(place: Path, corpus: Path, pack: Any, **tables: Any) -> Any:
+    data = tiny_spec(corpus, **{**CLEAR, **tables, "compute": {"pack": pack}})
+    options = Options(place, dispatcher="inline", check=False)
+    return run(Spec.from_dict(data), options, quiet)
+
+
+def test_a_fused_sweep_makes_the_same_choices(tmp_path: Path, corpus_file: Path) -> None:
+    folder, alone = swept(tmp_path / "alone", corpus_file, 1)
+    assert not (folder.path / "packs.jsonl").exists()
+    folder, fused = swept(tmp_path / "fused", corpus_file, 4)
+    assert [choice.point for choice in fused.choices] == [choice.point for choice in alone.choices]
+    assert [choice.width for choice in fused.choices] == [16, 32]
+    losses = [
+        {r.trial: r.loss for r in open_result("tiny", tmp_path / name).results}
+        for name in ("alone", "fused")
+    ]
+    assert losses[0] == {trial: pytest.approx(loss, rel=1e-4) for trial, loss in losses[1].items()}
+    rows = [json.loads(line) for line in (folder.path / "packs.jsonl").read_text().splitlines()]
+    assert [len(row["trials"]) for row in rows] == [4, 4, 3]  # 4 × 2 points, then 3 × 1
+    assert {name for row in rows for name in row["trials"]} == {str(trial) for trial in losses[1]}
+    assert not (folder.path / "checkpoints").exists()
+
+
+def test_why_a_sweep_is_not_fused_is_said_once(
+    tmp_path: Path, corpus_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "dropout.py"
+    text = GPT.read_text().replace("        x_BTD = self.embedding(tokens_BT)", DROPOUT)
+    model.write_text(text)
+    data = tiny_spec(corpus_file, model={"file": str(model)}, compute={"pack": 4})
+    options = Options(tmp_path / "results", dispatcher="inline", check=False)
+    _, ladder = run(Spec.from_dict(data), options, lambda: make_view(Console(width=200)))
+    assert ladder.is_finished
+    said = capsys.readouterr().out
+    assert said.count("it draws random numbers in training") == 1
+    assert "pack of width 16: " in said
+
+
+DROPOUT = "        x_BTD = F.dropout(self.embedding(tokens_BT), 0.1, self.training)"
+
+
+def test_killed_in_the_middle_of_a_pack_it_goes_on(tmp_path: Path, corpus_file: Path) -> None:
+    """kill -9 as soon as some results are stored, and a checkpoint of others lies there."""
+    tables = {**CLEAR, "compute": {"pack": 3}}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for place in (whole, killed):
+        place.mkdir()
+    assert finish(start(run_real, whole, tables)) == 0
+    driver = start(run_real, killed, tables)
+    deadline = time.monotonic() + 60
+    checkpoints = killed / "results" / "tiny" / "checkpoints"
+    while time.monotonic() < deadline and driver.is_alive():
+        if len(stored(killed)) >= 3 and list(checkpoints.glob("*/step-*.json")):
+            break
+    driver.kill()
+    finish(driver)
+    before = stored(killed)
+    assert 3 <= len(before) < len(stored(whole))
+    assert finish(start(run_real, killed, tables)) == 0
+    after = stored(killed)
+    assert all(after[key] == row for key, row in before.items())  # none was trained again
+    mine, theirs = (json.loads(answers(place)["show"]) for place in (killed, whole))
+    for one, other in zip(mine["choices"], theirs["choices"], strict=True):
+        assert (one["width"], one["point"]) == (other["width"], other["point"])
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert not checkpoints.exists()
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+def test_packs_on_ray_and_a_worker_that_dies_with_one() -> None:
+    ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
+    wanted = trials(8)
+
+    def make() -> Any:
+        """Local, for Ray to pickle it by value."""
+        import os
+
+        class Mortal:
+            def __call__(self, trial: Trial) -> Result:
+                return Result(trial, Status.COMPLETE, loss=trial.lr)
+
+            def train_pack(self, members: Sequence[Trial]) -> Iterator[Result]:
+                if wanted[0] in members:
+                    os._exit(3)
+                for trial in members:
+                    yield Result(trial, Status.DIVERGED, reason=f"as one of {len(members)}")
+
+            def obstacle(self, trial: Trial) -> str:
+                return ""
+
+            def probe_pack(self, members: Sequence[Trial]) -> None:
+                return None
+
+        return Mortal()
+
+    source, packs = Source(wanted), list[Pack]()
+    ray_tune.run_ray(source, make(), workers=2, pack=4, on_pack=packs.append)
+    died, lived = wanted[:4], wanted[4:]
+    assert {source.told[t].status for t in died} == {Status.COMPLETE}  # each alone
+    assert {source.told[t].reason for t in lived} == {"as one of 4"}
+    assert sorted(len(pack.trained) for pack in packs) == [1, 1, 1, 1, 4]
