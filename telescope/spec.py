@@ -474,7 +474,8 @@ def _unknown_key(location: Sequence[str]) -> str:
     *tables, key = location
     owner = AxisTable if tables[:1] == ["axes"] else Spec
     owner = _TABLES.get(tables[0], owner) if tables else owner
-    owner = SourceConfig if tables[:2] == ["data", "sources"] else owner
+    if tables[:2] == ["data", "sources"]:
+        owner = _TABLES["data.sources"]
     known = [f.name for f in fields(owner)] if is_dataclass(owner) else list(owner.model_fields)
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -488,6 +489,7 @@ _TABLES: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "data": DataConfig,
+    "data.sources": SourceConfig,
     "compute": ComputeTable,
     "budget": BudgetTable,
 }
