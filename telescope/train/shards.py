@@ -63,7 +63,8 @@ class TokenFile:
 @functools.lru_cache(maxsize=OPEN_FILES)
 def _mapped(file: TokenFile) -> NDArray[Any]:
     dtype = np.dtype(file.dtype).newbyteorder("<")
-    return np.memmap(file.path, dtype, mode="r", offset=file.offset, shape=(file.count,))
+    mapped = np.memmap(file.path, dtype, mode="r", offset=file.offset, shape=(file.count,))
+    return mapped.view(np.ndarray)  # slices of a memmap cost more than the tokens in them
 
 
 @dataclass(frozen=True)

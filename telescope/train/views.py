@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,23 +66,23 @@ class View:
                 self._pieces.append((files[number], start - starts[number], stop - starts[number]))
                 start = stop
         lengths = [end - start for _, start, end in self._pieces]
-        self._starts = np.array(list(itertools.accumulate(lengths, initial=0)))
+        self._starts = list(itertools.accumulate(lengths, initial=0))
 
     def __len__(self) -> int:
         """Tokens."""
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def read(self, start: int, into: NDArray[np.int64]) -> None:
         """Fill `into` with the tokens from number `start` on."""
-        number = int(np.searchsorted(self._starts, start, side="right")) - 1
-        done = 0
-        while done < len(into):
+        number = bisect.bisect_right(self._starts, start) - 1
+        done, wanted = 0, len(into)
+        while done < wanted:
             file, first, end = self._pieces[number]
-            first += start + done - int(self._starts[number])
+            first += start + done - self._starts[number]
+            end = min(end, first + wanted - done)
             tokens = file.map() if isinstance(file, TokenFile) else file
-            part = tokens[first : min(end, first + len(into) - done)]
-            into[done : done + len(part)] = part
-            done, number = done + len(part), number + 1
+            into[done : done + end - first] = tokens[first:end]
+            done, number = done + end - first, number + 1
 
 
 @dataclass(frozen=True)
