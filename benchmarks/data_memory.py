@@ -147,9 +147,8 @@ def main() -> None:
     try:
         corpora = make_files(folder, options.gigabytes, options.tokenized)
         time.sleep(3)  # what was written just now is not remembered
-        print(
-            f"{'':32} {'GB':>6} {'anon. MB':>9} {'res. MB':>9} {'ratio':>9} {'ratio':>9} {'seconds':>8}"
-        )
+        titles = ("anon. MB", "res. MB", "ratio", "ratio")
+        print(f"{'':32} {'GB':>6} {' '.join(f'{t:>9}' for t in titles)} {'seconds':>8}")
         report("text, bytes: read whole", corpora["text, bytes"], whole=True)
         for name, data in corpora.items():
             report(f"{name}: first time", data)
