@@ -23,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with documents, a spec, and the tokenizer and shards that `tokenize` made."""
     path = tmp_path_factory.mktemp("tokenize")
     write_jsonl(path / "web.jsonl", sentences(600))
-    (path / "code.txt").write_text(Path(__file__).read_text() * 3)
+    (path / "code.txt").write_text(Path(__file__).read_text())
     data = {"source": "*.jsonl", "tokenizer": "bpe.json", "eval_tokens": 64}
     spec = {**tiny_spec(path, model={"file": str(GPT)}), "data": data}
     (path / "tiny.toml").write_text(as_toml(spec))
@@ -81,10 +81,10 @@ def test_a_sweep_on_a_shard_and_text(place: Path) -> None:
         table = "[[data.sources]]\n" + as_toml(source)
         text += f"\n{table}"
     (place / "two.toml").write_text(text)
-    smaller = ("--set", "train.steps=120", "--set", "ladder.widths=[16]")
-    done = telescope("run", "two.toml", *RUN, *smaller, cwd=place)
+    done = telescope("run", "two.toml", *RUN, "--set", "ladder.widths=[16]", cwd=place)
     assert done.returncode == 0, done.stderr
-    assert "two: every trial reads parts of its training data more than once: " in done.stdout
+    plan = from_json("plan", "two.toml", "--set", "train.steps=2000", cwd=place)
+    assert plan["data"]["note"].startswith("every trial reads parts of its training data more than")
     kept = json.loads((place / "results" / "two" / "spec.json").read_text())
     assert kept["comparable_if_equal"]["data.sources.weight"] == [1.0, 1.0]
     assert [s["source"] for s in kept["spec"]["data"]["sources"]] == [
@@ -100,6 +100,10 @@ def test_a_run_that_reads_its_data_twice_says_so(place: Path) -> None:
     (times,) = plan["passes"].values()
     assert times == pytest.approx(1000 * 4 * 16 / plan["train_tokens"])
     assert plan["note"] == f"every trial reads its training data {times:.1f} times"
+    few = ("--set", "ladder.widths=[16]", "--set", "axes.lr.points=2", "--name", "again")
+    steps = round(1.5 * plan["train_tokens"] / (4 * 16))
+    run = telescope("run", "tiny.toml", *RUN, "--set", f"train.steps={steps}", *few, cwd=place)
+    assert "again: every trial reads its training data 1.5 times" in run.stdout
     printed = telescope("plan", "tiny.toml", "--set", "train.steps=1000", cwd=place).stdout
     assert f"data     {plan['note']}" in printed
 

@@ -200,8 +200,12 @@ def _field_of(line: bytes, where: str, field: str) -> str:
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
         raise DataError(f"{where}: field {field!r} is {kind}, must be a string")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}: field {field!r} has half a surrogate pair, which is no text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: field {field!r} has half a surrogate pair, which is no text"
+        ) from error
     return text
 
 
@@ -224,12 +228,16 @@ def _parquet(path: Path, offset: int, field: str) -> Iterator[Passage]:
             if str(kind) not in strings:
                 raise DataError(f"{path}: column {field!r} is {kind}, must be string")
             row, each = 0, path.stat().st_size / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=1000, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    if text is None:
-                        raise DataError(f"{path}: row {row}: column {field!r} is null")
-                    yield Passage(offset + row * each, text)
-                    row += 1
+            for group in range(file.num_row_groups):
+                # Over all groups at once the library would keep what it has read: the whole file.
+                for batch in file.iter_batches(
+                    batch_size=100, row_groups=[group], columns=[field], use_threads=False
+                ):
+                    for text in batch.column(0).to_pylist():
+                        if text is None:
+                            raise DataError(f"{path}: row {row}: column {field!r} is null")
+                        yield Passage(offset + row * each, text)
+                        row += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable Parquet file: {reason}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def split_passages(
     size = sum(path.stat().st_size for path in files)
     borders = [place for pair in held_out_ranges(size, share) for place in pair]
     for passage in passages(source, files, borders):
-        yield passage, bool(np.searchsorted(borders, passage.place, side="right") % 2)
+        yield passage, bisect_right(borders, passage.place) % 2 == 1
         if progress:
             progress(passage.place, size)
     if progress:
