@@ -356,7 +356,8 @@ class Spec(Table):
             fields |= {f"{table}.{key}": data[table][key] for key in keys}
         fields |= {f"data.{key}": data["data"][key] for key in ("held_out", "eval_tokens")}
         if self.data.sources:
-            fields["data.sources.weight"] = [part.weight for part in self.data.sources]
+            total = sum(part.weight for part in self.data.sources)
+            fields["data.sources.weight"] = [part.weight / total for part in self.data.sources]
         if model:
             fields["model.file (hash)"] = model.digest
             fields |= {f"model.{key}": value for key, value in model.kwargs.items()}

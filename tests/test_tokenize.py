@@ -86,7 +86,7 @@ def test_a_sweep_on_a_shard_and_text(place: Path) -> None:
     plan = from_json("plan", "two.toml", "--set", "train.steps=2000", cwd=place)
     assert plan["data"]["note"].startswith("every trial reads parts of its training data more than")
     kept = json.loads((place / "results" / "two" / "spec.json").read_text())
-    assert kept["comparable_if_equal"]["data.sources.weight"] == [1.0, 1.0]
+    assert kept["comparable_if_equal"]["data.sources.weight"] == [0.5, 0.5]
     assert [s["source"] for s in kept["spec"]["data"]["sources"]] == [
         [str(place / "shards" / "train.bin")],
         [str(place / "code.txt")],

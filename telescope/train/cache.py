@@ -64,8 +64,28 @@ def remembered(
             youngest = max(state[2] for state in states) / 1e9
             unchanged = states == [state_of(path) for path in paths]
             if unchanged and time.time() - youngest > SETTLED_SECONDS:
-                write_json(entry, known)
+                keep_entry(entry, known)
     return known
+
+
+def keep_entry(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON entry, whole or not at all.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    try:
+        write_json(path, data)
+    except OSError as error:
+        raise unusable(path.parent, error) from error
+
+
+def unusable(folder: Path, error: OSError) -> DataError:
+    """The error of a cache folder in which nothing can be kept."""
+    return DataError(
+        f"{folder}: cannot keep what is known of the data: {error.strerror or error}; mend it, or "
+        "name another folder in TELESCOPE_CACHE"
+    )
 
 
 def read_entry(path: Path) -> dict[str, Any] | None:
@@ -88,10 +108,10 @@ def made_once(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
     except OSError as error:
-        raise DataError(
-            f"{path.parent}: cannot keep what is known of the data: {error.strerror}; name "
-            "another folder in TELESCOPE_CACHE"
-        ) from error
+        raise unusable(path.parent, error) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            raise unusable(path.parent, error) from error
         yield

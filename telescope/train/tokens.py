@@ -18,9 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from telescope.errors import DataError
-from telescope.files import write_json
-from telescope.train.cache import cache_folder, key_of, made_once, read_entry
+from telescope.train.cache import cache_folder, keep_entry, key_of, made_once, read_entry, unusable
 from telescope.train.config import BYTES, SourceConfig
 from telescope.train.shards import TokenFile, scan
 from telescope.train.sources import Passage, passages
@@ -101,7 +99,7 @@ def tokenize(
         if known is None or not path.is_file() or path.stat().st_size != known["bytes"]:
             parts = split_passages(source, files, share, progress)
             known = _write(path, parts, tokenizer)
-            write_json(entry, known)
+            keep_entry(entry, known)
     file = TokenFile(path, known["dtype"], known["count"], changed=path.stat().st_mtime_ns)
     return Tokenized(file, [(start, end) for start, end in known["held_out"]], known["digest"])
 
@@ -131,10 +129,7 @@ def _write(
         with suppress(OSError):
             unfinished.unlink()
         if isinstance(error, OSError):
-            raise DataError(
-                f"{path.parent}: cannot keep the tokens: {error.strerror or error}; free the disk, "
-                "or name another folder in TELESCOPE_CACHE"
-            ) from error
+            raise unusable(path.parent, error) from error
         raise
     hasher.update(repr(held_out).encode())
     size = count * np.dtype(dtype).itemsize
