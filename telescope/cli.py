@@ -23,6 +23,7 @@ from telescope.errors import SpecError, TelescopeError
 if TYPE_CHECKING:
     from telescope.spec import Spec
     from telescope.sweep import Finished
+    from telescope.train.config import DataConfig
 
 app = typer.Typer(
     name="telescope",
@@ -91,6 +92,7 @@ def plan(
 ) -> None:
     """Say what a sweep will cost: trials, parameters, FLOPs, time, share of the target run."""
     loaded = _load(spec, overrides, None)
+    _make_tokens(loaded)
     from telescope.planning import make_plan
 
     plan, warning = make_plan(loaded, probe=probe)
@@ -125,6 +127,7 @@ def check(
     def say(text: str) -> None:
         typer.echo(text, err=True)
 
+    _make_tokens(loaded)
     folder = Folder(results / loaded.name)
     record = folder.read_spec() if folder.exists else None
     prepared, _ = settled(prepare(loaded), record, say=say)
@@ -146,6 +149,41 @@ def check(
             console.print(f"figure   {folder.path / 'coordcheck.png'}", soft_wrap=True)
     if not measured.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def tokenize(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SPEC|FILES...", help="A sweep, whose data it is, or files and globs."
+        ),
+    ],
+    vocabulary: Annotated[
+        int, typer.Option("--vocab-size", help="Token ids, the 256 bytes included.")
+    ],
+    out: Annotated[Path, typer.Option(help="The tokenizer to write.")] = Path("tokenizer.json"),
+    shards: Annotated[
+        Path | None, typer.Option(help="Write the tokens too: train.bin and val.bin, as nanoGPT's.")
+    ] = None,
+    field: Annotated[
+        str, typer.Option(help="Of FILES: the field or column with the text.")
+    ] = "text",
+    overrides: SetOption = None,
+) -> None:
+    """Train a small byte-level BPE on a corpus, without what is held out of it."""
+    from telescope.report.progress import progress_bar
+
+    config = _corpus_of(sources, field, overrides)
+    from telescope.tokenizing import make_tokenizer, write_shards
+
+    with progress_bar("reading", "merging pairs …") as progress:
+        line = make_tokenizer(config, vocabulary, out, progress)
+    typer.echo(line)
+    if shards:
+        with progress_bar("tokenizing") as progress:
+            line = write_shards(config, out, shards, progress)
+        typer.echo(line)
 
 
 @app.command()
@@ -180,6 +218,7 @@ def run(
     console = _console()
     if console.is_terminal:
         console.print(f"{loaded.name}: checking the model and the corpus …", style="dim")
+    _make_tokens(loaded)
     # A batch system ends a job with SIGTERM: leave as on Ctrl-C, with everything kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from telescope.answer import transfer as transfer_ladder
@@ -302,6 +341,35 @@ def _load(spec: str, overrides: list[str] | None, name: str | None) -> Spec:
 
     named = [f"name={json.dumps(name)}"] if name else []
     return Spec.load(spec, [*(overrides or ()), *named])
+
+
+def _corpus_of(sources: list[str], field: str, overrides: list[str] | None) -> DataConfig:
+    """The data of a sweep, or of files, as bytes: their tokenizer is yet to be made."""
+    from telescope.catalog import bundled_sweeps
+    from telescope.train.config import DataConfig
+
+    if len(sources) == 1 and (sources[0].endswith(".toml") or sources[0] in bundled_sweeps()):
+        if field != "text":
+            raise SpecError("--field: is for files; of a sweep, use --set data.field=...")
+        return _load(sources[0], [*(overrides or ()), "data.tokenizer=bytes"], None).data
+    if overrides:
+        raise SpecError("--set: is for a sweep; these are files")
+    try:
+        return DataConfig(source=sources[0] if len(sources) == 1 else tuple(sources), field=field)
+    except SpecError as error:
+        raise SpecError(f"tokenize: {error}") from error
+
+
+def _make_tokens(spec: Spec) -> None:
+    """Tokenize documents that have not been yet, with a bar; workers then find the tokens."""
+    from telescope.tokenizing import needs_tokenizing
+
+    if needs_tokenizing(spec.data):
+        from telescope.report.progress import progress_bar
+        from telescope.train.data import read_corpus
+
+        with progress_bar(f"{spec.name}: tokenizing") as progress:
+            read_corpus(spec.data, progress)
 
 
 def _open(sweep: str, results: Path) -> Finished:

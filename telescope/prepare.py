@@ -21,11 +21,12 @@ from telescope.ladder.plan import Plan, StagePlan, least_cost, plan_ladder, what
 from telescope.ladder.view import round_size
 from telescope.records import LadderSpec
 from telescope.spec import Spec, fingerprint
-from telescope.train.config import ModelConfig, TrainConfig, TrialConfig
-from telescope.train.data import check_size, load_corpus
+from telescope.train.config import BYTES, ModelConfig, TrainConfig, TrialConfig
+from telescope.train.data import check_size, check_vocabulary, load_corpus, passes
 from telescope.train.flops import StepCost, step_cost
 from telescope.train.loop import resolve_device
 from telescope.train.model import check_keywords, keyword_defaults
+from telescope.train.tokenizer import load_tokenizer
 
 ASSUMED_FLOP_RATE = 2e10
 """FLOP/s of one CPU thread on small models. An assumption for `plan`; `--probe` measures."""
@@ -98,10 +99,31 @@ class Prepared(Counted):
         With the model file's own defaults: to write one into the spec changes nothing.
         """
         defaults = keyword_defaults(self.trial_config.model)
-        return self.spec.strict_fields(self.trial_config.corpus_digest) | {
+        comparable = self.spec.strict_fields(self.trial_config.corpus_digest) | {
             f"model.{key}": value
             for key, value in json.loads(json.dumps(defaults, default=repr)).items()
         }
+        name = self.spec.data.tokenizer_name
+        if name not in (None, BYTES):
+            comparable["data.tokenizer (hash)"] = load_tokenizer(name).digest
+        return comparable
+
+    @property
+    def repeated_data(self) -> str | None:
+        """What to say of a run that reads some of its data more than once; None of another."""
+        corpus = load_corpus(self.spec.data)
+        repeated = {
+            name: times
+            for name, times in passes(corpus, self.trial_config.train.tokens).items()
+            if times > 1
+        }
+        if not repeated:
+            return None
+        if len(corpus.parts) == 1:
+            (times,) = repeated.values()
+            return f"every trial reads its training data {times:.1f} times"
+        shown = ", ".join(f"{name} {times:.1f} times" for name, times in repeated.items())
+        return f"every trial reads parts of its training data more than once: {shown}"
 
 
 def target_train(spec: Spec, train: TrainConfig) -> TrainConfig:
@@ -160,6 +182,8 @@ def prepare(spec: Spec) -> Prepared:
     check_keywords(model)
     _check_device(spec.compute.device)
     counted = count_costs(spec)
+    corpus = load_corpus(spec.data)
+    check_vocabulary(corpus, model.kwargs["vocab_size"])
     return Prepared(
         spec=spec,
         costs=counted.costs,
@@ -170,7 +194,7 @@ def prepare(spec: Spec) -> Prepared:
             train=train,
             data=spec.data,
             base_width=spec.base_width,
-            corpus_digest=load_corpus(spec.data).digest,
+            corpus_digest=corpus.digest,
             device=spec.compute.device,
             threads=spec.compute.cpus,
             flops_per_step={width: cost.total for width, cost in counted.costs.items()},
@@ -333,7 +357,20 @@ def plan_as_json(prepared: Prepared, seconds: Mapping[str, Any]) -> dict[str, An
         "sweep_over_target_parameters": by_parameters
         / (prepared.target_cost.parameters * target.tokens),
         "range": prepared.planned,
+        "data": _data_as_json(prepared),
         "seconds": dict(seconds),
+    }
+
+
+def _data_as_json(prepared: Prepared) -> dict[str, Any]:
+    """What is trained and measured on: tokens, and how often a trial reads each source."""
+    corpus = load_corpus(prepared.spec.data)
+    return {
+        "train_tokens": len(corpus.train_tokens),
+        "held_out_tokens": len(corpus.held_out_tokens),
+        "vocabulary": corpus.vocabulary,
+        "passes": passes(corpus, prepared.trial_config.train.tokens),
+        "note": prepared.repeated_data,
     }
 
 

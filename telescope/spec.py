@@ -28,21 +28,23 @@ from telescope.records import Axis, LadderSpec
 from telescope.train.config import (
     ADAMW_AXES,
     ADDED_KEYS,
+    BYTES,
     CARE_KEYS,
     PYTHON_STDLIB,
     TRAINER_AXES,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    SourceConfig,
     TrainConfig,
     require,
 )
+from telescope.train.tokenizer import BYTE_VOCABULARY, vocabulary_size
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MAX_POINTS = 1000
 MIN_STEP = 1.001
 """Smallest factor between an axis's values; below about 1.2 they are within the noise anyway."""
-BYTE_VOCABULARY = 256
 
 
 class Table(pydantic.BaseModel):
@@ -235,7 +237,7 @@ class Spec(Table):
         """
         folder = folder or Path.cwd()
         # Through JSON, where strict takes a list for a tuple and a table for a dataclass.
-        text = json.dumps(_with_paths(data, folder), default=str)
+        text = json.dumps(_with_vocabulary(_with_paths(data, folder)), default=str)
         try:
             spec = cls.model_validate_json(text)
         except pydantic.ValidationError as error:
@@ -326,16 +328,22 @@ class Spec(Table):
 
     @property
     def resolved_model(self) -> ModelConfig | None:
-        """The model file's text with the keywords of `build`; vocab_size defaults to the bytes'."""
+        """The model file's text with the keywords of `build`; vocab_size is at least the bytes'.
+
+        Raises:
+            SpecError: there is no vocab_size, and no tokenizer that would tell it.
+        """
         if self.model is None or self._model_source is None:
             return None
         name, text = self._model_source
-        kwargs = {"vocab_size": BYTE_VOCABULARY, **(self.model.model_extra or {})}
-        size = kwargs["vocab_size"]
-        enough = isinstance(size, int) and size >= BYTE_VOCABULARY
-        require(
-            enough, "model.vocab_size", size, f"an integer >= {BYTE_VOCABULARY}, the tokenizer's"
-        )
+        is_bytes = self.data.tokenizer_name == BYTES
+        default = {"vocab_size": BYTE_VOCABULARY} if is_bytes else {}
+        kwargs = {**default, **(self.model.model_extra or {})}
+        size, least = kwargs.get("vocab_size"), BYTE_VOCABULARY if is_bytes else 1
+        enough = isinstance(size, int) and size >= least
+        allowed = f"an integer >= {least}"
+        allowed += ", the tokenizer's" if is_bytes else "; shards of tokens do not tell it"
+        require(enough, "model.vocab_size", size, allowed)
         return ModelConfig(name=name, text=text, kwargs=kwargs)
 
     def as_dict(self) -> dict[str, Any]:
@@ -354,6 +362,9 @@ class Spec(Table):
         for key, before in ADDED_KEYS.items():
             if fields.get(key) == before:
                 del fields[key]
+        if self.data.sources:
+            total = sum(part.weight for part in self.data.sources)
+            fields["data.sources.weight"] = [part.weight / total for part in self.data.sources]
         if model:
             fields["model.file (hash)"] = model.digest
             fields |= {f"model.{key}": value for key, value in model.kwargs.items()}
@@ -366,16 +377,44 @@ def fingerprint(fields: Mapping[str, Any]) -> str:
 
 
 def _with_paths(data: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The spec with the corpus's paths made absolute, so that every worker finds them."""
+    """The spec with the data's paths made absolute, so that every worker finds them."""
     table = data.get("data")
-    source = table.get("source") if isinstance(table, dict) else None
-    if source == PYTHON_STDLIB or not isinstance(source, (str, list, tuple)):
+    if not isinstance(table, dict):
         return data
+    table = {**table, **_with_source(table, folder)}
+    if isinstance(parts := table.get("sources"), (list, tuple)):
+        table["sources"] = [
+            {**part, **_with_source(part, folder)} if isinstance(part, dict) else part
+            for part in parts
+        ]
+    if isinstance(name := table.get("tokenizer"), str) and name != BYTES:
+        table["tokenizer"] = str((folder / name).absolute())
+    return {**data, "data": table}
+
+
+def _with_source(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A table's `source` with absolute paths, where it has paths."""
+    source = table.get("source")
     sources = (source,) if isinstance(source, str) else source
+    if source == PYTHON_STDLIB or not isinstance(sources, (list, tuple)):
+        return {}
     if not all(isinstance(item, str) for item in sources):
+        return {}
+    return {"source": [str((folder / item).absolute()) for item in sources]}
+
+
+def _with_vocabulary(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The spec with the tokenizer's vocabulary as the model's, where the model's is not given.
+
+    Written down like a key that was given: a kept spec is read without the tokenizer's file.
+    """
+    model, table = data.get("model"), data.get("data")
+    if not isinstance(model, dict) or not isinstance(table, dict) or "vocab_size" in model:
         return data
-    absolute = [str((folder / item).absolute()) for item in sources]
-    return {**data, "data": {**data["data"], "source": absolute}}
+    name = table.get("tokenizer")
+    if not isinstance(name, str) or name == BYTES:
+        return data
+    return {**data, "model": {**model, "vocab_size": vocabulary_size(name)}}
 
 
 def _set_key(data: dict[str, Any], override: str) -> None:
@@ -443,6 +482,8 @@ def _unknown_key(location: Sequence[str]) -> str:
     *tables, key = location
     owner = AxisTable if tables[:1] == ["axes"] else Spec
     owner = _TABLES.get(tables[0], owner) if tables else owner
+    if tables[:2] == ["data", "sources"]:
+        owner = _TABLES["data.sources"]
     known = [f.name for f in fields(owner)] if is_dataclass(owner) else list(owner.model_fields)
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -456,6 +497,7 @@ _TABLES: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "data": DataConfig,
+    "data.sources": SourceConfig,
     "compute": ComputeTable,
     "budget": BudgetTable,
 }

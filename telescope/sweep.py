@@ -280,6 +280,8 @@ def _recording(
     if storage:  # what is wrong with it is said before the check takes its time
         with open_store() as store:
             store.results()
+    if prepared.repeated_data:
+        view.note(f"{spec.name}: {prepared.repeated_data}")
     write_verdict = check_before_run(prepared, folder, wanted=options.check, say=view.note)
     with open_store() as store:
         known = store.results()

@@ -66,6 +66,8 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
     )
     for key, value in plan["auto"].items():
         console.print(f"auto     {key}: {value}", highlight=False)
+    if plan["data"]["note"]:
+        console.print(f"data     {plan['data']['note']}", style="yellow", soft_wrap=True)
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
 

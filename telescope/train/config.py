@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from os.path import splitext
 from typing import Any, ClassVar, Literal
 
 from telescope.errors import SpecError
@@ -34,6 +35,20 @@ no part of the fingerprint, so that older results stay comparable."""
 
 PYTHON_STDLIB = "python-stdlib"
 """The corpus that every machine has: the interpreter's own library."""
+
+BYTES = "bytes"
+"""The tokenizer of those who name none: a token is a byte."""
+
+Format = Literal["auto", "text", "jsonl", "parquet", "raw", "llm.c", "megatron"]
+TOKEN_FORMATS = ("raw", "llm.c", "megatron")
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".bin": "tokens",
+    ".idx": "tokens",
+}
+"""Suffix → what is in the file. Others are text."""
 
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 """How pydantic, where it is installed, reads these classes: no unknown key, no conversion."""
@@ -164,22 +179,118 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One table of ``[[data.sources]]``: files of one format, and their share of every batch."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    source: str | tuple[str, ...]
+    """``python-stdlib``, or paths and globs of files."""
+    weight: float = 1.0
+    """Share of the sequences, next to the other sources' weights; they need not sum to 1."""
+    format: Format = "auto"
+    """What the files are; auto goes by their suffix, and for ``.bin`` by its first bytes."""
+    field: str = "text"
+    """JSONL and Parquet only: the field, or column, with the text."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Raw ``.bin`` only: the type of a token, which such a file does not say."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that no key is set which this format would ignore."""
+        allowed = "a finite number > 0"
+        require(0 < self.weight < math.inf, "weight", self.weight, allowed)
+        kinds = {_kind(pattern, self.format) for pattern in self.patterns}
+        allowed = "files of one format; give each format its own table [[data.sources]]"
+        require(len(kinds) < 2, "source", list(self.patterns), allowed)
+        if self.kind not in ("jsonl", "parquet"):
+            allowed = f"left out for {self.kind}"
+            require(self.field == "text", "field", self.field, allowed)
+        if self.format == "raw":
+            allowed = "'uint16' (nanoGPT's) or 'uint32' for format raw, which does not say it"
+            require(self.dtype is not None, "dtype", self.dtype, allowed)
+        elif self.kind != "tokens" or self.format != "auto":
+            allowed = f"left out for {self.kind if self.format == 'auto' else self.format}"
+            require(self.dtype is None, "dtype", self.dtype, allowed)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The paths and globs."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def kind(self) -> str:
+        """What the files hold: "text", "jsonl", "parquet" or "tokens"."""
+        return _kind(self.patterns[0] if self.patterns else "", self.format)
+
+
+def _kind(path: str, format: str) -> str:
+    """What a file holds, by its suffix where the format is auto."""
+    if format != "auto":
+        return "tokens" if format in TOKEN_FORMATS else format
+    return KINDS.get(splitext(path)[1].lower(), "text")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Table ``[data]``, its paths resolved."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    source: str | tuple[str, ...]
-    """``python-stdlib``, or paths and globs of text files."""
+    source: str | tuple[str, ...] | None = None
+    """``python-stdlib``, or paths and globs of files of one format."""
+    format: Format = "auto"
+    """What the files are; auto goes by their suffix, and for ``.bin`` by its first bytes."""
+    field: str = "text"
+    """JSONL and Parquet only: the field, or column, with the text."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Raw ``.bin`` only: the type of a token, which such a file does not say."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources in place of `source`, each a table, mixed by weight."""
+    tokenizer: str | None = None
+    """"bytes", or the path of a Hugging Face `tokenizers` JSON file. Left out, bytes for text, and
+    none for shards of tokens."""
     held_out: float = 0.05
-    """Share of the corpus, in many passages spread over it, that is never trained on."""
+    """Share of every source, in many passages spread over it, that is never trained on."""
     eval_tokens: int = 16384
     """How many held-out tokens a loss is measured on; the same ones every time."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges, and that the sources fit together."""
         require(0 < self.held_out < 1, "held_out", self.held_out, "a share in (0, 1)")
         require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "an integer >= 1")
+        if self.sources:
+            for key, default in (("source", None), ("format", "auto"), ("field", "text")):
+                allowed = "left out beside sources, whose tables have it"
+                require(getattr(self, key) == default, key, getattr(self, key), allowed)
+            require(self.dtype is None, "dtype", self.dtype, "left out beside sources")
+        else:
+            allowed = "given: python-stdlib, or paths and globs; or tables [[data.sources]]"
+            require(self.source is not None, "source", self.source, allowed)
+        kinds = {part.kind for part in self.parts}
+        if "tokens" in kinds and len(kinds) > 1:
+            allowed = "given, for the shards of tokens are mixed with text: 'bytes' or a path"
+            require(self.tokenizer is not None, "tokenizer", self.tokenizer, allowed)
+        elif "tokens" in kinds:
+            allowed = "left out for shards of tokens, or the path of the tokenizer that made them"
+            require(self.tokenizer != BYTES, "tokenizer", self.tokenizer, allowed)
+
+    @property
+    def parts(self) -> tuple[SourceConfig, ...]:
+        """The sources, the short form too."""
+        if self.sources or self.source is None:
+            return self.sources
+        return (
+            SourceConfig(
+                source=self.source, format=self.format, field=self.field, dtype=self.dtype
+            ),
+        )
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """ "bytes", a tokenizer's path, or None where the tokens are made and nobody says how."""
+        if self.tokenizer is None and any(part.kind != "tokens" for part in self.parts):
+            return BYTES
+        return self.tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

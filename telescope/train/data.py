@@ -1,178 +1,331 @@
-"""A corpus as bytes, its held-out passages, and batches that depend on (seed, step) alone."""
+"""A corpus as tokens, its held-out passages, and batches that depend on (seed, step) alone."""
 
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
-import itertools
-import sysconfig
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from telescope.errors import DataError
-from telescope.train.config import PYTHON_STDLIB, DataConfig
-
-STDLIB_BYTES = 8_000_000
-"""The standard library's source is cut here: enough for small models, quick to read and hash."""
-STRETCH_BYTES = 40_000
-"""Shortest stretch of a corpus with a held-out end of its own. An assumption."""
-MAX_STRETCHES = 200
-STDLIB_SKIPPED = {"test", "tests", "idle_test", "idlelib", "site-packages"}
+from telescope.errors import DataError, SpecError
+from telescope.train.config import BYTES, PYTHON_STDLIB, DataConfig, SourceConfig
+from telescope.train.shards import SMALL_BYTES, Scan, TokenFile, open_shard, scan
+from telescope.train.sources import STDLIB_BYTES, files_of
+from telescope.train.tokenizer import load_tokenizer
+from telescope.train.tokens import Progress, as_bytes, tokenize
+from telescope.train.views import Tokens, View, held_out_ranges, rest_of, windows
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Byte tokens, a part of which is never trained on."""
+class Part:
+    """One source: what is trained on, and what is held out."""
 
-    train_tokens: NDArray[np.uint8] = field(repr=False)
-    held_out_tokens: NDArray[np.uint8] = field(repr=False)
+    name: str
+    """The source as the spec names it."""
+    weight: float
+    train: View = field(repr=False)
+    held_out: View = field(repr=False)
     digest: str
-    """SHA-256 of the whole text, hexadecimal."""
+    scan: Scan | None = None
+    """The highest token id and its place, where no tokenizer vouches for the ids."""
 
     @property
     def size(self) -> int:
         """All tokens."""
-        return len(self.train_tokens) + len(self.held_out_tokens)
+        return len(self.train) + len(self.held_out)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens, a part of which is never trained on."""
+
+    parts: tuple[Part, ...]
+    vocabulary: int | None
+    """The tokenizer's; None where there is none."""
+
+    @property
+    def train_tokens(self) -> Tokens:
+        """What is trained on."""
+        return Tokens(tuple(part.train for part in self.parts), self._weights)
+
+    @property
+    def held_out_tokens(self) -> Tokens:
+        """What losses are measured on."""
+        return Tokens(tuple(part.held_out for part in self.parts), self._weights)
+
+    @property
+    def _weights(self) -> tuple[float, ...]:
+        return tuple(part.weight for part in self.parts)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of all tokens, and of the weights of several sources."""
+        if len(self.parts) == 1:
+            return self.parts[0].digest
+        total = sum(self._weights)
+        mixed = [[part.digest, part.weight / total] for part in self.parts]
+        return hashlib.sha256(json.dumps(mixed).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """All tokens."""
+        return sum(part.size for part in self.parts)
 
 
 @functools.lru_cache(maxsize=2)
 def load_corpus(config: DataConfig) -> Corpus:
-    """Read and hash the corpus; kept, because a warm worker trains many trials on it.
+    """Find, check and map the corpus; kept, because a warm worker trains many trials on it.
+
+    Large files are read once, in bounded memory, for their digest and their highest token id, which
+    are remembered; what is tokenized is kept in the cache folder. Training reads what it needs.
 
     Raises:
-        DataError: no file matches, a file cannot be read, or there is not a byte in them.
+        DataError: no file matches, a file is wrong, or there is not a byte in them.
+        SpecError: the tokenizer is wrong.
     """
-    if config.source == PYTHON_STDLIB:
-        text = _read(_stdlib_files(), limit=STDLIB_BYTES)
+    return read_corpus(config)
+
+
+def read_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
+    """See `load_corpus`; `progress` is told how far the tokenizing of a source is."""
+    files = [files_of(source) for source in config.parts]
+    _check_distinct(config, files)
+    name = config.tokenizer_name
+    vocabulary = load_tokenizer(name).vocabulary if name else None
+    parts = []
+    for source, paths in zip(config.parts, files, strict=True):
+        try:
+            part = _part(source, paths, config, progress)
+        except OSError as error:
+            where = error.filename or f"data.source {source.source!r}"
+            raise DataError(f"{where}: cannot be read: {error.strerror or error}") from error
+        parts.append(part)
+    return Corpus(tuple(parts), vocabulary)
+
+
+def _check_distinct(config: DataConfig, files: Sequence[Sequence[Path]]) -> None:
+    """Check that no file is in two sources: held out in one, it could be trained on in another."""
+    seen: dict[tuple[int, int], int] = {}
+    for number, paths in enumerate(files):
+        for path in paths:
+            stat = path.stat()
+            other = seen.setdefault((stat.st_dev, stat.st_ino), number)
+            if other != number:
+                raise DataError(
+                    f"data.sources: {path} is in source {other + 1} and in source {number + 1}; "
+                    "name it in one"
+                )
+
+
+def _part(
+    source: SourceConfig, paths: list[Path], config: DataConfig, progress: Progress | None
+) -> Part:
+    """One source with its tokens, from whatever its files hold."""
+    tokenizer = config.tokenizer_name
+    found: Scan | None = None
+    files: list[TokenFile | NDArray[Any]]
+    if source.kind != "tokens" and (source.kind != "text" or tokenizer != BYTES):
+        assert tokenizer is not None
+        made = tokenize(source, paths, load_tokenizer(tokenizer), config.held_out, progress)
+        files, held_out, size, digest = [made.file], made.held_out, made.file.count, made.digest
+        if size == 0:
+            files = []
     else:
-        patterns = (config.source,) if isinstance(config.source, str) else config.source
-        paths = [path.resolve() for pattern in patterns for path in _matches(pattern)]
-        # Each file once: a second copy of a held-out passage could be trained on.
-        text = _read(list(dict.fromkeys(paths)))
-    if not text:
-        raise DataError(f"data.source: {config.source!r} holds no text; name files with content")
-    tokens = np.frombuffer(text, dtype=np.uint8)
-    is_held_out = held_out_mask(len(tokens), config.held_out)
+        if source.kind == "tokens":
+            shards = [open_shard(path, source) for path in paths]
+            files, digest, found = [*shards], "", _same_type(shards)
+            digest = found.digest
+        else:
+            files, digest = _text_files(source, paths)
+        size = sum(f.count if isinstance(f, TokenFile) else len(f) for f in files)
+        held_out = held_out_ranges(size, config.held_out)
+    if not size:
+        raise DataError(f"data.source: {source.source!r} holds no text; name files with content")
+    return Part(
+        name=_shown(source),
+        weight=source.weight,
+        train=View(files, rest_of(held_out, size)),
+        held_out=View(files, held_out),
+        digest=digest,
+        scan=found,
+    )
+
+
+def _shown(source: SourceConfig) -> str:
+    """A source's name for messages."""
+    first, *others = source.patterns
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _same_type(shards: list[TokenFile]) -> Scan:
+    """Read the shards of a source, which must have one type of token."""
+    for shard in shards:
+        if shard.dtype != shards[0].dtype:
+            raise DataError(
+                f"{shard.path}: its tokens are {shard.dtype}, those of {shards[0].path} are "
+                f"{shards[0].dtype}; give each type its own table [[data.sources]]"
+            )
+    return scan(shards)
+
+
+def _text_files(
+    source: SourceConfig, paths: list[Path]
+) -> tuple[list[TokenFile | NDArray[Any]], str]:
+    """Files whose bytes are the tokens, and their digest; small ones are read into memory."""
+    files = as_bytes(paths)
+    if sum(file.count for file in files) > SMALL_BYTES:
+        return [*files], scan(files).digest
+    text = b"".join(file.path.read_bytes() for file in files)
+    if source.source == PYTHON_STDLIB:
+        text = text[:STDLIB_BYTES]
     digest = hashlib.sha256(text).hexdigest()
-    return Corpus(tokens[~is_held_out], tokens[is_held_out], digest)
+    return [np.frombuffer(text, dtype=np.uint8)] if text else [], digest
 
 
 def held_out_mask(size: int, share: float) -> NDArray[np.bool_]:
-    """Which tokens are held out: the end of each of many equal stretches of the corpus.
-
-    One end alone would be one file, such as a generated table, and no sample of the corpus.
-    """
-    stretches = max(1, min(MAX_STRETCHES, size // STRETCH_BYTES))
+    """`held_out_ranges` as one truth value per token: for small corpora."""
     mask = np.zeros(size, dtype=np.bool_)
-    borders = np.linspace(0, size, stretches + 1).round().astype(int)
-    for start, end in itertools.pairwise(borders):
-        mask[end - round((end - start) * share) : end] = True
+    for start, end in held_out_ranges(size, share):
+        mask[start:end] = True
     return mask
-
-
-def _stdlib_files() -> list[Path]:
-    """Every .py file of this interpreter's library, sorted, without tests and packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = (path for path in root.rglob("*.py"))
-    return sorted(p for p in found if not STDLIB_SKIPPED & set(p.relative_to(root).parts))
-
-
-def _matches(pattern: str) -> list[Path]:
-    """The files of one path or glob, sorted."""
-    paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-    if not paths:
-        raise DataError(f"data.source: no file matches {pattern!r}; give a path or a glob")
-    return paths
-
-
-def _read(paths: list[Path], limit: int | None = None) -> bytes:
-    """The files' bytes in order, cut at `limit`."""
-    parts, size = [], 0
-    for path in paths:
-        if limit is not None and size >= limit:
-            break
-        try:
-            parts.append(path.read_bytes())
-        except OSError as error:
-            raise DataError(f"data.source: cannot read {path}: {error.strerror}") from error
-        size += len(parts[-1])
-    return b"".join(parts)[:limit]
 
 
 def check_size(
     corpus: Corpus, config: DataConfig, *, batch_size: int, sequence_length: int
 ) -> None:
-    """Check that the corpus can fill a training batch and the held-out measurement.
+    """Check that every source can fill its part of a training batch and of the measurement.
 
     Raises:
         DataError: naming the split that is too short, its size and what it needs.
     """
-    needed = -(-config.eval_tokens // sequence_length) * sequence_length + 1
-    if len(corpus.held_out_tokens) < needed:
-        raise DataError(
-            f"data.held_out: {config.held_out:g} of {corpus.size} tokens leaves "
-            f"{len(corpus.held_out_tokens)} held out, {needed} are needed for data.eval_tokens = "
-            f"{config.eval_tokens}; give more text, a larger share or fewer eval_tokens"
+    sequences = -(-config.eval_tokens // sequence_length)
+    measured, trained = (
+        corpus.held_out_tokens.split(np.array([count]))[0].tolist()
+        for count in (sequences, batch_size)
+    )
+    for part, to_measure, to_train in zip(corpus.parts, measured, trained, strict=True):
+        of = f" of {part.name}" if len(corpus.parts) > 1 else ""
+        if to_measure == 0:
+            raise DataError(
+                f"data.eval_tokens: {config.eval_tokens} tokens are {sequences} sequences, none{of}"
+                f" at its weight of {part.weight:g}; give more eval_tokens or a larger weight"
+            )
+        needed = to_measure * sequence_length + 1
+        if len(part.held_out) < needed:
+            raise DataError(
+                f"data.held_out: {config.held_out:g} of {part.size} tokens{of} leaves "
+                f"{len(part.held_out)} held out, {needed} are needed for data.eval_tokens = "
+                f"{config.eval_tokens}; give more text, a larger share or fewer eval_tokens"
+            )
+        needed = max(1, to_train) * sequence_length + 1
+        if len(part.train) < needed:
+            raise DataError(
+                f"data.source: {len(part.train)} tokens{of} to train on, one batch needs "
+                f"{needed}; give more text or smaller train.batch_size"
+            )
+
+
+def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
+    """Check that the model knows every token.
+
+    Raises:
+        SpecError: the model's vocabulary is smaller than the tokenizer's.
+        DataError: a token of a shard is outside it, with file and place.
+    """
+    if corpus.vocabulary is not None and vocab_size < corpus.vocabulary:
+        raise SpecError(
+            f"model.vocab_size: got {vocab_size}, must be an integer >= {corpus.vocabulary}, the "
+            "tokenizer's"
         )
-    needed = batch_size * sequence_length + 1
-    if len(corpus.train_tokens) < needed:
-        raise DataError(
-            f"data.source: {len(corpus.train_tokens)} tokens to train on, one batch needs "
-            f"{needed}; give more text or smaller train.batch_size"
-        )
+    known = corpus.vocabulary or vocab_size
+    for part in corpus.parts:
+        if part.scan and part.scan.highest >= known:
+            raise DataError(
+                f"{part.scan.place}: id {part.scan.highest} is outside the vocabulary of {known}; "
+                + ("are these the tokenizer's shards?" if corpus.vocabulary else "")
+                + ("" if corpus.vocabulary else "raise model.vocab_size")
+            )
+
+
+def passes(corpus: Corpus, tokens: int) -> dict[str, float]:
+    """How often a run reads the training part of each source.
+
+    Args:
+        corpus: what it reads.
+        tokens: of one run.
+    """
+    total = sum(part.weight for part in corpus.parts)
+    return {
+        part.name: tokens * part.weight / total / max(1, len(part.train)) for part in corpus.parts
+    }
 
 
 class Batches:
     """The batches of one trial: a fixed function of (seed, step), whoever asks and when.
 
-    The training part is cut into sequences; every pass over them is in a new order drawn from
-    (seed, pass). The same seed gives the same batches at every point and width.
+    The training part of each source is cut into sequences; every pass over them is in a new order
+    drawn from (seed, pass). Sources take turns by weight. The same seed gives the same batches at
+    every point and width.
     """
 
     def __init__(
-        self, tokens: NDArray[np.uint8], *, batch_size: int, length: int, seed: int
+        self, tokens: Tokens | NDArray[np.uint8], *, batch_size: int, length: int, seed: int
     ) -> None:
         """Cut `tokens` into sequences of `length` (plus the token that the last one predicts)."""
-        self._tokens = tokens
+        self._tokens = Tokens.of(tokens)
         self._batch_size = batch_size
         self._length = length
         self._seed = seed
-        self._sequences = (len(tokens) - 1) // length
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
-
-    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng((self._seed, epoch)).permutation(self._sequences)
+        self._sequences = [(len(part) - 1) // length for part in self._tokens.parts]
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The inputs and targets of one step, each (batch, sequence) int64 on the CPU."""
         first = step * self._batch_size
-        places = (divmod(first + i, self._sequences) for i in range(self._batch_size))
-        starts = np.array([self._order(epoch)[place] for epoch, place in places]) * self._length
-        return _windows(self._tokens, starts, self._length)
+        taken = self._tokens.split(np.arange(first, first + self._batch_size + 1))
+        sources = np.diff(taken, axis=0).argmax(axis=1).tolist()
+        starts = [self._start(s, int(row[s])) for s, row in zip(sources, taken, strict=False)]
+        return _shifted(windows(self._tokens, sources, starts, self._length))
+
+    def _start(self, source: int, number: int) -> int:
+        """Where the sequence starts that a source gives as its `number`th."""
+        epoch, place = divmod(number, self._sequences[source])
+        return int(_order(self._seed, epoch, source, self._sequences[source])[place]) * self._length
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, source: int, sequences: int) -> NDArray[np.int64]:
+    """The order of a pass; kept, because all trials of a seed share it. 8 bytes a sequence."""
+    entropy = (seed, epoch, source) if source else (seed, epoch)
+    return np.random.default_rng(entropy).permutation(sequences)
 
 
 def held_out_batch(
-    tokens: NDArray[np.uint8], *, count: int, length: int
+    tokens: Tokens | NDArray[np.uint8], *, count: int, length: int
 ) -> tuple[torch.Tensor, ...]:
     """At least `count` held-out tokens as sequences spread evenly over the held-out part.
+
+    Of several sources each gives its share by weight, so that the mean loss is the mixture's.
 
     Returns:
         inputs and targets, each (⌈count/length⌉, length) int64; always the same ones.
     """
-    sequences = -(-count // length)
-    starts = np.linspace(0, len(tokens) - 1 - length, sequences).astype(np.int64)
-    return _windows(tokens, starts, length)
+    tokens = Tokens.of(tokens)
+    sources, starts = list[int](), list[int]()
+    shares = tokens.split(np.array([-(-count // length)]))[0].tolist()
+    for source, (part, share) in enumerate(zip(tokens.parts, shares, strict=True)):
+        sources += [source] * share
+        starts += np.linspace(0, len(part) - 1 - length, share).astype(np.int64).tolist()
+    return _shifted(windows(tokens, sources, starts, length))
 
 
-def _windows(
-    tokens: NDArray[np.uint8], starts: NDArray[np.int64], length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _shifted(window: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences and the same ones shifted by a token."""
-    index = starts[:, None] + np.arange(length + 1)
-    window = torch.from_numpy(tokens[index].astype(np.int64))
-    return window[:, :-1], window[:, 1:]
+    found = torch.from_numpy(window)
+    return found[:, :-1], found[:, 1:]

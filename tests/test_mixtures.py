@@ -1,0 +1,263 @@
+"""Sources in use: parts that never meet, mixtures by weight, what is kept between processes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sources import IDS, sentences, write_jsonl
+
+from telescope.errors import DataError, SpecError
+from telescope.train import cache, shards
+from telescope.train.config import DataConfig, SourceConfig
+from telescope.train.data import (
+    Batches,
+    check_size,
+    check_vocabulary,
+    held_out_batch,
+    held_out_mask,
+    load_corpus,
+    passes,
+    read_corpus,
+)
+from telescope.train.tokenizer import train_bpe
+from telescope.train.views import Tokens, View, held_out_ranges, rest_of
+
+settings.register_profile("telescope", derandomize=True, database=None)
+settings.load_profile("telescope")
+
+
+WRONG_TABLES: list[tuple[dict[str, Any], str]] = [
+    ({}, "source: got None, must be given"),
+    ({"source": ("a.txt", "b.jsonl")}, "source: .* files of one format"),
+    ({"source": "a.txt", "field": "body"}, "field: got 'body', must be left out for text"),
+    ({"source": "a.jsonl", "dtype": "uint16"}, "dtype: .* left out for jsonl"),
+    ({"source": "a.bin", "format": "raw"}, "dtype: got None"),
+    ({"source": "a.bin", "format": "llm.c", "dtype": "uint16"}, "dtype: .* left out for llm.c"),
+    ({"source": "a.bin", "tokenizer": "bytes"}, "tokenizer: .* left out for shards"),
+    ({"source": "a", "sources": (SourceConfig(source="b"),)}, "source: .* left out beside sources"),
+    (
+        {"sources": (SourceConfig(source="a"), SourceConfig(source="b.bin"))},
+        "tokenizer: got None, must be given",
+    ),
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(size=st.integers(1, 3_000_000), share=st.floats(0.001, 0.999))
+def test_the_parts_never_overlap_and_miss_nothing(size: int, share: float) -> None:
+    held_out = held_out_ranges(size, share)
+    rest = rest_of(held_out, size)
+    ends = sorted([*held_out, *rest])
+    at = 0
+    for start, end in ends:
+        assert start == min(at, end)  # an empty range may lie anywhere before
+        at = max(at, end)
+    assert at == size
+    assert sum(b - a for a, b in rest) + sum(b - a for a, b in held_out) == size
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_batch_has_a_held_out_token(data: st.DataObject) -> None:
+    """Every kind ends as views: files of any lengths, any ranges; a token's value is its place."""
+    sizes = data.draw(st.lists(st.integers(0, 60), min_size=1, max_size=6))
+    size = sum(sizes)
+    tokens = np.arange(size)
+    files = np.split(tokens, np.cumsum(sizes)[:-1])
+    borders = sorted(data.draw(st.lists(st.integers(0, size), max_size=8)))
+    held_out = list(zip(borders[::2], borders[1::2], strict=False))
+    outside = rest_of(held_out, size)
+    train, measured = View(files, outside), View(files, held_out)
+    mask = np.zeros(size, dtype=bool)
+    for start, end in held_out:
+        mask[start:end] = True
+    assert np.array_equal(np.asarray(Tokens((train,))), tokens[~mask])
+    assert np.array_equal(np.asarray(Tokens((measured,))), tokens[mask])
+    length = data.draw(st.integers(1, 5))
+    if len(train) > length:
+        batches = Batches(Tokens((train,)), batch_size=3, length=length, seed=1)
+        for step in range(5):
+            inputs, targets = batches.at(step)
+            assert not mask[inputs.numpy()].any()
+            assert not mask[targets.numpy()].any()
+
+
+def test_one_source_is_read_as_it_always_was(tmp_path: Path) -> None:
+    """Against the plain form: mask, permutation, fancy index."""
+    text = np.random.default_rng(1).integers(0, 256, 130_000, dtype=np.uint8)
+    (tmp_path / "t.txt").write_bytes(text.tobytes())
+    corpus = load_corpus(DataConfig(source=str(tmp_path / "t.txt")))
+    mask = held_out_mask(130_000, 0.05)
+    tokens, held_out = text[~mask].astype(np.int64), text[mask].astype(np.int64)
+    batches = Batches(corpus.train_tokens, batch_size=7, length=31, seed=5)
+    sequences = (len(tokens) - 1) // 31
+    orders = [np.random.default_rng((5, epoch)).permutation(sequences) for epoch in range(3)]
+    for step in (0, 1, 569, 570, 1200):
+        numbers = [divmod(step * 7 + i, sequences) for i in range(7)]
+        starts = np.array([orders[epoch][place] for epoch, place in numbers]) * 31
+        expected = tokens[starts[:, None] + np.arange(32)]
+        inputs, targets = batches.at(step)
+        assert np.array_equal(inputs, expected[:, :-1])
+        assert np.array_equal(targets, expected[:, 1:])
+    starts = np.linspace(0, len(held_out) - 32, 4).astype(int)
+    measured = held_out_batch(corpus.held_out_tokens, count=100, length=31)
+    assert np.array_equal(measured[0], held_out[starts[:, None] + np.arange(31)])
+
+
+def mixture(weights: tuple[float, ...], size: int = 1000) -> Tokens:
+    """Sources whose tokens tell source and place: 10,000 times the source, plus the place."""
+    views = [View([np.arange(size) + 10_000 * i], [(0, size)]) for i in range(len(weights))]
+    return Tokens(tuple(views), weights)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.05, 20), min_size=2, max_size=4).map(tuple),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 3),
+)
+def test_sources_are_mixed_by_weight_and_each_pass_is_whole(
+    weights: tuple[float, ...], batch_size: int, seed: int
+) -> None:
+    def starts(steps: range) -> list[int]:
+        batches = Batches(mixture(weights), batch_size=batch_size, length=10, seed=seed)
+        return [int(i) for step in steps for i in batches.at(step)[0][:, 0]]
+
+    steps = 400 // batch_size
+    taken = starts(range(steps))
+    counts = [0] * len(weights)
+    passed: list[list[int]] = [[] for _ in weights]
+    for number, start in enumerate(taken, 1):
+        counts[start // 10_000] += 1
+        passed[start // 10_000].append(start % 10_000)
+        for count, weight in zip(counts, weights, strict=True):
+            assert abs(count - number * weight / sum(weights)) <= len(weights)
+    for places in passed:  # 99 sequences of 10 in 1000 tokens
+        for first in range(0, len(places) - 98, 99):
+            assert sorted(places[first : first + 99]) == list(range(0, 990, 10))
+    # A step alone, and steps backwards, give the same: a resumed trial goes on where it was.
+    assert starts(range(steps - 1, steps)) == taken[(steps - 1) * batch_size :]
+
+
+def test_the_held_out_loss_is_the_mixtures(tmp_path: Path) -> None:
+    inputs, targets = held_out_batch(mixture((1.0, 3.0)), count=160, length=10)
+    assert inputs.shape == (16, 10)
+    assert (inputs[:, 0] // 10_000).tolist() == [0] * 4 + [1] * 12
+    assert inputs[3, 0] == 1000 - 11
+    assert (targets == inputs + 1).all()
+
+
+def test_a_mixture_of_shard_and_text(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("".join(sentences(800)))
+    (IDS % 256).astype("<u2").tofile(tmp_path / "s.bin")
+    text = SourceConfig(source=str(tmp_path / "t.txt"), weight=1.0)
+    shard = SourceConfig(source=str(tmp_path / "s.bin"), dtype="uint16", weight=3.0)
+    config = DataConfig(sources=(text, shard), tokenizer="bytes", eval_tokens=64)
+    corpus = load_corpus(config)
+    assert corpus.vocabulary == 256
+    check_vocabulary(corpus, 256)
+    check_size(corpus, config, batch_size=4, sequence_length=16)
+    read = passes(corpus, 40_000)
+    assert read[str(tmp_path / "s.bin")] == pytest.approx(30_000 / 4750)
+    weighted = replace(config, sources=(text, replace(shard, weight=1.0)))
+    assert load_corpus(weighted).digest != corpus.digest
+    with pytest.raises(DataError, match=r"of .*s\.bin to train on, one batch needs"):
+        check_size(corpus, config, batch_size=2000, sequence_length=16)
+    few = replace(config, sources=(text, replace(shard, weight=1e-6)))
+    with pytest.raises(DataError, match=r"data\.eval_tokens: .* none of .*s\.bin"):
+        check_size(load_corpus(few), few, batch_size=4, sequence_length=16)
+    IDS.astype("<u2").tofile(tmp_path / "s.bin")
+    with pytest.raises(DataError, match=r"are these the tokenizer's shards\?"):
+        check_vocabulary(read_corpus(config), 2000)
+
+
+def test_a_file_counts_once_and_in_one_source(tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("once only\n" * 100)
+    (tmp_path / "link.txt").symlink_to(text)
+    os.link(text, tmp_path / "hard.txt")
+    assert load_corpus(DataConfig(source=str(tmp_path / "*.txt"))).size == 1000
+    twice = tuple(SourceConfig(source=str(tmp_path / name)) for name in ("t.txt", "link.txt"))
+    with pytest.raises(DataError, match=r"t\.txt is in source 1 and in source 2"):
+        load_corpus(DataConfig(sources=twice))
+
+
+@pytest.mark.parametrize(("keys", "message"), WRONG_TABLES)
+def test_keys_that_do_not_fit_together(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        DataConfig(**keys)
+
+
+def test_large_files_are_mapped_and_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the border between small and large at nothing."""
+    for module in (shards, __import__("telescope.train.data").train.data):
+        monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 1000)
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    text = "".join(sentences(300)).encode()
+    path = tmp_path / "t.txt"
+    path.write_bytes(text)
+    os.utime(path, (1e9, 1e9))
+    large = read_corpus(DataConfig(source=str(path)))
+    monkeypatch.undo()
+    small = read_corpus(DataConfig(source=str(path)))
+    assert large.digest == small.digest
+    assert np.array_equal(np.asarray(large.train_tokens), np.asarray(small.train_tokens))
+
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "SMALL_BYTES", 0)
+    files = [shards.TokenFile(path, "uint8", len(text))]
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_read_all", lambda files: pytest.fail("read again"))
+        assert shards.scan(files).digest == small.digest
+    path.write_bytes(b"?" + text[1:])
+    changed = shards.scan(files)
+    assert changed.digest != small.digest
+    # Written to just now: it could change again unseen, and is read again.
+    path.write_bytes(b"!" + text[1:])
+    assert shards.scan(files).digest not in (small.digest, changed.digest)
+
+
+def test_tokens_are_made_once_and_again_when_something_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "d.jsonl"
+    write_jsonl(path, sentences(60))
+    (tmp_path / "bpe.json").write_text(train_bpe(sentences(200), 400))
+    config = DataConfig(source=str(path), tokenizer=str(tmp_path / "bpe.json"))
+    told: list[float] = []
+    first = read_corpus(config, lambda done, whole: told.append(done / whole))
+    assert told[-1] == 1
+    told.clear()
+    again = read_corpus(config, lambda done, whole: told.append(done / whole))
+    assert again.digest == first.digest
+    assert not told
+    (made,) = (tmp_path / "cache" / "tokens").glob("*.bin")
+    made.write_bytes(made.read_bytes()[:-1])  # damaged: made again
+    assert read_corpus(config).digest == first.digest
+    write_jsonl(path, sentences(61))
+    assert read_corpus(config).digest != first.digest
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_a_cache_folder_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    write_jsonl(tmp_path / "d.jsonl", sentences(9))
+    with pytest.raises(DataError, match="name another folder in TELESCOPE_CACHE"):
+        read_corpus(DataConfig(source=str(tmp_path / "d.jsonl")))
+    monkeypatch.delenv("TELESCOPE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache.cache_folder() == Path("/xdg/telescope")
