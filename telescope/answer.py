@@ -63,7 +63,7 @@ def transfer(
         steps=steps,
         train=spec.train,
         optimizer=spec.optimizer,
-        tagged=tagged,
+        tags=tagged.tags if tagged else None,
     )
     notes = list(answer.notes)
     batch_size = spec.target.batch_size

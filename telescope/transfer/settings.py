@@ -6,14 +6,14 @@ The groups are those that the program's own training loop is built from, so plai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from telescope.records import Certificate, Point, as_json
 from telescope.train.config import OptimizerConfig, TrainConfig
-from telescope.train.model import TaggedModel
-from telescope.train.optim import Group, parameter_groups
-from telescope.train.parametrization import Role
+from telescope.train.groups import Group, parameter_groups
+from telescope.train.rules import Role, Tag
 
 HORIZON_NOTE = (
     "weight_decay is rescaled so that lr · weight_decay · steps stays as in the sweep, lr is kept: "
@@ -92,7 +92,7 @@ def transfer_settings(
     steps: int | None,
     train: TrainConfig | None,
     optimizer: OptimizerConfig,
-    tagged: TaggedModel | None,
+    tags: Mapping[str, Tag] | None,
 ) -> Transfer:
     """The settings of `point` at `width`.
 
@@ -102,17 +102,18 @@ def transfer_settings(
         steps: the target's optimizer steps, None if neither spec nor user says.
         train: the sweep's training, for its steps and its schedule; None if the spec has none.
         optimizer: the sweep's optimizer.
-        tagged: the model's shapes and roles at `width`; None if the spec names no model file.
+        tags: each parameter's role and shape at `width`, by its name; None if the spec names
+            neither a model file nor shapes.
     """
     notes = []
-    if tagged:
+    if tags:
         notes.append(CONVENTION_NOTE.format(rule=optimizer.rule))
     rescaled = at_horizon(point, train, steps)
     if rescaled != point:
         notes.append(HORIZON_NOTE)
     point = rescaled
-    groups = tagged and [
-        _as_dict(group, optimizer) for group in parameter_groups(tagged.tags, point, optimizer)
+    groups = tags and [
+        _as_dict(group, optimizer) for group in parameter_groups(tags, point, optimizer)
     ]
     return Transfer(
         width=width,
