@@ -12,7 +12,8 @@ from telescope.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_u
 from telescope.records import Point
 from telescope.report.figures import write_check_figure
 from telescope.report.live import describe_seconds
-from telescope.spec import AxisTable, Spec
+from telescope.spec import Spec
+from telescope.tables import AxisTable
 from telescope.train.coordcheck import (
     SHORT,
     CoordCheck,
