@@ -396,7 +396,7 @@ class Finished:
         if not self.ladder.choices:
             return None
         point = self.certificate.point if self.certificate else self.ladder.choices[-1].point
-        return at_horizon(point, self.spec.train, self.spec.target.steps)
+        return at_horizon(point, self.spec.steps, self.spec.target.steps)
 
     def cost(self) -> dict[str, Any]:
         """What all stored trials cost, and what was planned, in the keys of `show --json`."""

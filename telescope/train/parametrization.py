@@ -7,7 +7,7 @@ module that holds it. What a role means for its settings is `telescope.train.rul
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import mup
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from telescope.errors import ModelError
-from telescope.train.rules import GROWTH_TOLERANCE, Role, Tag, init_std, scaling
+from telescope.train.rules import Role, Tag, check_growth, init_std, scaling
 
 
 def tag(
@@ -46,7 +46,7 @@ def tag(
         odd = sorted({name for names in shapes for name in names} - everywhere)
         raise ModelError(f"{odd[0]}: exists at one width only; every width needs the same layers")
     for name in shapes[0]:
-        _check_growth(name, [by_name[name] for by_name in shapes], widths)
+        check_growth(name, [by_name[name] for by_name in shapes], widths)
     mup.set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
     owners = _owners(model)
     return {
@@ -59,34 +59,6 @@ def tag(
         )
         for name, p in model.named_parameters()
     }
-
-
-def _check_growth(
-    name: str, shapes: Sequence[tuple[int, ...]], widths: tuple[int, int, int]
-) -> None:
-    """Check that every side of a parameter stays, or grows as the width does.
-
-    Args:
-        name: the parameter's.
-        shapes: its shape in the model, at base width and at the delta width.
-        widths: the three widths.
-
-    Raises:
-        ModelError: another number of dimensions, or a side that grows by another factor.
-    """
-    if len({len(shape) for shape in shapes}) > 1:
-        raise ModelError(f"{name}: has another number of dimensions at another width")
-    for sides in zip(*shapes, strict=True):
-        octaves = [
-            math.log2(max(side, 1) / max(sides[1], 1)) - math.log2(width / widths[1])
-            for side, width in zip(sides, widths, strict=True)
-        ]
-        if len(set(sides)) > 1 and max(map(abs, octaves)) > GROWTH_TOLERANCE:
-            pairs = ", ".join(f"{s} at width {w}" for s, w in zip(sides, widths, strict=True))
-            raise ModelError(
-                f"{name}: a side is {pairs}; a side must stay or be proportional to the width "
-                "(rounding aside)"
-            )
 
 
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:

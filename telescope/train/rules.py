@@ -10,8 +10,11 @@ r is the matrix's fan-in over its fan-in at base width. Every rule is the same a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from telescope.errors import ModelError
 
 RMS_MATCH = 0.2
 """Muon's update has this RMS per unit of lr, as AdamW's has. Source: arXiv 2502.16982 §2.2."""
@@ -138,3 +141,29 @@ def init_std(role: Role, shape: tuple[int, ...]) -> float:
             return TIED_STD
         case _:
             return 0.0
+
+
+def check_growth(name: str, shapes: Sequence[tuple[int, ...]], widths: Sequence[int]) -> None:
+    """Check that every side of a parameter stays, or grows as the width does.
+
+    Args:
+        name: the parameter's.
+        shapes: its shape in the model, at base width, and at further widths.
+        widths: of these, in the same order.
+
+    Raises:
+        ModelError: another number of dimensions, or a side that grows by another factor.
+    """
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ModelError(f"{name}: has another number of dimensions at another width")
+    for sides in zip(*shapes, strict=True):
+        octaves = [
+            math.log2(max(side, 1) / max(sides[1], 1)) - math.log2(width / widths[1])
+            for side, width in zip(sides, widths, strict=True)
+        ]
+        if len(set(sides)) > 1 and max(map(abs, octaves)) > GROWTH_TOLERANCE:
+            pairs = ", ".join(f"{s} at width {w}" for s, w in zip(sides, widths, strict=True))
+            raise ModelError(
+                f"{name}: a side is {pairs}; a side must stay or be proportional to the width "
+                "(rounding aside)"
+            )
