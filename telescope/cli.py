@@ -246,6 +246,16 @@ def transfer(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the target run; rescales the weight decay.")
     ] = None,
+    shapes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A JSON file of parameter shapes; overrides [trainer] shapes."
+        ),
+    ] = None,
+    fold_readout: Annotated[
+        bool,
+        typer.Option("--fold-readout", help="For code without mup's multiplier on the logits."),
+    ] = False,
     results: ResultsOption = RESULTS,
     as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to a file.")] = None,
@@ -260,6 +270,8 @@ def transfer(
         width=width,
         steps=steps,
         rule_checked=finished.rule_checked,
+        shapes=shapes,
+        fold_readout=fold_readout,
     )
     if out:
         from telescope.files import write_json

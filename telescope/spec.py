@@ -240,8 +240,8 @@ class Spec(Table):
 
     @property
     def rule(self) -> str | None:
-        """The width rule; None where a foreign trainer's is not stated."""
-        is_stated = self.trainer is None or "optimizer" in self.model_fields_set
+        """The width rule; None where that of a trainer that is not ours is not stated."""
+        is_stated = self.model is not None or "optimizer" in self.model_fields_set
         return self.optimizer.rule if is_stated else None
 
     @property

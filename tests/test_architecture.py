@@ -21,7 +21,7 @@ ROOMS = {
     "ladder": COMMON,
     "train": COMMON | {"files"},
     "dispatch": COMMON | {"files", "catalog", "train"},
-    "transfer": COMMON | {"train"},
+    "transfer": COMMON | {"files", "train"},
     "report": COMMON | {"files", "catalog", "ladder", "dispatch"},
 }
 LIBRARIES = {
@@ -142,7 +142,8 @@ def test_the_light_verbs_load_nothing_heavy(command: list[str], tmp_path: Path) 
 def test_public_names_are_a_contract() -> None:
     import telescope
 
-    assert telescope.__all__ == ["Choice", "Ladder", "Point", "Result", "Spec", "Status", "Trial"]
+    names = ["Choice", "Ladder", "Point", "Result", "Shapes", "Spec", "Status", "Trial"]
+    assert telescope.__all__ == names
     for name in telescope.__all__:
         assert getattr(telescope, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):

@@ -16,9 +16,10 @@ from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.train.checkpoint import Position, checkpoints_of
 from telescope.train.config import TrainConfig, TrialConfig
 from telescope.train.data import Batches, held_out_batch, load_corpus
+from telescope.train.groups import parameter_groups
 from telescope.train.model import build_model
-from telescope.train.optim import build_optimizers, parameter_groups, schedule, set_lr
-from telescope.train.parametrization import Tag
+from telescope.train.optim import build_optimizers, schedule, set_lr
+from telescope.train.rules import Tag
 
 DIVERGED_ABOVE = 2.0
 """A batch loss above this multiple of the first one ends the trial. An assumption: a zero readout
