@@ -134,7 +134,9 @@ class Ladder:
 
 
 def _with_costs(spec: Spec) -> LadderSpec:
-    """The ladder's spec, with FLOPs counted where the spec says what is trained."""
+    """The ladder's spec, with costs as given, or FLOPs counted where it says what is trained."""
+    if spec.cost:
+        return spec.ladder_spec_with(spec.costs, spec.target_cost)
     if spec.model is None or spec.train is None:
         return spec.ladder_spec
     from telescope.prepare import count_costs

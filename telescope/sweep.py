@@ -24,8 +24,8 @@ from telescope.answer import certificate_of
 from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
-from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.dispatch.queue import Trainer
+from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError, StoreError
 from telescope.foreign import Foreign
 from telescope.ladder.ladder import Ladder, replay
@@ -275,8 +275,8 @@ def _recording(
         known = store.results()
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.tidy(_ended(known))
-        own = isinstance(prepared, Prepared)
-        folder.write_spec(record, prepared.trial_config.model.text if own else None)
+        text = None if isinstance(prepared, Foreign) else prepared.trial_config.model.text
+        folder.write_spec(record, text)
         recorder = Recorder(
             ladder=replay(prepared.ladder_spec, known, retry_failures=True),
             store=store,
@@ -336,7 +336,13 @@ def _dispatch(
         timeout=timeout,
         owner=str(recorder.folder.path.resolve()),
         on_start=recorder.on_start,
+        logs=recorder.folder.logs if _prints(prepared) else None,
     )
+
+
+def _prints(prepared: Prepared | Foreign) -> bool:
+    """Whether a worker's own output is the log of its trial: a user's function prints there."""
+    return isinstance(prepared, Foreign) and prepared.trainer.function is not None
 
 
 def _trainer(prepared: Prepared | Foreign, folder: Folder) -> tuple[Trainer, float]:
