@@ -332,7 +332,8 @@ def test_functions_of_two_repositories_with_the_same_names(tmp_path: Path) -> No
 )
 def test_a_function_returns_a_loss(text: str, loss: float, tmp_path: Path) -> None:
     result = function(tmp_path, text)
-    assert (result.status, result.loss) == (Status.COMPLETE, pytest.approx(loss)), result.reason
+    assert result.status is Status.COMPLETE, result.reason
+    assert result.loss == pytest.approx(loss)
 
 
 @pytest.mark.parametrize(
