@@ -296,7 +296,7 @@ def _is_marked(process: psutil.Process, mark: str) -> bool:
 @pytest.mark.xdist_group("ray")
 def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Width 8 on one CPU each, two at once; width 16 on both; the same answer as inline."""
-    pytest.importorskip("ray")
+    pytest.importorskip("telescope.dispatch.ray_tune")
     monkeypatch.setenv("NAP", "0.5")
     by_width = {"compute": {"cpus": {"8": 1, "16": 2}, "workers": 2}}
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
@@ -322,7 +322,7 @@ def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_ctrl_c_on_ray_leaves_no_command_running(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("telescope.dispatch.ray_tune")
     (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
     mark = str(tmp_path)
     environment = {**os.environ, "NAP": "100", "TELESCOPE_TEST_MARK": mark}

@@ -24,7 +24,14 @@ import pytest
 
 from telescope.dispatch import trainers
 from telescope.dispatch.loading import load_function
-from telescope.dispatch.outcome import MOST_ROWS, Curve, Prices, as_result, parse_line
+from telescope.dispatch.outcome import (
+    MOST_ROWS,
+    Curve,
+    Prices,
+    as_result,
+    latest_row,
+    parse_line,
+)
 from telescope.dispatch.placeholders import filled, names_in
 from telescope.dispatch.queue import attempt
 from telescope.dispatch.trainers import (
@@ -193,6 +200,17 @@ def test_the_curve_and_what_was_spent(tmp_path: Path) -> None:
     planned, said = Prices(flops={32: 7.0}), {"loss": 1.0, "flops": 5}
     assert as_result(TRIAL, said, planned, seconds=1.0, curve=Curve()).flops == 5
     assert as_result(TRIAL, {"loss": 1}, planned, seconds=1.0, curve=Curve()).flops == 7
+
+
+def test_where_a_running_trial_is(tmp_path: Path) -> None:
+    log = tmp_path / "x.out"
+    assert latest_row(log) is None
+    log.write_text(
+        '{"step": 1, "loss": 9}\n' + "x" * 100_000 + '\n{"step": 7, "loss": 2}\nnow {"ste'
+    )
+    assert latest_row(log) == CurvePoint(7, 2.0, None)
+    log.write_text('{"step": 1, "loss": 9}\n' + "x" * 100_000)
+    assert latest_row(log) is None
 
 
 def test_a_long_curve_is_thinned_not_cut() -> None:
