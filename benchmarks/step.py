@@ -22,9 +22,9 @@ from telescope.prepare import prepare
 from telescope.records import Point, Trial
 from telescope.spec import Spec
 from telescope.train.config import TrialConfig
+from telescope.train.groups import parameter_groups
 from telescope.train.loop import set_up, take_step
 from telescope.train.model import build_meta
-from telescope.train.optim import parameter_groups
 
 POINT = Point.of(lr=0.02, weight_decay=0.1)
 

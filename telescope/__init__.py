@@ -7,18 +7,20 @@ if TYPE_CHECKING:
     from telescope.api import Ladder
     from telescope.records import Choice, Point, Result, Status, Trial
     from telescope.spec import Spec
+    from telescope.transfer.shapes import Shapes
 
 _PUBLIC = {
     "Choice": "telescope.records",
     "Ladder": "telescope.api",
     "Point": "telescope.records",
     "Result": "telescope.records",
+    "Shapes": "telescope.transfer.shapes",
     "Spec": "telescope.spec",
     "Status": "telescope.records",
     "Trial": "telescope.records",
 }
 
-__all__ = ["Choice", "Ladder", "Point", "Result", "Spec", "Status", "Trial"]
+__all__ = ["Choice", "Ladder", "Point", "Result", "Shapes", "Spec", "Status", "Trial"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from telescope.errors import RefusedError
+from telescope.errors import RefusedError, SpecError
 from telescope.ladder.ladder import Ladder
 from telescope.records import Certificate
 from telescope.spec import Spec
 
 if TYPE_CHECKING:
+    from telescope.train.rules import Tag
     from telescope.transfer.settings import Transfer
+    from telescope.transfer.shapes import Shapes
+
+FOREIGN_RULE = (
+    "the trainer follows rule mup at every width of the sweep and at the target, as optimizer.rule "
+    "says: telescope does not see it"
+)
 
 
 def certificate_of(
@@ -26,11 +35,17 @@ def certificate_of(
         rule_checked: a coordinate check of the model has passed.
     """
     certificate = ladder.certificate(width, rule_checked=rule_checked)
-    if certificate is None or spec.optimizer.rule == "mup":
-        return certificate
+    if certificate is None:
+        return None
+    if spec.rule == "mup":
+        assumed = () if spec.model else (FOREIGN_RULE,)
+        return replace(certificate, assumptions=(*certificate.assumptions, *assumed))
     problem = (
-        f"optimizer.rule is {spec.optimizer.rule}, under which an optimum is not known to hold "
-        "across widths; use mup"
+        f"optimizer.rule is {spec.rule}, under which an optimum is not known to hold across "
+        "widths; use mup"
+        if spec.rule
+        else "optimizer.rule is not given: nothing says that the trainer follows a rule under "
+        "which an optimum holds across widths; give it"
     )
     verdict = "WARN" if certificate.verdict == "PASS" else certificate.verdict
     return replace(certificate, verdict=verdict, problems=(*certificate.problems, problem))
@@ -43,29 +58,33 @@ def transfer(
     width: int | None,
     steps: int | None,
     rule_checked: bool = False,
+    shapes: Shapes | str | Path | None = None,
+    fold_readout: bool = False,
 ) -> Transfer:
     """The answer of a ladder, handed over at a width; see `telescope.Ladder.transfer`."""
     if ladder.stuck or not ladder.choices:
         why = ladder.stuck or "no stage has finished yet; go on with `telescope run`"
         raise RefusedError(f"{spec.name}: nothing to transfer: {why}")
-    from telescope.train.model import build_meta
     from telescope.transfer.settings import BATCH_NOTE, transfer_settings
 
     width = width or spec.target.width
     last = ladder.choices[-1]
     certificate = certificate_of(spec, ladder, width=width, rule_checked=rule_checked)
-    steps = steps or spec.target.steps or (spec.train.steps if spec.train else None)
-    model = spec.resolved_model
-    tagged = build_meta(model, width=width, base_width=spec.base_width) if model else None
+    steps = steps or spec.target.steps or spec.steps
+    tags = _tags(spec, width, shapes)
     answer = transfer_settings(
         certificate.point if certificate else last.point,
         width=width,
         steps=steps,
         train=spec.train,
+        sweep_steps=spec.steps,
         optimizer=spec.optimizer,
-        tagged=tagged,
+        tags=tags,
+        fold=fold_readout,
     )
     notes = list(answer.notes)
+    if fold_readout and tags is None:
+        raise SpecError("fold-readout: there are no groups to fold; give shapes, or a model file")
     batch_size = spec.target.batch_size
     if spec.train and batch_size and batch_size != spec.train.batch_size:
         notes.append(BATCH_NOTE)
@@ -74,3 +93,42 @@ def transfer(
             0, f"the sweep has NOT finished: this is the choice of width {last.width} alone"
         )
     return replace(answer, notes=tuple(notes), certificate=certificate)
+
+
+def _tags(spec: Spec, width: int, shapes: Shapes | str | Path | None) -> Mapping[str, Tag] | None:
+    """The parameters at a width: of the model file, else of the shapes; None where neither is.
+
+    Raises:
+        SpecError: shapes of other widths, beside a model file, or without the trainer's rule.
+        ModelError: the model file cannot be built at this width.
+    """
+    model = spec.resolved_model
+    if model:
+        if shapes is not None:
+            raise SpecError("shapes: left out where the spec has a model file, which has its own")
+        from telescope.train.model import build_meta
+
+        return build_meta(model, width=width, base_width=spec.base_width).tags
+    shapes = shapes or (spec.trainer.shapes if spec.trainer else None)
+    if shapes is None:
+        return None
+    if spec.rule is None:
+        raise SpecError(
+            "optimizer.rule: missing; with shapes it must be given, because the settings depend on "
+            "which rule the trainer follows: mup, paper, moonlight or standard"
+        )
+    for axis in ("lr", "weight_decay"):
+        if axis not in spec.axes:
+            raise SpecError(f"axes.{axis}: missing; with shapes it must be given, with `value` say")
+    if isinstance(shapes, (str, Path)):
+        from telescope.transfer.shapes import Shapes
+
+        shapes = Shapes.load(
+            shapes, width=width, base_width=spec.base_width, only_width=spec.target.width
+        )
+    if (shapes.width, shapes.base_width) != (width, spec.base_width):
+        raise SpecError(
+            f"shapes: of width {shapes.width} and base width {shapes.base_width}, must be of "
+            f"{width} and {spec.base_width}"
+        )
+    return shapes.tags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telescope.answer import transfer
@@ -20,6 +21,7 @@ from telescope.spec import Spec
 
 if TYPE_CHECKING:
     from telescope.transfer.settings import Transfer
+    from telescope.transfer.shapes import Shapes
 
 
 class Ladder:
@@ -98,23 +100,43 @@ class Ladder:
         """The widths that were left out, with the reason."""
         return self._ladder.skipped
 
-    def transfer(self, width: int | None = None, steps: int | None = None) -> Transfer:
+    def transfer(
+        self,
+        width: int | None = None,
+        steps: int | None = None,
+        *,
+        shapes: Shapes | str | Path | None = None,
+        fold_readout: bool = False,
+    ) -> Transfer:
         """What to use at a width.
 
         Args:
             width: the target's width; left out, the spec's.
             steps: the target's optimizer steps; left out, the spec's. Another number than the
                 sweep's rescales the weight decay.
+            shapes: the parameters of a model that the spec does not name, or a file of them; see
+                `telescope.Shapes`. Left out, the spec's [trainer] shapes.
+            fold_readout: give the readout settings for code without mup's multiplier.
 
         Raises:
             RefusedError: no stage has finished yet, or the ladder is stuck.
             ModelError: the model file cannot be built at this width.
+            SpecError: shapes that are of another width, or make no sense.
         """
-        return transfer(self.spec, self._ladder, width=width, steps=steps)
+        return transfer(
+            self.spec,
+            self._ladder,
+            width=width,
+            steps=steps,
+            shapes=shapes,
+            fold_readout=fold_readout,
+        )
 
 
 def _with_costs(spec: Spec) -> LadderSpec:
-    """The ladder's spec, with FLOPs counted where the spec says what is trained."""
+    """The ladder's spec, with costs as given, or FLOPs counted where it says what is trained."""
+    if spec.cost:
+        return spec.ladder_spec_with(spec.costs, spec.target_cost)
     if spec.model is None or spec.train is None:
         return spec.ladder_spec
     from telescope.prepare import count_costs

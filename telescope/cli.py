@@ -117,6 +117,11 @@ def check(
     Trains a few steps at four widths from the base width on; PASS, or FAIL and exit code 1.
     """
     loaded = _load(spec, overrides, name)
+    if loaded.trainer:
+        raise SpecError(
+            f"{loaded.name}: no coordinate check: [trainer] trains it, so there is no model of "
+            "ours to check"
+        )
     console = _console()
     from telescope.checking import check_title, describe_verdict, run_check, write_check
     from telescope.dispatch.folder import Folder
@@ -217,7 +222,8 @@ def run(
     loaded = _load(spec, overrides, name)
     console = _console()
     if console.is_terminal:
-        console.print(f"{loaded.name}: checking the model and the corpus …", style="dim")
+        what = "trainer" if loaded.trainer else "model and the corpus"
+        console.print(f"{loaded.name}: checking the {what} …", style="dim")
     _make_tokens(loaded)
     # A batch system ends a job with SIGTERM: leave as on Ctrl-C, with everything kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -290,6 +296,16 @@ def transfer(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the target run; rescales the weight decay.")
     ] = None,
+    shapes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A JSON file of parameter shapes; overrides [trainer] shapes."
+        ),
+    ] = None,
+    fold_readout: Annotated[
+        bool,
+        typer.Option("--fold-readout", help="For code without mup's multiplier on the logits."),
+    ] = False,
     results: ResultsOption = RESULTS,
     as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to a file.")] = None,
@@ -304,6 +320,8 @@ def transfer(
         width=width,
         steps=steps,
         rule_checked=finished.rule_checked,
+        shapes=shapes,
+        fold_readout=fold_readout,
     )
     if out:
         from telescope.files import write_json

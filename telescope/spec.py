@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import itertools
 import json
-import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import pydantic
-from pydantic import ConfigDict, Field
 
 from telescope.catalog import KEPT_MODEL_FILE, find_sweep, read_model_file, read_toml
+from telescope.dispatch.placeholders import OWN, names_in
 from telescope.errors import SpecError
-from telescope.records import Axis, LadderSpec
+from telescope.records import LadderSpec
+from telescope.tables import (
+    AxisTable,
+    BudgetTable,
+    ComputeTable,
+    CostTable,
+    LadderTable,
+    ModelTable,
+    Table,
+    TargetTable,
+    TrainerTable,
+)
 from telescope.train.config import (
     ADAMW_AXES,
     ADDED_KEYS,
@@ -41,148 +50,13 @@ from telescope.train.config import (
 )
 from telescope.train.tokenizer import BYTE_VOCABULARY, vocabulary_size
 
+COLUMNS = ("width", "seed", "loss", "status", "reason", "flops", "seconds")
+"""What an axis cannot be called: `trials.csv` has columns of these names."""
+STRICT_KEYS = {"command", "function", "environment", "steps"}
+"""Keys of [trainer] without which losses are not comparable."""
+OWN_TABLES = ("model", "train", "data")
+"""The tables of the built-in trainer, which a foreign one has no use for."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-MAX_POINTS = 1000
-MIN_STEP = 1.001
-"""Smallest factor between an axis's values; below about 1.2 they are within the noise anyway."""
-
-
-class Table(pydantic.BaseModel):
-    """A table of the spec: strict and immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class LadderTable(Table):
-    """Table ``[ladder]``."""
-
-    widths: tuple[int, ...]
-    """Widths of the stages, rising, each at most double the one before; the first is the base."""
-    policy: Literal["adaptive", "paper"] = "adaptive"
-    """"paper" is Algorithm 1 of arXiv 2505.02222 as printed."""
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.001
-    """Adaptive: predicted excess loss at the target, as a share of the loss, that will do."""
-    until: Literal["predicted", "proven"] = "predicted"
-    """Adaptive: stop when the prediction is within the tolerance, or when a drift that never
-    settles is ruled out too."""
-    round: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Adaptive: points asked for at a time; left out, 4, or two more than there are swept axes."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """Seeds of every point: each sets initialisation and data order."""
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> Self:
-        widths = self.widths
-        require(
-            len(widths) >= 1 and widths[0] >= 1,
-            "widths",
-            list(widths),
-            "one positive width or more",
-        )
-        for narrow, wide in itertools.pairwise(widths):
-            allowed = f"rising, each at most double the one before ({narrow} then {wide})"
-            require(narrow < wide <= 2 * narrow, "widths", list(widths), allowed)
-        unique = len(set(self.seeds)) == len(self.seeds) >= 1
-        require(unique, "seeds", list(self.seeds), "one seed or more, each once")
-        return self
-
-
-class TargetTable(Table):
-    """Table ``[target]``: the large run that the sweep is for."""
-
-    width: int
-    """At least the last width of the ladder."""
-    steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps; left out, as [train]."""
-    batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Sequences per step; left out, as [train]."""
-
-
-class AxisTable(Table):
-    """Table ``[axes.NAME]``: a log-spaced range, or one fixed value."""
-
-    low: float | None = None
-    high: float | None = None
-    points: int | None = None
-    """Values at the base width, both ends included; at least 2."""
-    value: float | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.value is not None:
-            for key in ("low", "high", "points"):
-                require(
-                    getattr(self, key) is None, key, getattr(self, key), "left out beside value"
-                )
-            require(self.value >= 0, "value", self.value, "a number >= 0")
-            return self
-        for key in ("low", "high", "points"):
-            require(
-                getattr(self, key) is not None, key, None, "given: low, high and points, or value"
-            )
-        assert self.low is not None
-        assert self.high is not None
-        assert self.points is not None
-        require(self.low > 0, "low", self.low, "> 0, because the grid is log-spaced")
-        require(self.low < self.high, "low", self.low, f"less than high ({self.high:g})")
-        allowed = f"an integer from 2 to {MAX_POINTS}; for one value, set `value`"
-        require(2 <= self.points <= MAX_POINTS, "points", self.points, allowed)
-        step = (self.high / self.low) ** (1 / (self.points - 1))
-        allowed = f"higher: points from {self.low:g} on are less than {MIN_STEP:g} times apart"
-        require(step >= MIN_STEP, "high", self.high, allowed)
-        return self
-
-    def as_axis(self, name: str) -> Axis:
-        """The ladder's record of this axis; a fixed one has a single point."""
-        if self.value is not None:
-            return Axis(name, self.value, self.value, 1)
-        assert self.low is not None
-        assert self.high is not None
-        assert self.points is not None
-        most = 1.0 if name == "warmup" else math.inf
-        return Axis(name, self.low, self.high, self.points, most)
-
-
-class ComputeTable(Table):
-    """Table ``[compute]``: where trials run; no part of the fingerprint."""
-
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Trials at once; auto is as many as the machine's CPUs, or GPUs if trials use them, hold."""
-    cpus: Annotated[int, Field(ge=1)] = 1
-    """CPUs of a trial; it computes with as many threads."""
-    gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of a trial; 0.5 lets two share one."""
-    pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Trials of one width that train as one model. auto is 1 on a CPU, and on an accelerator as
-    many as fit its memory, where a short probe says that it pays."""
-    device: str = "auto"
-    """torch's name of the device; auto is the worker's accelerator if it has one, else the CPU."""
-    flop_rate: Annotated[float, Field(gt=0)] | None = None
-    """FLOP/s of one worker, for `plan`'s seconds; left out, a stated guess. `--probe` measures."""
-
-
-class BudgetTable(Table):
-    """Table ``[budget]``."""
-
-    max_over_target: Annotated[float, Field(gt=0)] = 4.0
-    """The most that the sweep may cost, in target runs. `run` refuses what must cost more; the
-    adaptive policy stops there."""
-
-
-class ModelTable(pydantic.BaseModel):
-    """Table ``[model]``: a file, and keyword arguments of its `build`."""
-
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
-
-    file: str
-    """Path of the model file, relative to the sweep file."""
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> Self:
-        for key, value in (self.model_extra or {}).items():
-            finite = not isinstance(value, float) or math.isfinite(value)
-            require(finite, key, value, "a finite number")
-        return self
 
 
 class Spec(Table):
@@ -197,6 +71,8 @@ class Spec(Table):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig | None = None
     data: DataConfig = DataConfig(source=PYTHON_STDLIB)
+    trainer: TrainerTable | None = None
+    cost: CostTable | None = None
     compute: ComputeTable = ComputeTable()
     budget: BudgetTable = BudgetTable()
 
@@ -268,6 +144,9 @@ class Spec(Table):
         last = self.ladder.widths[-1]
         require(self.target.width >= last, "target.width", self.target.width, f"at least {last}")
         self._check_axes()
+        self._check_by_width()
+        if self.trainer:
+            self._check_trainer(self.trainer)
         head_dim = (self.model.model_extra or {}).get("head_dim") if self.model else None
         if isinstance(head_dim, int) and head_dim > 0:
             for key, width in [("ladder.widths", w) for w in self.ladder.widths] + [
@@ -279,22 +158,101 @@ class Spec(Table):
         return self
 
     def _check_axes(self) -> None:
-        for name in ("lr", "weight_decay"):
+        for name in ("lr", "weight_decay") if self.model else ():
             require(name in self.axes, f"axes.{name}", None, "given, as a range or with `value`")
         for name, axis in self.axes.items():
             require(name.isidentifier(), f"axes.{name}", name, "a plain name")
+            taken = f"another name: {', '.join(dict.fromkeys((*COLUMNS, *OWN)))} are taken"
+            require(name not in (*COLUMNS, *OWN), f"axes.{name}", name, taken)
             if self.model:
                 known = [
                     a for a in TRAINER_AXES if a in ADAMW_AXES or self.optimizer.name == "muon"
                 ]
                 require(name in known, f"axes.{name}", name, f"one of {', '.join(known)}")
-            if name in ("lr", "init_scale"):
+            if name in ("lr", "init_scale", "adamw_lr_ratio"):
                 require(axis.value != 0, f"axes.{name}.value", axis.value, "> 0")
             if name == "warmup":
                 top = axis.high if axis.value is None else axis.value
                 require(top is not None and top <= 1, "axes.warmup", top, "a share, at most 1")
         swept = [name for name, axis in self.axes.items() if axis.value is None]
         require(bool(swept), "axes", list(self.axes), "at least one range (low, high, points)")
+
+    def _check_by_width(self) -> None:
+        """Check that what is given by width is given for every width that needs it."""
+        ladder, target = self.ladder.widths, self.target.width
+        for key in ("cpus", "gpus"):
+            table = getattr(self.compute, key)
+            if isinstance(table, Mapping):
+                _require_widths(f"compute.{key}", table, ladder)
+        if self.cost:
+            require(self.model is None, "cost", "a table", "left out with [model]: it is counted")
+            key, table = self.cost.entries
+            _require_widths(f"cost.{key}", table, (*ladder, target), "the target's included")
+
+    def _check_trainer(self, trainer: TrainerTable) -> None:
+        """Check what a foreign trainer needs, what it makes meaningless, and its placeholders."""
+        for table in OWN_TABLES:
+            own = f"left out beside [trainer], which has its own {table}"
+            require(table not in self.model_fields_set, table, "a table", own)
+        if self.cost is None:
+            raise SpecError(
+                "cost: missing; with [trainer] give parameters = { 32 = 53248, ... } or flops, one "
+                "entry per width and the target's: what a sweep costs is not known otherwise"
+            )
+        batch_size, steps = self.target.batch_size, self.target.steps
+        known = "left out beside [trainer]: [cost] says what the target costs"
+        require(batch_size is None, "target.batch_size", batch_size, known)
+        known = "left out, or trainer.steps given too"
+        require(steps is None or trainer.steps is not None, "target.steps", steps, known)
+        if trainer.command is not None:
+            self._check_placeholders(trainer)
+
+    def _check_placeholders(self, trainer: TrainerTable) -> None:
+        """Check that every placeholder is known, and that nothing that is swept is left out."""
+        own = [name for name in OWN if name != "steps" or trainer.steps is not None]
+        known, used, in_result = [*own, *self.axes], set[str](), set[str]()
+        for key, text in trainer.texts():
+            for name in names_in(text):
+                if name not in known:
+                    raise SpecError(_unknown_placeholder(f"trainer.{key}", name, known))
+                (in_result if key == "result" else used).add(name)
+        for name in ("width", *self.axes):
+            if name not in used:
+                raise SpecError(
+                    f"trainer.command: {{{name}}} is not used, so that all its values would be "
+                    "the same run; give it to the command, or in trainer.environment"
+                    + ("" if name == "width" else f", or take axes.{name} out")
+                )
+        if "seed" not in used and self.repeats:
+            raise SpecError(
+                "trainer.command: {seed} is not used, so that repeats would show no noise where "
+                "there is some; give it to the command, or in trainer.environment"
+            )
+        swept = [name for name, axis in self.axes.items() if axis.value is None]
+        apart = {"width", *swept} | ({"seed"} if self.repeats else set())
+        if trainer.result and "trial_folder" not in in_result and not apart <= in_result:
+            raise SpecError(
+                f"trainer.result: got {trainer.result!r}, must be another file for every trial: "
+                f"use {{trial_folder}}, or all of {', '.join(f'{{{n}}}' for n in sorted(apart))}"
+            )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a point may be trained with more than one seed."""
+        return self.ladder.policy == "adaptive" or len(self.ladder.seeds) > 1
+
+    @property
+    def rule(self) -> str | None:
+        """The width rule; None where that of a trainer that is not ours is not stated."""
+        is_stated = self.model is not None or "optimizer" in self.model_fields_set
+        return self.optimizer.rule if is_stated else None
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of a trial, where the spec says."""
+        if self.trainer:
+            return self.trainer.steps
+        return self.train.steps if self.train else None
 
     @property
     def base_width(self) -> int:
@@ -327,6 +285,23 @@ class Spec(Table):
         return replace(self.ladder_spec, costs=dict(costs), budget=budget)
 
     @property
+    def costs(self) -> dict[int, float]:
+        """Width → cost of one trial as [cost] gives it; empty without that table."""
+        entries = self.cost.entries[1] if self.cost else {}
+        return {width: entries[width] for width in self.ladder.widths if self.cost}
+
+    @property
+    def target_cost(self) -> float:
+        """Cost of the target run: its FLOPs as given, or its parameters times its share of steps.
+
+        Only with [cost].
+        """
+        assert self.cost is not None
+        key, entries = self.cost.entries
+        longer = self.target.steps / self.steps if self.target.steps and self.steps else 1.0
+        return entries[self.target.width] * (longer if key == "parameters" else 1.0)
+
+    @property
     def resolved_model(self) -> ModelConfig | None:
         """The model file's text with the keywords of `build`; vocab_size is at least the bytes'.
 
@@ -348,10 +323,16 @@ class Spec(Table):
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved spec as JSON-able data, defaults filled in."""
-        return self.model_dump(mode="json", exclude_none=True)
+        mute = {"optimizer", *OWN_TABLES} - self.model_fields_set if self.trainer else None
+        return self.model_dump(mode="json", exclude_none=True, exclude=mute)
 
     def strict_fields(self, corpus_digest: str) -> dict[str, Any]:
         """Dotted key → value of everything that makes losses incomparable when it differs."""
+        if self.trainer:
+            # Not [optimizer]: it states what the trainer does, and changes nothing.
+            keys = self.trainer.model_dump(mode="json", exclude_none=True, include=STRICT_KEYS)
+            own = {f"trainer.{key}": value for key, value in keys.items()}
+            return {"ladder.widths[0]": self.base_width, **own}
         model = self.resolved_model
         data = self.as_dict()
         fields: dict[str, Any] = {"ladder.widths[0]": self.base_width, "data (hash)": corpus_digest}
@@ -376,8 +357,33 @@ def fingerprint(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _require_widths(
+    key: str, table: Mapping[int, float], widths: Iterable[int], which: str = "of the ladder"
+) -> None:
+    """Check that a table by width has the widths that it needs."""
+    missing = [width for width in dict.fromkeys(widths) if width not in table]
+    allowed = f"given too for width {', '.join(map(str, missing))}: one entry per width, {which}"
+    require(not missing, key, dict(table), allowed)
+
+
+def _unknown_placeholder(key: str, name: str, known: Sequence[str]) -> str:
+    """The message for a placeholder that nothing fills."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {{{near[0]}}}?" if near else ""
+    if name == "steps":
+        hint = "; give trainer.steps for it"
+    shown = ", ".join(f"{{{one}}}" for one in known)
+    return f"{key}: unknown placeholder {{{name}}}; allowed: {shown}{hint}"
+
+
 def _with_paths(data: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The spec with the data's paths made absolute, so that every worker finds them."""
+    """The spec with its paths made absolute, so that every worker finds them."""
+    trainer = data.get("trainer")
+    if isinstance(trainer, dict):
+        paths = {"folder": trainer.get("folder", "."), "shapes": trainer.get("shapes")}
+        given = {key: path for key, path in paths.items() if isinstance(path, str)}
+        there = {key: str((folder / path).absolute()) for key, path in given.items()}
+        data = {**data, "trainer": {**trainer, **there}}
     table = data.get("data")
     if not isinstance(table, dict):
         return data
@@ -438,6 +444,9 @@ def _set_key(data: dict[str, Any], override: str) -> None:
 def _one_line(error: pydantic.ValidationError) -> str:
     """The first problem as one line: key, what was given, what is allowed."""
     problems = error.errors()
+    if isinstance(problems[0]["input"], dict):  # a number or a table: of a table its own problem
+        where = problems[0]["loc"][:-1]
+        problems = [p for p in problems if p["loc"][: len(where)] == where][::-1]
     problem, key = problems[0], _key(problems[0]["loc"])
     inner = problem.get("ctx", {}).get("error")
     if isinstance(inner, SpecError):
@@ -453,7 +462,7 @@ def _one_line(error: pydantic.ValidationError) -> str:
 
 def _key(location: Sequence[str | int]) -> str:
     """The dotted key of a problem, without the parts that name a union's branch."""
-    branch = re.compile(r"(int|str|float|constrained-\w+|(literal|tuple|list)\[.*)")
+    branch = re.compile(r"(\[key\]|int|str|float|constrained-\w+|(literal|tuple|list|dict)\[.*)")
     return ".".join(str(part) for part in location if not branch.fullmatch(str(part)))
 
 
@@ -498,6 +507,8 @@ _TABLES: dict[str, Any] = {
     "train": TrainConfig,
     "data": DataConfig,
     "data.sources": SourceConfig,
+    "trainer": TrainerTable,
+    "cost": CostTable,
     "compute": ComputeTable,
     "budget": BudgetTable,
 }

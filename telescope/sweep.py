@@ -24,9 +24,11 @@ from telescope.answer import certificate_of
 from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
-from telescope.dispatch.queue import Pack
+from telescope.dispatch.outcome import latest_row
+from telescope.dispatch.queue import Pack, Trainer
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError, StoreError
+from telescope.foreign import Foreign
 from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import (
     Prepared,
@@ -72,7 +74,8 @@ class Recorder:
     folder: Folder
     view: View
     name: str
-    workers: int
+    workers: Mapping[int, int]
+    """Width → trials at once."""
     planned: Mapping[int, int]
     """Width → trials that the plan expects."""
     known: list[Result]
@@ -128,6 +131,18 @@ class Recorder:
             self.unpacked.add(pack.why)
             width = (*pack.trained, *pack.released)[0].width
             self.view.note(f"pack of width {width}: {pack.why}")
+
+    def latest(self) -> str:
+        """Where the running trials are that print their steps; empty where none does."""
+        rows = {
+            trial: latest_row(self.folder.logs / f"{trial}.out") for trial in list(self.running)
+        }
+        return "; ".join(
+            f"{trial.point} at step {row.step}, "
+            f"loss {row.train_loss if row.held_out_loss is None else row.held_out_loss:.4f}"
+            for trial, row in rows.items()
+            if row
+        )
 
     def write_table(self) -> None:
         """Write `trials.csv`."""
@@ -193,15 +208,14 @@ class Recorder:
         seconds = {width: fmean(times) for width, times in self._seconds.items()}
         widest, spec = max(seconds), self.ladder.spec
         rate = seconds[widest] / spec.cost(widest) if widest in self.planned else 0.0
-        left = sum(
-            trials * seconds.get(width, rate * spec.cost(width))
+        stage = self.ladder.stages[-1]
+        done = {stage.width: len(self.ladder.results(stage))}
+        return sum(
+            (trials - done.get(width, 0))
+            * seconds.get(width, rate * spec.cost(width))
+            / self.workers[width]
             for width, trials in expected.items()
         )
-        if expected:
-            stage = self.ladder.stages[-1]
-            each = seconds.get(stage.width, rate * spec.cost(stage.width))
-            left -= len(self.ladder.results(stage)) * each
-        return left / self.workers
 
 
 def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Folder, Ladder]:
@@ -217,12 +231,11 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         SpecError, ModelError, DataError: the spec, the model file or the corpus is wrong.
         KeyboardInterrupt: as it came; what finished is kept.
     """
-    prepared = prepare(spec)
-    check_corpus(prepared.trial_config)
+    is_cluster = options.ray_address is not None
+    prepared = _prepare(spec, is_cluster=is_cluster)
     if refusal := over_budget(prepared):
         raise RefusedError(f"{spec.name}: {refusal}")
-    is_cluster = options.ray_address is not None
-    number = workers(spec, options.workers, is_cluster=is_cluster)
+    at_once = workers(spec, options.workers, is_cluster=is_cluster)
     if not is_cluster:
         check_this_machine(spec)
         check_compiler(spec)
@@ -233,13 +246,26 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         make_view() as view,
     ):
         record = folder.read_spec() if folder.exists else None
-        prepared, measured = settled(prepared, record, is_cluster=is_cluster, say=view.note)
-        with _recording(prepared, folder, options, view, number, measured) as recorder:
-            _dispatch(recorder, prepared, options, number)
-            rule, policy = spec.optimizer.rule, spec.ladder.policy
+        measured: Mapping[str, Any] = {}
+        if isinstance(prepared, Prepared):
+            prepared, measured = settled(prepared, record, is_cluster=is_cluster, say=view.note)
+        with _recording(prepared, folder, options, view, at_once, measured) as recorder:
+            _dispatch(recorder, prepared, options, at_once)
+            rule, policy = spec.rule or "not stated", spec.ladder.policy
             title = f"{spec.name}: held-out loss, rule {rule}, policy {policy}"
             write_loss_figure(folder.path / "loss.png", recorder.ladder, title)
             return folder, recorder.ladder
+
+
+def _prepare(spec: Spec, *, is_cluster: bool) -> Prepared | Foreign:
+    """Check what the trials need, and price them."""
+    if spec.trainer:
+        foreign = Foreign.of(spec)
+        foreign.check(is_cluster=is_cluster)
+        return foreign
+    prepared = prepare(spec)
+    check_corpus(prepared.trial_config)
+    return prepared
 
 
 @contextmanager
@@ -258,11 +284,11 @@ def _told_what_to_mend(folder: Folder) -> Iterator[None]:
 
 @contextmanager
 def _recording(
-    prepared: Prepared,
+    prepared: Prepared | Foreign,
     folder: Folder,
     options: Options,
     view: View,
-    number: int,
+    at_once: Mapping[int, int],
     measured: Mapping[str, Any],
 ) -> Iterator[Recorder]:
     """Check, open the store, replay it, and leave folder and heartbeat in a true state."""
@@ -287,18 +313,21 @@ def _recording(
         known = store.results()
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.tidy(_ended(known))
-        folder.write_spec(record, prepared.trial_config.model.text)
+        text = None if isinstance(prepared, Foreign) else prepared.trial_config.model.text
+        folder.write_spec(record, text)
         recorder = Recorder(
             ladder=replay(prepared.ladder_spec, known, retry_failures=True),
             store=store,
             folder=folder,
             view=view,
             name=spec.name,
-            workers=1 if options.dispatcher == "inline" else number,
+            workers=dict.fromkeys(at_once, 1) if options.dispatcher == "inline" else at_once,
             planned={stage.width: stage.trials for stage in prepared.plan.stages},
             known=known,
         )
         try:
+            if isinstance(prepared, Foreign):
+                view.watch(recorder.latest)
             view.start(recorder.beat("running"))
             yield recorder
         except BaseException:
@@ -313,16 +342,18 @@ def _ended(results: Iterable[Result]) -> list[Trial]:
     return [result.trial for result in results if result.status is not Status.FAILED]
 
 
-def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: int) -> None:
+def _dispatch(
+    recorder: Recorder,
+    prepared: Prepared | Foreign,
+    options: Options,
+    at_once: Mapping[int, int],
+) -> None:
     """Run what the ladder asks for; Ray is not even imported when there is nothing to run."""
     if not recorder.ask():
         return
-    from telescope.train.loop import TelescopeTrainer
-
-    kept = str(recorder.folder.checkpoints.absolute())
-    trainer = TelescopeTrainer(replace(prepared.trial_config, checkpoint_folder=kept))
-    timeout = prepared.trial_config.train.timeout
-    pack = pack_size(prepared.spec, is_cluster=options.ray_address is not None)
+    trainer, timeout = _trainer(prepared, recorder.folder)
+    is_cluster = options.ray_address is not None
+    pack = 1 if prepared.spec.trainer else pack_size(prepared.spec, is_cluster=is_cluster)
     if options.dispatcher == "inline":
         from telescope.dispatch.inline import run_inline
 
@@ -335,25 +366,50 @@ def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: 
             on_pack=recorder.on_pack,
         )
         return
-    from telescope.dispatch.ray_tune import run_ray
+    from telescope.dispatch.ray_tune import Size, run_ray
 
     compute = prepared.spec.compute
+    by_width = {
+        width: Size(number, compute.cpus_at(width), compute.gpus_at(width))
+        for width, number in at_once.items()
+    }
+    base = by_width[prepared.spec.base_width]
     run_ray(
         recorder,
         trainer,
-        workers=number,
-        cpus=compute.cpus,
-        gpus=compute.gpus,
+        workers=base.workers,
+        cpus=base.cpus,
+        gpus=base.gpus,
+        by_width=by_width if compute.is_by_width else None,
         address=options.ray_address,
         timeout=timeout,
         pack=pack,
         owner=str(recorder.folder.path.resolve()),
         on_start=recorder.on_start,
         on_pack=recorder.on_pack,
+        logs=recorder.folder.logs if _prints(prepared) else None,
     )
 
 
-def _spec_record(prepared: Prepared, storage: str | None) -> dict[str, Any]:
+def _prints(prepared: Prepared | Foreign) -> bool:
+    """Whether a worker's own output is the log of its trial: a user's function prints there."""
+    return isinstance(prepared, Foreign) and prepared.trainer.function is not None
+
+
+def _trainer(prepared: Prepared | Foreign, folder: Folder) -> tuple[Trainer, float]:
+    """What trains a trial, and after how many seconds a dispatcher is to end it; 0: never."""
+    if isinstance(prepared, Foreign):
+        trainer = prepared.make_trainer(folder)
+        # A command's trainer ends it itself, with all that it has started.
+        return trainer, prepared.trainer.timeout if prepared.trainer.function else 0.0
+    from telescope.train.loop import TelescopeTrainer
+
+    kept = str(folder.checkpoints.absolute())
+    config = replace(prepared.trial_config, checkpoint_folder=kept)
+    return TelescopeTrainer(config), config.train.timeout
+
+
+def _spec_record(prepared: Prepared | Foreign, storage: str | None) -> dict[str, Any]:
     """What `spec.json` holds."""
     return {
         "spec": prepared.spec.as_dict(),
@@ -368,7 +424,7 @@ def _spec_record(prepared: Prepared, storage: str | None) -> dict[str, Any]:
     }
 
 
-def _check_comparable(folder: Folder, prepared: Prepared) -> None:
+def _check_comparable(folder: Folder, prepared: Prepared | Foreign) -> None:
     """Refuse a folder whose results were made by other training than the spec's.
 
     Raises:
@@ -433,15 +489,20 @@ class Finished:
         if not self.ladder.choices:
             return None
         point = self.certificate.point if self.certificate else self.ladder.choices[-1].point
-        return at_horizon(point, self.spec.train, self.spec.target.steps)
+        return at_horizon(point, self.spec.steps, self.spec.target.steps)
 
     def cost(self) -> dict[str, Any]:
         """What all stored trials cost, and what was planned, in the keys of `show --json`."""
-        flops = sum(result.flops for result in self.results)
+        flops: float | None = sum(result.flops for result in self.results)
+        spent = flops
+        if self.spec.trainer:  # counted as planned: what its trials report may be of another kind
+            ran = [r.trial.width for r in self.results if r.status is not Status.FAILED]
+            spent = sum(map(self.ladder.spec.cost, ran))
+            flops = flops or None
         return {
             "flops": flops,
             "seconds": sum(result.seconds for result in self.results),
-            "over_target": flops / self.target_flops,
+            "over_target": (spent or 0.0) / self.target_flops,
             "planned": self.planned and dict(self.planned),
         }
 

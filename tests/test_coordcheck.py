@@ -23,7 +23,7 @@ from telescope.prepare import prepare
 from telescope.records import Point, Trial
 from telescope.report.figures import check_figure
 from telescope.spec import Spec
-from telescope.train import coordcheck, optim, parametrization
+from telescope.train import coordcheck, groups, parametrization, rules
 from telescope.train.config import (
     PYTHON_STDLIB,
     DataConfig,
@@ -43,7 +43,7 @@ from telescope.train.coordcheck import (
     judge,
 )
 from telescope.train.data import load_corpus
-from telescope.train.parametrization import Role, Scaling
+from telescope.train.rules import Role, Scaling
 
 POINT = Point.of(lr=0.004, weight_decay=0.1)
 MUP = OptimizerConfig()
@@ -308,8 +308,8 @@ def twice(rule: Callable[..., Scaling], by: Callable[[Scaling, Scaling], float])
 
 
 def test_the_adam_rule_applied_twice_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    again = twice(parametrization.scaling, lambda right, base: right.lr / base.lr)
-    monkeypatch.setattr(optim, "scaling", again)
+    again = twice(rules.scaling, lambda right, base: right.lr / base.lr)
+    monkeypatch.setattr(groups, "scaling", again)
     checked = check(gpt_config(depth=2), ADAMW)
     assert checked.slopes["hidden update"] == pytest.approx(-1.0, abs=0.1)
     assert "hidden update" in checked.problems
@@ -319,11 +319,11 @@ def test_torchs_factor_applied_twice_fails(monkeypatch: pytest.MonkeyPatch) -> N
     """Muon's step already has 0.2·√max in it; once more is √r too much."""
 
     def with_torchs_factor(role: Role, shape: Any, base_shape: Any, **names: str) -> Scaling:
-        right = parametrization.scaling(role, shape, base_shape, **names)
+        right = rules.scaling(role, shape, base_shape, **names)
         factor = math.sqrt(max(shape[-2:]) / max(base_shape[-2:])) if role.is_hidden else 1.0
         return replace(right, lr=right.lr * factor)
 
-    monkeypatch.setattr(optim, "scaling", with_torchs_factor)
+    monkeypatch.setattr(groups, "scaling", with_torchs_factor)
     checked = check(gpt_config(depth=2))
     assert checked.slopes["hidden update"] == pytest.approx(0.5, abs=0.1)
     assert "hidden update" in checked.problems
@@ -334,12 +334,12 @@ def test_an_initialisation_that_ignores_fan_in_fails(
     std: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The small one moves next to nothing in a few steps: it shows in the matrices themselves."""
-    right = parametrization._init_std
+    right = rules.init_std
 
     def constant(role: Role, shape: tuple[int, ...]) -> float:
         return std if role is Role.HIDDEN else right(role, shape)
 
-    monkeypatch.setattr(parametrization, "_init_std", constant)
+    monkeypatch.setattr(parametrization, "init_std", constant)
     checked = check(gpt_config(depth=2))
     assert "hidden start" in checked.problems, checked.slopes
     assert checked.slopes["hidden start"] == pytest.approx(0.5, abs=0.1)

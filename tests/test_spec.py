@@ -12,14 +12,13 @@ from conftest import ROOT, as_toml, tiny_spec
 
 from telescope.errors import SpecError
 from telescope.records import Axis
-from telescope.spec import (
+from telescope.spec import Spec, fingerprint
+from telescope.tables import (
     BudgetTable,
     ComputeTable,
     LadderTable,
     ModelTable,
-    Spec,
     TargetTable,
-    fingerprint,
 )
 from telescope.train.config import DataConfig, OptimizerConfig, TrainConfig
 

@@ -37,7 +37,7 @@ def exported(config: TrialConfig, width: int = WIDTH, point: Point = POINT) -> d
         steps=STEPS,
         train=config.train,
         optimizer=config.optimizer,
-        tagged=tagged,
+        tags=tagged.tags,
     )
     data: dict[str, Any] = json.loads(json.dumps(settings.as_dict()))
     return data

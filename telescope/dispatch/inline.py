@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from telescope.dispatch.packing import Packer, Size, largest
+from telescope.dispatch.packing import Packer, PackSize, largest
 from telescope.dispatch.queue import Pack, Queue, Trainer
 from telescope.records import Trial, TrialSource
 
@@ -14,7 +14,7 @@ def run_inline(
     trainer: Trainer,
     *,
     timeout: float = 0.0,
-    pack: Size = 1,
+    pack: PackSize = 1,
     on_start: Callable[[Trial], None] | None = None,
     on_pack: Callable[[Pack], None] | None = None,
 ) -> None:

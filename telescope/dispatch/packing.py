@@ -27,7 +27,7 @@ from telescope.dispatch.queue import (
 )
 from telescope.records import Result, Trial
 
-Size = int | Literal["auto"]
+PackSize = int | Literal["auto"]
 """Trials of a pack at most; "auto" packs on an accelerator, as many as fit, where it pays."""
 MIN_GAIN = 1.2
 """Trials per second of a pack over those one after the other, below which "auto" does not pack. An
@@ -37,7 +37,7 @@ MEMORY_SHARE = 0.8
 """How much of the free memory a pack may take: allocators fragment, and others may come."""
 
 
-def largest(size: Size) -> int | None:
+def largest(size: PackSize) -> int | None:
     """The most trials that a worker may be handed at once; None: as many as there are."""
     return None if size == "auto" else size
 
@@ -94,7 +94,7 @@ class Packer:
     def __init__(
         self,
         load: Callable[[], Trainer],
-        size: Size,
+        size: PackSize,
         *,
         timeout: float = 0.0,
         guard: Callable[[float], AbstractContextManager[None]] = lambda seconds: nullcontext(),
@@ -205,7 +205,7 @@ class Packer:
         return ended, None
 
 
-def choose_size(size: Size, number: int, measured: Measured | None) -> tuple[float, str]:
+def choose_size(size: PackSize, number: int, measured: Measured | None) -> tuple[float, str]:
     """How many trials go together, and why no more; infinite where nothing limits it.
 
     Args:

@@ -33,24 +33,27 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         flops = stage["flops"]
         table.add_row(
             str(stage["width"]),
-            f"{stage['parameters']:,}",
+            _number(stage["parameters"], ",.0f"),
             " × ".join(f"{count} {axis}" for axis, count in stage["points"].items() if count > 1)
             or "1",
             str(stage["trials"]),
-            f"{stage['tokens']:.3g}",
-            f"{flops['total']:.3g}",
-            f"{flops['optimizer'] / flops['total']:.0%}" if flops["total"] else "–",
+            _number(stage["tokens"]),
+            _number(flops["total"]),
+            f"{flops['optimizer'] / flops['total']:.0%}" if flops["optimizer"] else "–",
         )
     console.print(table)
     target = plan["target"]
-    console.print(
-        f"target   width {target['width']}, {target['parameters']:,} parameters, "
-        f"{target['tokens']:.3g} tokens, {target['flops']:.3g} FLOPs",
-        highlight=False,
-    )
+    known = [
+        _number(target["parameters"], ",.0f", " parameters"),
+        _number(target["tokens"], unit=" tokens"),
+        _number(target["flops"], unit=" FLOPs"),
+    ]
+    facts = ", ".join(fact for fact in known if fact != "–")
+    console.print(f"target   width {target['width']}, {facts}", highlight=False)
     adaptive = plan["policy"] == "adaptive"
+    flops = _number(plan["sweep_flops"], unit=" FLOPs: ") if plan["sweep_flops"] else ""
     console.print(
-        f"cost     {plan['sweep_flops']:.3g} FLOPs: {plan['sweep_over_target']:.2f} target runs"
+        f"cost     {flops}{plan['sweep_over_target']:.2f} target runs"
         + (" expected" if adaptive else "")
     )
     if adaptive:
@@ -61,7 +64,8 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         )
     seconds = plan["seconds"]
     console.print(
-        f"time     about {describe_seconds(seconds['estimate'])} ({seconds['basis']})",
+        f"time     {'about ' if seconds['estimate'] is not None else ''}"
+        f"{describe_seconds(seconds['estimate'])} ({seconds['basis']})",
         highlight=False,
     )
     for key, value in plan["auto"].items():
@@ -70,6 +74,11 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         console.print(f"data     {plan['data']['note']}", style="yellow", soft_wrap=True)
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
+
+
+def _number(value: float | None, form: str = ".3g", unit: str = "") -> str:
+    """A number with its unit, or a dash for what is not known."""
+    return "–" if value is None else f"{value:{form}}{unit}"
 
 
 def print_check(console: Console, check: CoordCheck, title: str) -> None:
@@ -143,7 +152,8 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
         print_certificate(console, finished.certificate)
     cost = facts["cost"]
     console.print(
-        f"cost     {cost['flops']:.3g} FLOPs, {cost['over_target']:.2f} target runs"
+        f"cost     {_number(cost['flops'], unit=' FLOPs, ') if cost['flops'] is not None else ''}"
+        f"{cost['over_target']:.2f} target runs"
         f"{_planned(cost['planned'])}; {describe_seconds(cost['seconds'])} of training, all "
         "workers together"
     )
@@ -218,7 +228,7 @@ def show_as_json(finished: Finished) -> dict[str, Any]:
     return {
         "name": spec.name,
         "policy": spec.ladder.policy,
-        "rule": spec.optimizer.rule,
+        "rule": spec.rule,
         "state": "stuck" if ladder.stuck else "finished" if ladder.is_finished else "unfinished",
         "stuck": ladder.stuck,
         "choices": [_choice_as_json(choice) for choice in ladder.choices],
@@ -226,8 +236,8 @@ def show_as_json(finished: Finished) -> dict[str, Any]:
         "target": {
             "width": spec.target.width,
             "point": answer and dict(answer),
-            "lr": answer and answer.lr,
-            "weight_decay": answer and answer.weight_decay,
+            "lr": answer and answer.get("lr"),
+            "weight_decay": answer and answer.get("weight_decay"),
             "certificate": finished.certificate and finished.certificate.as_dict(),
         },
         "cost": finished.cost(),
@@ -238,8 +248,8 @@ def _choice_as_json(choice: Choice) -> dict[str, Any]:
     return {
         "width": choice.width,
         "point": dict(choice.point),
-        "lr": choice.point.lr,
-        "weight_decay": choice.point.weight_decay,
+        "lr": choice.point.get("lr"),
+        "weight_decay": choice.point.get("weight_decay"),
         "loss": choice.loss,
         "intervals": as_json(choice.intervals),
         "at_edge": list(choice.at_edge),

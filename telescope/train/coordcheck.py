@@ -38,7 +38,8 @@ from telescope.records import Point, Trial
 from telescope.train.config import ModelConfig, TrialConfig
 from telescope.train.loop import Setup, set_up, take_step
 from telescope.train.model import blamed_on, build_meta
-from telescope.train.parametrization import Role, Tag, readouts
+from telescope.train.parametrization import readouts
+from telescope.train.rules import Role, Tag
 
 WIDTH_FACTORS = (1, 2, 4, 8)
 """Widths as multiples of the base width, whatever the ladder."""

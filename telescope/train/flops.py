@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from telescope.train.model import blamed_on, build_meta, checked_logits
-from telescope.train.parametrization import Role, Tag
+from telescope.train.rules import Role, Tag
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,10 @@ from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.train.checkpoint import Position, checkpoints_of
 from telescope.train.config import TrainConfig, TrialConfig, require
 from telescope.train.data import Batches, held_out_batch, load_corpus
+from telescope.train.groups import parameter_groups
 from telescope.train.model import build_model
-from telescope.train.optim import build_optimizers, parameter_groups, schedule, set_lr
-from telescope.train.parametrization import Tag
+from telescope.train.optim import build_optimizers, schedule, set_lr
+from telescope.train.rules import Tag
 
 if TYPE_CHECKING:
     from telescope.train.probe import PackProbe
@@ -51,7 +52,7 @@ class TelescopeTrainer:
             DataError: this machine's corpus is not the driver's.
             ModelError: the model file fails.
         """
-        torch.set_num_threads(self.config.threads)
+        torch.set_num_threads(self.config.threads_at.get(trial.width, self.config.threads))
         return train(self.config, trial)
 
     def train_pack(self, trials: Sequence[Trial]) -> Iterator[Result]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from telescope.errors import ModelError, SpecError, TelescopeError
 from telescope.train.config import ModelConfig
-from telescope.train.parametrization import Tag, initialise, set_multipliers, tag
+from telescope.train.parametrization import initialise, set_multipliers, tag
+from telescope.train.rules import Tag
 
 
 @dataclass(frozen=True)

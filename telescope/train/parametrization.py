@@ -1,19 +1,14 @@
-"""muP for Muon: each parameter's role, and the one table of width rules.
+"""muP for Muon in torch: each parameter's role, its start, and the readouts' multipliers.
 
 A parameter's *role* comes from what grows when the width does (mup's `infshape`) and from the
-module that holds it. Its *scaling* is a pure function of role, shape, shape at base width and rule,
-written so that it can be checked line by line against the literature named beside each line.
-
-r is the matrix's fan-in over its fan-in at base width. Every rule is the same at r = 1.
+module that holds it. What a role means for its settings is `telescope.train.rules`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Iterator
 
 import mup
 import torch
@@ -21,128 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from telescope.errors import ModelError
-
-RMS_MATCH = 0.2
-"""Muon's update has this RMS per unit of lr, as AdamW's has. Source: arXiv 2502.16982 §2.2."""
-GROWTH_TOLERANCE = 0.25
-"""In octaves: how far a growing side may be from proportional to the width. Room for a side that is
-rounded to a multiple (8/3 of the width, in eights); a side like √width or a cap is off by a half
-per doubling."""
-TIED_STD = 0.02
-"""A tied embedding also reads out: at std 1 its logits shrink with width (slope -0.37)."""
-
-
-class Role(StrEnum):
-    """What a parameter is to the width rules."""
-
-    HIDDEN = "hidden"
-    """A matrix, or a stack of them, with both sides growing."""
-    RESIDUAL = "residual"
-    """A hidden matrix that ends a residual branch; starts at zero."""
-    EMBEDDING = "embedding"
-    """A lookup table from a fixed vocabulary to the width."""
-    READOUT = "readout"
-    """mup's MuReadout: from the width to something fixed."""
-    TIED = "tied"
-    """An embedding shared with a MuSharedReadout."""
-    VECTOR = "vector"
-    """One growing dimension: norm gains and biases."""
-    FINITE = "finite"
-    """A vector that does not grow, such as the QK-norm gains of a fixed head_dim."""
-
-    @property
-    def is_hidden(self) -> bool:
-        """Whether Muon trains it."""
-        return self in (Role.HIDDEN, Role.RESIDUAL)
-
-
-@dataclass(frozen=True, slots=True)
-class Tag:
-    """One parameter as the width rules see it."""
-
-    name: str
-    role: Role
-    shape: tuple[int, ...]
-    base_shape: tuple[int, ...]
-    output_mult: float = 1.0
-    """A readout's own factor, which the model file gave it beside the rule's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """What a rule says of one parameter."""
-
-    lr: float
-    """Step length per unit of lr: Muon's factor of O, AdamW's factor of its unit step."""
-    decay: float
-    """Factor of lr · weight_decay that a step takes off."""
-    init_std: float
-    """Standard deviation at the start; 0 is zeros (norm gains: ones)."""
-    multiplier: float
-    """Factor of the module's output, 1 but for readouts."""
-
-
-def scaling(
-    role: Role,
-    shape: tuple[int, ...],
-    base_shape: tuple[int, ...],
-    *,
-    optimizer: str,
-    rule: str,
-) -> Scaling:
-    """The table of width rules.
-
-    Args:
-        role: the parameter's role.
-        shape: (…, out, in) for matrices; an embedding is (vocabulary, width).
-        base_shape: the same parameter's shape at base width.
-        optimizer: "muon" or "adamw".
-        rule: "mup", "paper", "moonlight" or "standard"; adamw knows the first and the last.
-
-    Source: mup, arXiv 2512.05620 App. G; paper, arXiv 2505.02222 §3; moonlight, arXiv 2502.16982
-    §2.2; AdamW, arXiv 2203.03466 Table 8. Residual outputs at zero: arXiv 2512.05620.
-
-    >>> scaling(Role.HIDDEN, (64, 64), (16, 16), optimizer="muon", rule="mup").lr  # 0.2 · sqrt(16)
-    0.8
-    """
-    init = _init_std(role, shape)
-    if role in (Role.READOUT, Role.TIED):
-        r = shape[-1] / base_shape[-1]
-        return Scaling(1.0, 1.0, init, 1.0 if rule == "standard" else 1 / r)
-    if not role.is_hidden:
-        return Scaling(1.0, 1.0, init, 1.0)
-    (out, in_), (out0, in0) = shape[-2:], base_shape[-2:]
-    r = in_ / in0
-    match optimizer, rule:
-        case "muon", "mup":
-            lr = RMS_MATCH * math.sqrt(max(out0, in0)) * math.sqrt((out / in_) / (out0 / in0))
-            decay = 1.0
-        case "muon", "paper":
-            lr = RMS_MATCH * math.sqrt(max(out, in_)) / r
-            decay = 1 / r
-        case "muon", "moonlight" | "standard":
-            lr = RMS_MATCH * math.sqrt(max(out, in_))
-            decay = 1.0
-        case "adamw", "mup":
-            lr, decay = 1 / r, 1.0
-        case "adamw", "standard":
-            lr, decay = 1.0, 1.0
-        case _:
-            raise ValueError(f"no rule {rule!r} for {optimizer!r}")
-    return Scaling(lr, decay, init, 1.0)
-
-
-def _init_std(role: Role, shape: tuple[int, ...]) -> float:
-    """Standard deviation at the start: one initialisation for all rules."""
-    match role:
-        case Role.HIDDEN:
-            return 1 / math.sqrt(shape[-1])
-        case Role.EMBEDDING:
-            return 1.0
-        case Role.TIED:
-            return TIED_STD
-        case _:
-            return 0.0
+from telescope.train.rules import Role, Tag, check_growth, init_std, scaling
 
 
 def tag(
@@ -173,7 +47,7 @@ def tag(
         odd = sorted({name for names in shapes for name in names} - everywhere)
         raise ModelError(f"{odd[0]}: exists at one width only; every width needs the same layers")
     for name in shapes[0]:
-        _check_growth(name, [by_name[name] for by_name in shapes], widths)
+        check_growth(name, [by_name[name] for by_name in shapes], widths)
     mup.set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
     owners = _owners(model)
     return {
@@ -186,34 +60,6 @@ def tag(
         )
         for name, p in model.named_parameters()
     }
-
-
-def _check_growth(
-    name: str, shapes: Sequence[tuple[int, ...]], widths: tuple[int, int, int]
-) -> None:
-    """Check that every side of a parameter stays, or grows as the width does.
-
-    Args:
-        name: the parameter's.
-        shapes: its shape in the model, at base width and at the delta width.
-        widths: the three widths.
-
-    Raises:
-        ModelError: another number of dimensions, or a side that grows by another factor.
-    """
-    if len({len(shape) for shape in shapes}) > 1:
-        raise ModelError(f"{name}: has another number of dimensions at another width")
-    for sides in zip(*shapes, strict=True):
-        octaves = [
-            math.log2(max(side, 1) / max(sides[1], 1)) - math.log2(width / widths[1])
-            for side, width in zip(sides, widths, strict=True)
-        ]
-        if len(set(sides)) > 1 and max(map(abs, octaves)) > GROWTH_TOLERANCE:
-            pairs = ", ".join(f"{s} at width {w}" for s, w in zip(sides, widths, strict=True))
-            raise ModelError(
-                f"{name}: a side is {pairs}; a side must stay or be proportional to the width "
-                "(rounding aside)"
-            )
 
 
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
@@ -306,7 +152,7 @@ def initialise(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             tag = tags[name]
-            std = _init_std(tag.role, tag.shape) * init_scale
+            std = init_std(tag.role, tag.shape) * init_scale
             if tag.role in (Role.VECTOR, Role.FINITE):
                 parameter.fill_(0.0 if "bias" in name.rsplit(".", 1)[-1] else 1.0)
             elif std == 0:

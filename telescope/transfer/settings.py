@@ -6,14 +6,15 @@ The groups are those that the program's own training loop is built from, so plai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from telescope.errors import RefusedError
 from telescope.records import Certificate, Point, as_json
 from telescope.train.config import OptimizerConfig, TrainConfig
-from telescope.train.model import TaggedModel
-from telescope.train.optim import Group, parameter_groups
-from telescope.train.parametrization import Role
+from telescope.train.groups import Group, parameter_groups
+from telescope.train.rules import Role, Tag
 
 HORIZON_NOTE = (
     "weight_decay is rescaled so that lr · weight_decay · steps stays as in the sweep, lr is kept: "
@@ -46,12 +47,12 @@ class Transfer:
 
     @property
     def lr(self) -> float:
-        """Peak learning rate in base-width units."""
+        """Peak learning rate in base-width units; KeyError where it is no axis."""
         return self.point.lr
 
     @property
     def weight_decay(self) -> float:
-        """Weight decay in base-width units."""
+        """Weight decay in base-width units; KeyError where it is no axis."""
         return self.point.weight_decay
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,8 +60,8 @@ class Transfer:
         return {
             "width": self.width,
             "point": dict(self.point),
-            "lr": self.lr,
-            "weight_decay": self.weight_decay,
+            "lr": self.point.get("lr"),
+            "weight_decay": self.point.get("weight_decay"),
             "steps": self.steps,
             "schedule": self.schedule,
             "groups": as_json(self.groups),
@@ -78,11 +79,11 @@ def rescale_horizon(point: Point, *, sweep_steps: int, steps: int) -> Point:
     return Point.of({**point, "weight_decay": point.weight_decay * sweep_steps / steps})
 
 
-def at_horizon(point: Point, train: TrainConfig | None, steps: int | None) -> Point:
+def at_horizon(point: Point, sweep_steps: int | None, steps: int | None) -> Point:
     """The point for a run of `steps`: rescaled where the sweep's runs had another number."""
-    if train is None or steps is None or steps == train.steps:
+    if sweep_steps is None or steps is None or steps == sweep_steps or "weight_decay" not in point:
         return point
-    return rescale_horizon(point, sweep_steps=train.steps, steps=steps)
+    return rescale_horizon(point, sweep_steps=sweep_steps, steps=steps)
 
 
 def transfer_settings(
@@ -91,8 +92,10 @@ def transfer_settings(
     width: int,
     steps: int | None,
     train: TrainConfig | None,
+    sweep_steps: int | None = None,
     optimizer: OptimizerConfig,
-    tagged: TaggedModel | None,
+    tags: Mapping[str, Tag] | None,
+    fold: bool = False,
 ) -> Transfer:
     """The settings of `point` at `width`.
 
@@ -100,20 +103,25 @@ def transfer_settings(
         point: the chosen point, in base-width units.
         width: the target's width; any that the model file can build.
         steps: the target's optimizer steps, None if neither spec nor user says.
-        train: the sweep's training, for its steps and its schedule; None if the spec has none.
+        train: the sweep's training, for its schedule; None if another trainer has its own.
+        sweep_steps: optimizer steps of its trials; left out, as `train` says, if it does.
         optimizer: the sweep's optimizer.
-        tagged: the model's shapes and roles at `width`; None if the spec names no model file.
+        tags: each parameter's role and shape at `width`, by its name; None if the spec names
+            neither a model file nor shapes.
+        fold: whether the readouts' multipliers go into their other settings; see `fold_readout`.
+
+    Raises:
+        RefusedError: `fold`, and the readout is tied.
     """
     notes = []
-    if tagged:
+    sweep_steps = sweep_steps or (train.steps if train else None)
+    if tags:
         notes.append(CONVENTION_NOTE.format(rule=optimizer.rule))
-    rescaled = at_horizon(point, train, steps)
+    rescaled = at_horizon(point, sweep_steps, steps)
     if rescaled != point:
         notes.append(HORIZON_NOTE)
     point = rescaled
-    groups = tagged and [
-        _as_dict(group, optimizer) for group in parameter_groups(tagged.tags, point, optimizer)
-    ]
+    groups = tags and group_settings(parameter_groups(tags, point, optimizer), optimizer, fold=fold)
     return Transfer(
         width=width,
         point=point,
@@ -134,6 +142,54 @@ def _schedule(train: TrainConfig, point: Point, steps: int) -> dict[str, Any]:
     if train.schedule == "wsd":
         schedule["decay_steps"] = round(train.decay * steps)
     return schedule
+
+
+def fold_readout(group: Group) -> Group:
+    """A readout's settings for code without a multiplier m on its logits: the same training.
+
+    The weight is then W' = m·W, its gradient 1/m of W's. AdamW's step does not know the size of a
+    gradient beside its eps, so W' moves as m·W does with lr·m and eps/m; and a step takes off
+    lr · weight_decay, so weight_decay/m. Exact, but for clipping: the norm of all gradients is
+    another. All other groups come back as they are.
+
+    Raises:
+        RefusedError: the readout is tied: the embedding cannot have the multiplier.
+    """
+    m = group.multiplier
+    if m == 1:
+        return group
+    if group.role is Role.TIED:
+        raise RefusedError(
+            f"fold-readout: {group.names[0]} is tied: an embedding that is also the readout cannot "
+            f"hold the multiplier; multiply the logits by {m:g} in the code, or untie the readout"
+        )
+    return replace(
+        group,
+        lr=group.lr * m,
+        weight_decay=group.weight_decay / m,
+        init_std=group.init_std * m,
+        kwargs={**group.kwargs, "eps": group.kwargs["eps"] / m},
+        multiplier=1.0,
+    )
+
+
+def group_settings(
+    groups: Iterable[Group], optimizer: OptimizerConfig, *, fold: bool = False
+) -> list[dict[str, Any]]:
+    """Groups in the keys of `telescope transfer --json`.
+
+    Raises:
+        RefusedError: `fold`, and the readout is tied.
+    """
+    settings = []
+    for group in groups:
+        folded = fold_readout(group) if fold else group
+        entry = _as_dict(folded, optimizer)
+        if folded.multiplier != group.multiplier:
+            note = f"its multiplier {group.multiplier:g} is folded into init_std, lr, decay and eps"
+            entry["note"] = "; ".join(filter(None, (entry["note"], note)))
+        settings.append(entry)
+    return settings
 
 
 def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:

@@ -1,0 +1,373 @@
+"""The parameters of somebody else's model: each one's role, shape and shape at base width.
+
+With these a trainer that knows nothing of this program gets its settings, at any width: what a
+parameter is to be trained with follows from the three. `Shapes.of` finds them in a torch model,
+`write_shapes` and `Shapes.load` keep them in a file for ``[trainer] shapes``.
+
+Nothing here imports torch but `Shapes.of`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from telescope.errors import ModelError, SpecError
+from telescope.files import write_atomic
+from telescope.records import Point
+from telescope.train.config import OptimizerConfig
+from telescope.train.groups import parameter_groups
+from telescope.train.rules import Role, Tag, check_growth
+from telescope.transfer.settings import group_settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+KEYS = ("role", "shape", "base_shape")
+"""What the file says of a parameter."""
+GROWING = {
+    # role: which sides grow with the width, the last two of a stack of matrices
+    Role.HIDDEN: (True, True),
+    Role.RESIDUAL: (True, True),
+    Role.EMBEDDING: (False, True),
+    Role.TIED: (False, True),
+    Role.READOUT: (False, True),
+    Role.INPUT: (True, False),
+    Role.VECTOR: (True,),
+    Role.FINITE: (False,),
+}
+LAYOUT = {
+    Role.HIDDEN: "(…, out, in), the last two growing with the width and no others",
+    Role.RESIDUAL: "(…, out, in), the last two growing with the width and no others",
+    Role.EMBEDDING: "(vocabulary, width), the last alone growing with the width",
+    Role.TIED: "(vocabulary, width), the last alone growing with the width",
+    Role.READOUT: "(outputs, width), the last alone growing with the width",
+    Role.INPUT: "(width, features), the first alone growing with the width",
+    Role.VECTOR: "(width,), growing with the width",
+    Role.FINITE: "one side, the same at every width",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The parameters of one model at one width."""
+
+    width: int
+    base_width: int
+    tags: Mapping[str, Tag]
+    """Name → role, shape and base shape, in the model's order."""
+
+    @classmethod
+    def of(
+        cls,
+        build: Callable[[int], nn.Module],
+        *,
+        width: int,
+        base_width: int,
+        roles: Mapping[str, str] | None = None,
+    ) -> Shapes:
+        """Find the parameters of a torch model, and what each is to the width rules.
+
+        A table that an `nn.Embedding` holds is an embedding, or tied if a Linear holds it too; the
+        one `nn.Linear` that grows in its input alone is the readout, one that grows in its output
+        alone the input; matrices that grow on both sides are hidden. `roles` says what else is.
+
+        Args:
+            build: makes the model at a width; called on the meta device at `width`, `base_width`
+                and twice that, so nothing is allocated.
+            width: the width wanted.
+            base_width: the sweep's first width, in whose units its points are given.
+            roles: patterns of names → role, such as ``{"*.o_proj.weight": "residual"}``; the first
+                that matches counts.
+
+        Raises:
+            ModelError: a parameter without a clear role, a side that grows by another factor than
+                the width, or a pattern that matches nothing.
+        """
+        import torch
+
+        widths = (width, base_width, 2 * base_width)
+        with torch.device("meta"):
+            models = [build(each) for each in widths]
+        shapes = [{n: tuple(p.shape) for n, p in model.named_parameters()} for model in models]
+        if not shapes[0].keys() == shapes[1].keys() == shapes[2].keys():
+            common = shapes[0].keys() & shapes[1].keys() & shapes[2].keys()
+            odd = sorted({name for by_name in shapes for name in by_name} - common)
+            raise ModelError(f"{odd[0]}: exists at one width only; all widths need the same layers")
+        for name in shapes[0]:
+            check_growth(name, [by_name[name] for by_name in shapes], widths)
+        grows = {
+            name: tuple(a != b for a, b in zip(shapes[1][name], shapes[2][name], strict=True))
+            for name in shapes[0]
+        }
+        found = _roles(models[0], grows, roles or {})
+        tags = {n: Tag(n, found[n], shapes[0][n], shapes[1][n]) for n in shapes[0]}
+        for name, tag in tags.items():
+            _check_role(tag, grows[name], ModelError)
+        return cls(width, base_width, tags)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, width: int, base_width: int, only_width: int | None = None
+    ) -> Shapes:
+        """Read a file of ``{name: {"role", "shape", "base_shape"}}``, or of these by width.
+
+        Args:
+            path: the JSON file.
+            width: the width wanted.
+            base_width: the width of every ``base_shape``.
+            only_width: the width of a file that gives none; left out, `width`.
+
+        Raises:
+            SpecError: no such file, no such width in it, or an entry that makes no sense; in words
+                that name the entry, what it has and what is allowed.
+        """
+        data, where = _read(Path(path)), f"{Path(path).name}"
+        if data and all(key.isdigit() for key in data):
+            if str(width) not in data:
+                there = ", ".join(sorted(data, key=int))
+                raise SpecError(
+                    f"{where}: has no shapes of width {width}, only of {there}; add them with "
+                    "telescope.Shapes, or ask for one of these"
+                )
+            data, where = data[str(width)], f"{where}: width {width}"
+        elif only_width not in (None, width):
+            raise SpecError(
+                f"{where}: has the shapes of one width, the target's ({only_width}), got width "
+                f'{width}; give them by width: {{"{only_width}": {{...}}, "{width}": {{...}}}}'
+            )
+        if not isinstance(data, dict) or not data:
+            raise SpecError(f"{where}: must be a table of parameters, each with {', '.join(KEYS)}")
+        tags = {name: _tag(f"{where}: {name}", name, entry) for name, entry in data.items()}
+        for tag in tags.values():
+            _check_tag(where, tag, width, base_width)
+        return cls(width, base_width, tags)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """What the file says: name → role, shape and base shape."""
+        return {
+            name: {"role": str(t.role), "shape": list(t.shape), "base_shape": list(t.base_shape)}
+            for name, t in self.tags.items()
+        }
+
+    def groups(
+        self,
+        point: Mapping[str, float] | None = None,
+        /,
+        *,
+        fold_readout: bool = False,
+        optimizer: Mapping[str, Any] | None = None,
+        **axes: float,
+    ) -> tuple[dict[str, Any], ...]:
+        """What to train each parameter with at this width, in the keys of `telescope transfer`.
+
+        A trainer that uses these in every trial implements the rule, so that a sweep's point, which
+        is in base-width units, means the same at every width.
+
+        Args:
+            point: lr and weight_decay in base-width units (a trial's point), and, if swept,
+                init_scale and adamw_lr_ratio; other axes are passed over.
+            fold_readout: for code without a multiplier on its logits; see `fold_readout`.
+            optimizer: keys of the spec's table [optimizer], such as ``{"rule": "paper"}``.
+            axes: the same as `point`, by keyword.
+
+        Raises:
+            SpecError: lr or weight_decay is missing, or an optimizer key is not allowed.
+            RefusedError: `fold_readout` of a tied readout.
+
+        >>> tag = Tag("w", Role.HIDDEN, (64, 64), (16, 16))
+        >>> group, = Shapes(64, 16, {"w": tag}).groups(lr=0.02, weight_decay=0.1)
+        >>> group["optimizer"], group["names"], group["lr"], group["weight_decay"]
+        ('Muon', ['w'], 0.01, 0.2)
+        """
+        values = Point.of(point, **axes)
+        for axis in ("lr", "weight_decay"):
+            if axis not in values:
+                raise SpecError(f"groups: {axis} is missing; got {', '.join(values) or 'nothing'}")
+        config = optimizer_config(optimizer or {})
+        groups = parameter_groups(self.tags, values, config)
+        return tuple(group_settings(groups, config, fold=fold_readout))
+
+
+def optimizer_config(table: Mapping[str, Any]) -> OptimizerConfig:
+    """The table [optimizer] from a plain mapping.
+
+    Raises:
+        SpecError: an unknown key, or a value that is not allowed.
+    """
+    known = [item.name for item in fields(OptimizerConfig)]
+    for key in table:
+        if key not in known:
+            raise SpecError(f"optimizer.{key}: unknown key; allowed: {', '.join(known)}")
+    return OptimizerConfig(**table)
+
+
+def write_shapes(path: str | Path, shapes: Sequence[Shapes]) -> None:
+    """Write a file for ``[trainer] shapes`` that knows several widths.
+
+    Args:
+        path: the JSON file.
+        shapes: one of each width, all of one base width.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    widths = {str(each.width): each.as_dict() for each in shapes}
+    tables = (
+        f"{json.dumps(width)}: {{\n"
+        + ",\n".join(f"  {json.dumps(name)}: {json.dumps(tag)}" for name, tag in table.items())
+        + "\n}"
+        for width, table in widths.items()
+    )
+    write_atomic(Path(path), "{" + ", ".join(tables) + "}\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file's table; a name that stands there twice is refused."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise SpecError(f"{path.name}: {twice} stands there twice")
+        return table
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except OSError as error:
+        raise SpecError(
+            f"trainer.shapes: {path}: cannot be read: {error.strerror}; write it with "
+            "telescope.Shapes, or leave it out to get no groups"
+        ) from error
+    except SpecError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"{path.name}: is no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise SpecError(f"{path.name}: must be a table of parameters, each with {', '.join(KEYS)}")
+    return data
+
+
+def _tag(where: str, name: str, entry: object) -> Tag:
+    """One entry of the file."""
+    if not isinstance(entry, dict) or entry.keys() != set(KEYS):
+        got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise SpecError(f"{where}: got {got or 'nothing'}, must be a table of {', '.join(KEYS)}")
+    if entry["role"] not in list(Role):
+        raise SpecError(f"{where}: role: got {entry['role']!r}, must be one of {', '.join(Role)}")
+    sides = {}
+    for key in ("shape", "base_shape"):
+        shape = entry[key]
+        whole = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
+        if not whole:
+            raise SpecError(f"{where}: {key}: got {shape!r}, must be a list of positive integers")
+        sides[key] = tuple(shape)
+    if len(sides["shape"]) != len(sides["base_shape"]):
+        raise SpecError(
+            f"{where}: shape {entry['shape']} and base_shape {entry['base_shape']} must have the "
+            "same number of sides"
+        )
+    return Tag(name, Role(entry["role"]), sides["shape"], sides["base_shape"])
+
+
+def _check_tag(where: str, tag: Tag, width: int, base_width: int) -> None:
+    """Check that an entry's sides grow with the width as its role says."""
+    if width == base_width:
+        if tag.shape != tag.base_shape:
+            raise SpecError(
+                f"{where}: {tag.name}: shape {list(tag.shape)} must be base_shape "
+                f"{list(tag.base_shape)} at base width {base_width}"
+            )
+        grows = None
+    else:
+        try:
+            check_growth(tag.name, (tag.shape, tag.base_shape), (width, base_width))
+        except ModelError as error:
+            raise SpecError(f"{where}: {error}") from None
+        grows = tuple(a != b for a, b in zip(tag.shape, tag.base_shape, strict=True))
+    _check_role(tag, grows, SpecError, where)
+
+
+def _check_role(
+    tag: Tag, grows: tuple[bool, ...] | None, error: type[Exception], where: str = ""
+) -> None:
+    """Check a parameter's sides against its role; None where growth cannot be seen."""
+    wanted, sides = GROWING[tag.role], len(tag.shape)
+    stack = max(0, sides - 2) if tag.role.is_hidden else 0
+    fits = sides - stack == len(wanted) or (tag.role is Role.FINITE and sides == 0)
+    if fits and grows is not None:
+        fits = grows == (False,) * stack + wanted[: sides - stack]
+    if not fits:
+        shown = f"{list(tag.shape)} (base {list(tag.base_shape)})"
+        raise error(
+            f"{where + ': ' if where else ''}{tag.name}: role {tag.role} must have shape "
+            f"{LAYOUT[tag.role]}; got {shown}"
+        )
+
+
+def _roles(
+    model: nn.Module, grows: Mapping[str, tuple[bool, ...]], given: Mapping[str, str]
+) -> dict[str, Role]:
+    """Name → role: as given, else by what grows and which module holds it."""
+    owners = _owners(model)
+    unused = {pattern for pattern in given if not any(fnmatchcase(n, pattern) for n in grows)}
+    if unused:
+        raise ModelError(f"roles: {sorted(unused)[0]!r} matches no parameter")
+    roles, derived = {}, []
+    for name, parameter in model.named_parameters():
+        named = next((role for p, role in given.items() if fnmatchcase(name, p)), None)
+        if named is None:
+            roles[name] = _role(name, grows[name], owners[id(parameter)])
+            derived.append(name)
+        elif named not in list(Role):
+            raise ModelError(f"roles: got {named!r}, must be one of {', '.join(Role)}")
+        else:
+            roles[name] = Role(named)
+    outputs = [name for name in derived if roles[name] is Role.READOUT]
+    if len(outputs) > 1:
+        raise ModelError(
+            f"{', '.join(outputs[:3])}: {len(outputs)} matrices grow in their input alone; a model "
+            "has one readout: name those that are with roles={name: 'readout'}; all others must "
+            "grow on both sides (key-value heads as a ratio, not a number)"
+        )
+    return roles
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Parameter identity → the modules that hold it; more than one where weights are tied."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return owners
+
+
+def _role(name: str, grows: tuple[bool, ...], owners: list[nn.Module]) -> Role:
+    """A parameter's role, where nobody says it."""
+    from torch import nn
+
+    if len(grows) <= 1:
+        return Role.VECTOR if any(grows) else Role.FINITE
+    embeddings = sum(isinstance(owner, nn.Embedding) for owner in owners)
+    linears = sum(isinstance(owner, nn.Linear) for owner in owners)
+    if embeddings:
+        return Role.TIED if linears else Role.EMBEDDING
+    if linears == len(owners):
+        match grows:
+            case (True, True):
+                ends = any(getattr(owner, "residual_output", False) for owner in owners)
+                return Role.RESIDUAL if ends else Role.HIDDEN
+            case (False, True):
+                return Role.READOUT
+            case (True, False):
+                return Role.INPUT
+    kind = type(owners[0]).__name__
+    raise ModelError(
+        f"{name}: of a {kind}, has no clear role; say what it is with roles={{{name!r}: ...}}, one "
+        f"of {', '.join(Role)}; a hidden matrix is (…, out, in)"
+    )
