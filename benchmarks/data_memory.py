@@ -1,6 +1,6 @@
 """Memory and seconds that large corpora cost a worker, next to reading them whole.
 
-    python benchmarks/data_memory.py [--gigabytes 1] [--tokenized 0.1] [--folder /tmp]
+    python benchmarks/data_memory.py [--gigabytes 1] [--tokenized 0.02] [--only Parquet]
 
 Makes a text file, a shard of tokens, a JSONL and a Parquet file of that size, and smaller ones for
 a BPE, which is slow. Loads each in a process of its own with an empty cache folder, and once more
@@ -32,44 +32,56 @@ BATCH_SIZE, LENGTH = 16, 256
 GIGABYTE = 10**9
 
 
-def make_files(folder: Path, size: float, small: float) -> dict[str, dict[str, Any]]:
-    """Write the corpora; name → the keys of [data]."""
-    import pyarrow
-    from pyarrow import parquet
-
-    from telescope.tokenizing import make_tokenizer
-    from telescope.train.config import PYTHON_STDLIB, DataConfig
-    from telescope.train.data import load_corpus
-
-    corpus = load_corpus(DataConfig(source=PYTHON_STDLIB))
-    text = np.asarray(corpus.train_tokens).astype(np.uint8).tobytes().decode(errors="ignore")
-    block, documents = text.encode(), [text[i : i + 4000] for i in range(0, len(text), 4000)]
-    lines = "".join(json.dumps({"text": document}) + "\n" for document in documents).encode()
-    for name, gigabytes in (("", size), ("small-", small)):
-        for kind, content in (("text.txt", block), ("lines.jsonl", lines)):
-            with (folder / f"{name}{kind}").open("wb") as file:
-                while file.tell() < gigabytes * GIGABYTE:
-                    file.write(content)
-    rng = np.random.default_rng(0)
-    with (folder / "shard.bin").open("wb") as file:
-        while file.tell() < size * GIGABYTE:
-            file.write(rng.integers(0, 50257, 5_000_000, dtype=np.uint16).data)
-    schema = pyarrow.schema({"text": pyarrow.string()})
-    path = folder / "rows.parquet"
-    with parquet.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
-        for _ in range(int(size * GIGABYTE / len(block))):
-            writer.write_table(pyarrow.table({"text": documents}, schema=schema))
-    config = DataConfig(source=PYTHON_STDLIB)
-    make_tokenizer(config, 2048, folder / "bpe.json", lambda done, whole: None)
+def tables(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name of a corpus → the keys of its [data]."""
     bpe = {"tokenizer": str(folder / "bpe.json")}
     return {
         "text, bytes": {"source": str(folder / "text.txt")},
         "shard, uint16": {"source": str(folder / "shard.bin"), "dtype": "uint16"},
         "JSONL, bytes": {"source": str(folder / "lines.jsonl")},
         "Parquet, bytes": {"source": str(folder / "rows.parquet")},
-        "text, BPE": {"source": str(folder / "small-text.txt"), **bpe},
-        "JSONL, BPE": {"source": str(folder / "small-lines.jsonl"), **bpe},
+        "text, BPE": {"source": str(folder / "small.txt"), **bpe},
+        "JSONL, BPE": {"source": str(folder / "small.jsonl"), **bpe},
     }
+
+
+def make_files(folder: Path, size: float, small: float, only: str) -> None:
+    """Write the files of `tables` whose name has `only` in it, in gigabytes."""
+    from telescope.tokenizing import make_tokenizer
+    from telescope.train.config import PYTHON_STDLIB, DataConfig
+    from telescope.train.data import load_corpus
+
+    config = DataConfig(source=PYTHON_STDLIB)
+    if only in "BPE, text, JSONL":
+        make_tokenizer(config, 2048, folder / "bpe.json", lambda done, whole: None)
+    corpus = load_corpus(config)
+    text = np.asarray(corpus.train_tokens).astype(np.uint8).tobytes().decode(errors="ignore")
+    documents = [text[i : i + 4000] for i in range(0, len(text), 4000)]
+    contents = {
+        ".txt": text.encode(),
+        ".jsonl": "".join(json.dumps({"text": each}) + "\n" for each in documents).encode(),
+        ".bin": np.random.default_rng(0).integers(0, 50257, 5_000_000, dtype=np.uint16).tobytes(),
+    }
+    for name, keys in tables(folder).items():
+        path = Path(keys["source"])
+        wanted = (small if "tokenizer" in keys else size) * GIGABYTE
+        if only in name and path.suffix == ".parquet":
+            _write_parquet(path, documents, int(wanted / len(text)))
+        elif only in name:
+            with path.open("wb") as file:
+                while file.tell() < wanted:
+                    file.write(contents[path.suffix])
+
+
+def _write_parquet(path: Path, documents: list[str], groups: int) -> None:
+    """The documents as row groups, again and again."""
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = pyarrow.schema({"text": pyarrow.string()})
+    with parquet.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        for _ in range(groups):
+            writer.write_table(pyarrow.table({"text": documents}, schema=schema))
 
 
 def memory() -> dict[str, int]:
@@ -134,7 +146,8 @@ def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--tokenized", type=float, default=0.1)
+    parser.add_argument("--tokenized", type=float, default=0.02)
+    parser.add_argument("--only", default="", help="measure what has this in its name")
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
@@ -145,11 +158,13 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="data-memory-", dir=options.folder))
     os.environ["TELESCOPE_CACHE"] = str(folder / "cache")
     try:
-        corpora = make_files(folder, options.gigabytes, options.tokenized)
+        make_files(folder, options.gigabytes, options.tokenized, options.only)
+        corpora = {name: keys for name, keys in tables(folder).items() if options.only in name}
         time.sleep(3)  # what was written just now is not remembered
         titles = ("anon. MB", "res. MB", "ratio", "ratio")
         print(f"{'':32} {'GB':>6} {' '.join(f'{t:>9}' for t in titles)} {'seconds':>8}")
-        report("text, bytes: read whole", corpora["text, bytes"], whole=True)
+        if "text, bytes" in corpora:
+            report("text, bytes: read whole", corpora["text, bytes"], whole=True)
         for name, data in corpora.items():
             report(f"{name}: first time", data)
             report(f"{name}: from then on", data)

@@ -40,9 +40,9 @@ def progress_bar(title: str, afterwards: str = "") -> Iterator[Callable[[float, 
         def move(done: float, whole: float) -> None:
             nonlocal shown
             if done >= whole and afterwards:
-                bar.update(task, description=afterwards, total=None)
+                bar.update(task, description=afterwards, completed=whole)
             elif done < shown or done - shown >= SMALLEST_MOVE * whole or done >= whole:
-                bar.update(task, completed=done, total=whole)
+                bar.update(task, description=title, completed=done, total=whole)
                 shown = done
 
         yield move
