@@ -178,11 +178,11 @@ def test_every_verb(tmp_path: Path) -> None:
 
 def test_what_differs_is_refused(tmp_path: Path) -> None:
     inline(tmp_path)
-    inline(tmp_path, trainer={"timeout": 9.0}, optimizer={"rule": "standard"})
+    inline(tmp_path, trainer={"timeout": 9.0, "steps": 3}, optimizer={"rule": "standard"})
     for tables, key in (
         ({"trainer": {"command": [*COMMAND, "x"]}}, "trainer.command was"),
         ({"trainer": {"environment": {"A": "1"}}}, "trainer.environment was"),
-        ({"trainer": {"steps": 3}}, "trainer.steps was None, now 3"),
+        ({"trainer": {"command": [*COMMAND, "{steps}"], "steps": 3}}, "steps was None, now 3"),
     ):
         with pytest.raises(ResumeError, match=key):
             inline(tmp_path, **tables)
@@ -261,6 +261,15 @@ def test_a_longer_target_rescales_the_decay(tmp_path: Path) -> None:
     assert answer.steps == 300
     assert answer.weight_decay == pytest.approx(0.1)
     assert ladder.transfer(steps=100).weight_decay == pytest.approx(0.3)
+
+
+def test_another_length_of_unknown_steps_is_a_note(tmp_path: Path) -> None:
+    ladder = Ladder(Spec.from_dict(bowl_spec(tmp_path)))
+    while trials := ladder.ask():
+        for trial in trials:
+            ladder.tell(trial, loss=2 + (trial.lr - 0.1) ** 2)
+    assert not ladder.transfer().notes
+    assert "trainer.steps does not say" in ladder.transfer(steps=100).notes[0]
 
 
 def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:

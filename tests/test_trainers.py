@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from telescope.dispatch import trainers
+from telescope.dispatch import guard, trainers
 from telescope.dispatch.loading import load_function
 from telescope.dispatch.outcome import (
     MOST_ROWS,
@@ -255,6 +255,20 @@ def test_what_a_finished_trial_leaves_running_is_ended(
 ) -> None:
     monkeypatch.setattr(trainers, "GRACE", 0.3)
     assert command(tmp_path, f"{FAMILY} {SAYS}").loss == 1.5
+    assert not marked(mark)
+
+
+def test_where_processes_cannot_be_looked_at_the_group_is_ended(
+    tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Path(guard.__file__).read_text()
+    found = 'HAS_PROC = os.path.isdir("/proc/self")'
+    assert found in text
+    blind = tmp_path / "guard.py"
+    blind.write_text(text.replace(found, "HAS_PROC = False"))
+    monkeypatch.setattr(guard, "__file__", str(blind))
+    monkeypatch.setattr(trainers, "GRACE", 0.3)
+    assert command(tmp_path, f"(trap '' TERM; sleep 60; sleep 60) & {SAYS}").loss == 1.5
     assert not marked(mark)
 
 
