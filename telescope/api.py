@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telescope.answer import transfer
-from telescope.errors import TrialError
+from telescope.errors import RefusedError, TrialError
 from telescope.ladder.ladder import replay
+from telescope.ladder.plan import over_budget
 from telescope.records import (
     Choice,
     LadderSpec,
@@ -44,9 +45,16 @@ class Ladder:
             spec: the sweep.
             results: results of an earlier ladder of the same spec; those asked for are reused,
                 and failures that left it stuck are asked for again.
+
+        Raises:
+            RefusedError: the ladder must cost more than the budget allows.
+            ModelError, SpecError: the model file cannot be built, or takes no such keyword.
         """
         self.spec = spec
-        self._ladder = replay(_with_costs(spec), results, retry_failures=True)
+        ladder_spec = _with_costs(spec)
+        if refusal := over_budget(ladder_spec, spec.budget.max_over_target):
+            raise RefusedError(f"{spec.name}: {refusal}")
+        self._ladder = replay(ladder_spec, results, retry_failures=True)
 
     def ask(self) -> list[Trial]:
         """The open stage's trials still unanswered; [] when the ladder is finished or stuck."""
@@ -134,7 +142,11 @@ class Ladder:
 
 
 def _with_costs(spec: Spec) -> LadderSpec:
-    """The ladder's spec, with FLOPs counted where the spec says what is trained."""
+    """The ladder's spec with what its trials cost, where the spec says or it can be counted."""
+    if spec.cost:
+        _, table = spec.cost.entries
+        costs = {width: table[width] for width in spec.ladder.widths}
+        return spec.ladder_spec_with(costs, table[spec.target.width])
     if spec.model is None or spec.train is None:
         return spec.ladder_spec
     from telescope.prepare import count_costs
