@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from telescope.errors import DataError
+from telescope.errors import DataError, SpecError
+from telescope.foreign import Foreign, plan_foreign
 from telescope.prepare import (
     ASSUMED_FLOP_RATE,
     Prepared,
@@ -29,14 +30,47 @@ def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
     Raises:
         TelescopeError: the spec, its model file or its corpus is wrong.
     """
+    at_once = workers(spec, None, is_cluster=False)
+    if spec.trainer:
+        if probe:
+            raise SpecError(
+                "--probe: times the built-in trainer; with [trainer] give compute.flop_rate, and "
+                "flops in [cost]"
+            )
+        return _plan_foreign(Foreign.of(spec), at_once)
     prepared = prepare(spec)
     if probe:
         check_corpus(prepared.trial_config)
-    number = workers(spec, None, is_cluster=False)
     seconds, basis = _probed(prepared) if probe else _assumed(prepared)
-    estimate = estimate_seconds(prepared, seconds, number)
-    basis += f"; {number} worker{'s' if number > 1 else ''}, start-up not counted"
+    estimate = estimate_seconds(prepared, seconds, at_once)
+    basis += f"; {_describe_workers(at_once)}, start-up not counted"
     return plan_as_json(prepared, {"estimate": estimate, "basis": basis}), _refusal(prepared)
+
+
+def _plan_foreign(foreign: Foreign, at_once: dict[int, int]) -> tuple[dict[str, Any], str | None]:
+    """The plan of a sweep that another program trains, as far as the spec says."""
+    rate, flops = foreign.spec.compute.flop_rate, foreign.cost.flops
+    if rate and flops:
+        seconds = {width: cost / rate for width, cost in foreign.cost_per_trial.items()}
+        timed = {
+            "estimate": estimate_seconds(foreign, seconds, at_once),
+            "basis": f"{rate:.3g} FLOP/s per worker (compute.flop_rate); "
+            f"{_describe_workers(at_once)}, start-up not counted",
+        }
+    else:
+        timed = {
+            "estimate": None,
+            "basis": "needs flops in [cost] and compute.flop_rate; `run` says when trials are done",
+        }
+    return {**plan_foreign(foreign), "seconds": timed}, over_budget(foreign)
+
+
+def _describe_workers(at_once: dict[int, int]) -> str:
+    """How many trials run at once, in words."""
+    numbers = sorted(set(at_once.values()))
+    if len(numbers) == 1:
+        return f"{numbers[0]} worker{'s' if numbers[0] > 1 else ''}"
+    return f"{numbers[0]} to {numbers[-1]} workers, by width"
 
 
 def _refusal(prepared: Prepared) -> str | None:
@@ -61,7 +95,12 @@ def _probed(prepared: Prepared) -> tuple[dict[int, float], str]:
 def _assumed(prepared: Prepared) -> tuple[dict[int, float], str]:
     """Width → seconds of a trial at a stated rate."""
     compute = prepared.spec.compute
-    rate = compute.flop_rate or ASSUMED_FLOP_RATE * compute.cpus
+    rates = {
+        width: compute.flop_rate or ASSUMED_FLOP_RATE * compute.cpus_at(width)
+        for width in prepared.costs
+    }
     source = "compute.flop_rate" if compute.flop_rate else "assumed; --probe measures"
-    seconds = {width: flops / rate for width, flops in prepared.cost_per_trial.items()}
-    return seconds, f"{rate:.3g} FLOP/s per worker ({source})"
+    seconds = {width: flops / rates[width] for width, flops in prepared.cost_per_trial.items()}
+    slow, fast = min(rates.values()), max(rates.values())
+    shown = f"{slow:.3g}" if slow == fast else f"{slow:.3g} to {fast:.3g}"
+    return seconds, f"{shown} FLOP/s per worker ({source})"

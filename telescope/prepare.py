@@ -33,10 +33,53 @@ ASSUMED_FLOP_RATE = 2e10
 
 
 @dataclass(frozen=True)
-class Counted:
-    """A spec with the FLOPs of its trials and of the target run."""
+class Priced:
+    """A spec whose trials and target run have a cost each, in one unit."""
 
     spec: Spec
+
+    @property
+    def cost_per_trial(self) -> dict[int, float]:
+        """Width → cost of one trial."""
+        raise NotImplementedError
+
+    @property
+    def target_flops(self) -> float:
+        """Cost of the target run, in the same unit: FLOPs where they are known."""
+        raise NotImplementedError
+
+    @cached_property
+    def ladder_spec(self) -> LadderSpec:
+        """What the ladder's decisions depend on, costs and budget included."""
+        return self.spec.ladder_spec_with(self.cost_per_trial, self.target_flops)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the ladder will ask for."""
+        return plan_ladder(self.ladder_spec)
+
+    @property
+    def planned(self) -> dict[str, float]:
+        """Best, expected and worst cost of the sweep, in target runs."""
+        plan = self.plan
+        costs = {"best": plan.best, "expected": plan.expected, "worst": plan.worst}
+        return {case: cost / self.target_flops for case, cost in costs.items()}
+
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """Dotted key → value of all that makes losses incomparable when it differs."""
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that makes losses incomparable when it differs."""
+        return fingerprint(self.comparable)
+
+
+@dataclass(frozen=True)
+class Counted(Priced):
+    """A spec with the FLOPs of its trials and of the target run."""
+
     costs: Mapping[int, StepCost]
     """Width → cost of one step; the ladder's widths."""
     target_cost: StepCost
@@ -63,34 +106,12 @@ class Counted:
         """FLOPs of the target run."""
         return self.target_cost.total * self.target_train.steps
 
-    @cached_property
-    def ladder_spec(self) -> LadderSpec:
-        """What the ladder's decisions depend on, costs and budget in FLOPs."""
-        return self.spec.ladder_spec_with(self.cost_per_trial, self.target_flops)
-
-    @cached_property
-    def plan(self) -> Plan:
-        """What the ladder will ask for, costs in FLOPs."""
-        return plan_ladder(self.ladder_spec)
-
-    @property
-    def planned(self) -> dict[str, float]:
-        """Best, expected and worst cost of the sweep, in target runs."""
-        plan = self.plan
-        costs = {"best": plan.best, "expected": plan.expected, "worst": plan.worst}
-        return {case: cost / self.target_flops for case, cost in costs.items()}
-
 
 @dataclass(frozen=True)
 class Prepared(Counted):
     """A counted spec, checked against its corpus too: ready to run."""
 
     trial_config: TrialConfig
-
-    @property
-    def fingerprint(self) -> str:
-        """Of all that makes losses incomparable when it differs."""
-        return fingerprint(self.comparable)
 
     @property
     def comparable(self) -> dict[str, Any]:
@@ -173,7 +194,8 @@ def prepare(spec: Spec) -> Prepared:
             base_width=spec.base_width,
             corpus_digest=load_corpus(spec.data).digest,
             device=spec.compute.device,
-            threads=spec.compute.cpus,
+            threads=spec.compute.cpus_at(spec.base_width),
+            threads_at={width: spec.compute.cpus_at(width) for width in spec.ladder.widths},
             flops_per_step={width: cost.total for width, cost in counted.costs.items()},
         ),
     )
@@ -210,9 +232,11 @@ def check_this_machine(spec: Spec) -> None:
         SpecError: naming the key and what there is.
     """
     cpus = len(os.sched_getaffinity(0))
-    if spec.compute.cpus > cpus:
-        raise SpecError(f"compute.cpus: got {spec.compute.cpus}, this machine has {cpus}; lower it")
-    check_usable(spec.compute.device)
+    most = max(map(spec.compute.cpus_at, spec.ladder.widths))
+    if most > cpus:
+        raise SpecError(f"compute.cpus: got {most}, this machine has {cpus}; lower it")
+    if spec.trainer is None:
+        check_usable(spec.compute.device)
 
 
 def check_usable(device: str) -> None:
@@ -231,8 +255,8 @@ def check_usable(device: str) -> None:
         ) from error
 
 
-def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> int:
-    """How many trials run at once.
+def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> dict[int, int]:
+    """Width → how many trials run at once; by width, as many as fit of the number asked for.
 
     Args:
         spec: the sweep.
@@ -243,18 +267,26 @@ def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> int:
     Raises:
         SpecError: "auto" on a cluster.
     """
-    number = asked or spec.compute.workers
-    if number != "auto":
-        return number
-    if is_cluster:
+    number, compute = asked or spec.compute.workers, spec.compute
+    if number != "auto" and (is_cluster or not compute.is_by_width):
+        return dict.fromkeys(spec.ladder.widths, number)
+    if number == "auto" and is_cluster:
         raise SpecError("compute.workers: got 'auto', must be a number on a cluster; use --workers")
-    by_cpu = max(1, len(os.sched_getaffinity(0)) // spec.compute.cpus)
-    if not spec.compute.gpus:
-        return by_cpu
-    return max(1, math.floor(torch.cuda.device_count() / spec.compute.gpus))
+    most = math.inf if number == "auto" else number
+    return {
+        width: int(min(most, _room(compute.cpus_at(width), compute.gpus_at(width))))
+        for width in spec.ladder.widths
+    }
 
 
-def over_budget(prepared: Prepared) -> str | None:
+def _room(cpus: int, gpus: float) -> int:
+    """How many trials of a size this machine holds at once; one at least."""
+    if not gpus:
+        return max(1, len(os.sched_getaffinity(0)) // cpus)
+    return max(1, math.floor(torch.cuda.device_count() / gpus))
+
+
+def over_budget(prepared: Priced) -> str | None:
     """Why the plan is refused, with what would fit; None when it is within the budget."""
     return plan.over_budget(prepared.ladder_spec, prepared.spec.budget.max_over_target)
 
@@ -311,14 +343,14 @@ def _stage_as_json(prepared: Prepared, stage: StagePlan) -> dict[str, Any]:
 
 
 def estimate_seconds(
-    prepared: Prepared, seconds_per_trial: Mapping[int, float], number_of_workers: int
+    prepared: Priced, seconds_per_trial: Mapping[int, float], at_once: Mapping[int, int]
 ) -> float:
     """Wall time of the expected ladder: one round after the other, each spread over the workers."""
     spec, stages = prepared.ladder_spec, prepared.plan.stages
     rounds = round_size(spec) * len(spec.seeds) if spec.policy == "adaptive" else math.inf
     total = 0.0
     for stage in stages:
-        at_once = min(float(stage.trials), rounds) or 1.0
-        waves = stage.trials / at_once * math.ceil(at_once / number_of_workers)
+        asked = min(float(stage.trials), rounds) or 1.0
+        waves = stage.trials / asked * math.ceil(asked / at_once[stage.width])
         total += waves * seconds_per_trial[stage.width]
     return total

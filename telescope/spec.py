@@ -304,8 +304,8 @@ class Spec(Table):
         """Dotted key → value of everything that makes losses incomparable when it differs."""
         if self.trainer:
             # Not [optimizer]: it states what the trainer does, and changes nothing.
-            table = self.trainer.model_dump(mode="json", exclude_none=True, include=STRICT_KEYS)
-            own = {f"trainer.{key}": value for key, value in table.items()}
+            keys = self.trainer.model_dump(mode="json", exclude_none=True, include=STRICT_KEYS)
+            own = {f"trainer.{key}": value for key, value in keys.items()}
             return {"ladder.widths[0]": self.base_width, **own}
         model = self.resolved_model
         data = self.as_dict()

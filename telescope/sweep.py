@@ -25,7 +25,9 @@ from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
+from telescope.dispatch.queue import Trainer
 from telescope.errors import RefusedError, ResumeError, StoreError
+from telescope.foreign import Foreign
 from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import (
     Prepared,
@@ -67,7 +69,8 @@ class Recorder:
     folder: Folder
     view: View
     name: str
-    workers: int
+    workers: Mapping[int, int]
+    """Width → trials at once."""
     planned: Mapping[int, int]
     """Width → trials that the plan expects."""
     known: list[Result]
@@ -175,15 +178,14 @@ class Recorder:
         seconds = {width: fmean(times) for width, times in self._seconds.items()}
         widest, spec = max(seconds), self.ladder.spec
         rate = seconds[widest] / spec.cost(widest) if widest in self.planned else 0.0
-        left = sum(
-            trials * seconds.get(width, rate * spec.cost(width))
+        stage = self.ladder.stages[-1]
+        done = {stage.width: len(self.ladder.results(stage))}
+        return sum(
+            (trials - done.get(width, 0))
+            * seconds.get(width, rate * spec.cost(width))
+            / self.workers[width]
             for width, trials in expected.items()
         )
-        if expected:
-            stage = self.ladder.stages[-1]
-            each = seconds.get(stage.width, rate * spec.cost(stage.width))
-            left -= len(self.ladder.results(stage)) * each
-        return left / self.workers
 
 
 def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Folder, Ladder]:
@@ -199,12 +201,11 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         SpecError, ModelError, DataError: the spec, the model file or the corpus is wrong.
         KeyboardInterrupt: as it came; what finished is kept.
     """
-    prepared = prepare(spec)
-    check_corpus(prepared.trial_config)
+    is_cluster = options.ray_address is not None
+    prepared = _prepare(spec, is_cluster=is_cluster)
     if refusal := over_budget(prepared):
         raise RefusedError(f"{spec.name}: {refusal}")
-    is_cluster = options.ray_address is not None
-    number = workers(spec, options.workers, is_cluster=is_cluster)
+    at_once = workers(spec, options.workers, is_cluster=is_cluster)
     if not is_cluster:
         check_this_machine(spec)
     folder = Folder(options.results / spec.name)
@@ -212,14 +213,24 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         _told_what_to_mend(folder),
         folder.held(),
         make_view() as view,
-        _recording(prepared, folder, options, view, number) as recorder,
+        _recording(prepared, folder, options, view, at_once) as recorder,
     ):
-        _dispatch(recorder, prepared, options, number)
-        title = (
-            f"{spec.name}: held-out loss, rule {spec.optimizer.rule}, policy {spec.ladder.policy}"
-        )
+        _dispatch(recorder, prepared, options, at_once)
+        rule = spec.rule or "not stated"
+        title = f"{spec.name}: held-out loss, rule {rule}, policy {spec.ladder.policy}"
         write_loss_figure(folder.path / "loss.png", recorder.ladder, title)
         return folder, recorder.ladder
+
+
+def _prepare(spec: Spec, *, is_cluster: bool) -> Prepared | Foreign:
+    """Check what the trials need, and price them."""
+    if spec.trainer:
+        foreign = Foreign.of(spec)
+        foreign.check(is_cluster=is_cluster)
+        return foreign
+    prepared = prepare(spec)
+    check_corpus(prepared.trial_config)
+    return prepared
 
 
 @contextmanager
@@ -238,7 +249,11 @@ def _told_what_to_mend(folder: Folder) -> Iterator[None]:
 
 @contextmanager
 def _recording(
-    prepared: Prepared, folder: Folder, options: Options, view: View, number: int
+    prepared: Prepared | Foreign,
+    folder: Folder,
+    options: Options,
+    view: View,
+    at_once: Mapping[int, int],
 ) -> Iterator[Recorder]:
     """Check, open the store, replay it, and leave folder and heartbeat in a true state."""
     spec = prepared.spec
@@ -260,14 +275,15 @@ def _recording(
         known = store.results()
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.tidy(_ended(known))
-        folder.write_spec(record, prepared.trial_config.model.text)
+        own = isinstance(prepared, Prepared)
+        folder.write_spec(record, prepared.trial_config.model.text if own else None)
         recorder = Recorder(
             ladder=replay(prepared.ladder_spec, known, retry_failures=True),
             store=store,
             folder=folder,
             view=view,
             name=spec.name,
-            workers=1 if options.dispatcher == "inline" else number,
+            workers=dict.fromkeys(at_once, 1) if options.dispatcher == "inline" else at_once,
             planned={stage.width: stage.trials for stage in prepared.plan.stages},
             known=known,
         )
@@ -286,29 +302,36 @@ def _ended(results: Iterable[Result]) -> list[Trial]:
     return [result.trial for result in results if result.status is not Status.FAILED]
 
 
-def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: int) -> None:
+def _dispatch(
+    recorder: Recorder,
+    prepared: Prepared | Foreign,
+    options: Options,
+    at_once: Mapping[int, int],
+) -> None:
     """Run what the ladder asks for; Ray is not even imported when there is nothing to run."""
     if not recorder.ask():
         return
-    from telescope.train.loop import TelescopeTrainer
-
-    kept = str(recorder.folder.checkpoints.absolute())
-    trainer = TelescopeTrainer(replace(prepared.trial_config, checkpoint_folder=kept))
-    timeout = prepared.trial_config.train.timeout
+    trainer, timeout = _trainer(prepared, recorder.folder)
     if options.dispatcher == "inline":
         from telescope.dispatch.inline import run_inline
 
         run_inline(recorder, trainer, timeout=timeout, on_start=recorder.on_start)
         return
-    from telescope.dispatch.ray_tune import run_ray
+    from telescope.dispatch.ray_tune import Size, run_ray
 
     compute = prepared.spec.compute
+    by_width = {
+        width: Size(number, compute.cpus_at(width), compute.gpus_at(width))
+        for width, number in at_once.items()
+    }
+    base = by_width[prepared.spec.base_width]
     run_ray(
         recorder,
         trainer,
-        workers=number,
-        cpus=compute.cpus,
-        gpus=compute.gpus,
+        workers=base.workers,
+        cpus=base.cpus,
+        gpus=base.gpus,
+        by_width=by_width if compute.is_by_width else None,
         address=options.ray_address,
         timeout=timeout,
         owner=str(recorder.folder.path.resolve()),
@@ -316,7 +339,20 @@ def _dispatch(recorder: Recorder, prepared: Prepared, options: Options, number: 
     )
 
 
-def _spec_record(prepared: Prepared, storage: str | None) -> dict[str, Any]:
+def _trainer(prepared: Prepared | Foreign, folder: Folder) -> tuple[Trainer, float]:
+    """What trains a trial, and after how many seconds a dispatcher is to end it; 0: never."""
+    if isinstance(prepared, Foreign):
+        trainer = prepared.make_trainer(folder)
+        # A command's trainer ends it itself, with all that it has started.
+        return trainer, prepared.trainer.timeout if prepared.trainer.function else 0.0
+    from telescope.train.loop import TelescopeTrainer
+
+    kept = str(folder.checkpoints.absolute())
+    config = replace(prepared.trial_config, checkpoint_folder=kept)
+    return TelescopeTrainer(config), config.train.timeout
+
+
+def _spec_record(prepared: Prepared | Foreign, storage: str | None) -> dict[str, Any]:
     """What `spec.json` holds."""
     return {
         "spec": prepared.spec.as_dict(),
@@ -331,7 +367,7 @@ def _spec_record(prepared: Prepared, storage: str | None) -> dict[str, Any]:
     }
 
 
-def _check_comparable(folder: Folder, prepared: Prepared) -> None:
+def _check_comparable(folder: Folder, prepared: Prepared | Foreign) -> None:
     """Refuse a folder whose results were made by other training than the spec's.
 
     Raises:
@@ -400,11 +436,16 @@ class Finished:
 
     def cost(self) -> dict[str, Any]:
         """What all stored trials cost, and what was planned, in the keys of `show --json`."""
-        flops = sum(result.flops for result in self.results)
+        flops: float | None = sum(result.flops for result in self.results)
+        spent = flops
+        if self.spec.trainer:  # counted as planned: what its trials report may be of another kind
+            ran = [r.trial.width for r in self.results if r.status is not Status.FAILED]
+            spent = sum(map(self.ladder.spec.cost, ran))
+            flops = flops or None
         return {
             "flops": flops,
             "seconds": sum(result.seconds for result in self.results),
-            "over_target": flops / self.target_flops,
+            "over_target": (spent or 0.0) / self.target_flops,
             "planned": self.planned and dict(self.planned),
         }
 

@@ -78,7 +78,7 @@ def test_rooms_import_downward(room: str) -> None:
 LAYERS = [
     # below the rooms, bottom up; above them, bottom up
     *("errors", "records", "files", "catalog"),
-    *("tables", "spec", "prepare", "checking", "planning", "answer", "sweep", "api", "cli"),
+    *("tables", "spec", "prepare", "foreign", "checking", "planning", "answer", "sweep", "api", "cli"),
 ]
 
 

@@ -8,6 +8,8 @@ Standard library only, because `status` and `ls` read it and must start at once.
         trials.db      every result (Optuna on SQLite), unless --storage names another place
         trials.csv     the same as a table
         curves/        one CSV per trial
+        logs/          what each trial of a foreign trainer printed
+        trials/        folders of the trials' own, where a foreign trainer asks for them
         checkpoints/   of the trials that are running, where the spec asks for them
         loss.png       loss against each axis, per width, the choices marked
         coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure
@@ -95,10 +97,21 @@ class Folder:
                 "sweep under another --name"
             ) from error
 
-    def write_spec(self, data: Mapping[str, Any], model_text: str) -> None:
-        """Keep what the sweep is: its resolved spec and its model file."""
-        write_atomic(self.path / KEPT_MODEL_FILE, model_text)
+    def write_spec(self, data: Mapping[str, Any], model_text: str | None) -> None:
+        """Keep what the sweep is: its resolved spec and its model file, if it has one."""
+        if model_text is not None:
+            write_atomic(self.path / KEPT_MODEL_FILE, model_text)
         write_json(self.path / SPEC_FILE, {"format": FORMAT, **data})
+
+    @property
+    def logs(self) -> Path:
+        """Where each trial of a foreign trainer leaves what it printed."""
+        return self.path / "logs"
+
+    @property
+    def trial_folders(self) -> Path:
+        """Where such a trial has a folder of its own, if it asks for one; kept, for it is theirs."""
+        return self.path / "trials"
 
     @property
     def checkpoints(self) -> Path:

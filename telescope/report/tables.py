@@ -214,7 +214,7 @@ def show_as_json(finished: Finished) -> dict[str, Any]:
     return {
         "name": spec.name,
         "policy": spec.ladder.policy,
-        "rule": spec.optimizer.rule,
+        "rule": spec.rule,
         "state": "stuck" if ladder.stuck else "finished" if ladder.is_finished else "unfinished",
         "stuck": ladder.stuck,
         "choices": [_choice_as_json(choice) for choice in ladder.choices],
@@ -222,8 +222,8 @@ def show_as_json(finished: Finished) -> dict[str, Any]:
         "target": {
             "width": spec.target.width,
             "point": answer and dict(answer),
-            "lr": answer and answer.lr,
-            "weight_decay": answer and answer.weight_decay,
+            "lr": answer and answer.get("lr"),
+            "weight_decay": answer and answer.get("weight_decay"),
             "certificate": finished.certificate and finished.certificate.as_dict(),
         },
         "cost": finished.cost(),
@@ -234,8 +234,8 @@ def _choice_as_json(choice: Choice) -> dict[str, Any]:
     return {
         "width": choice.width,
         "point": dict(choice.point),
-        "lr": choice.point.lr,
-        "weight_decay": choice.point.weight_decay,
+        "lr": choice.point.get("lr"),
+        "weight_decay": choice.point.get("weight_decay"),
         "loss": choice.loss,
         "intervals": as_json(choice.intervals),
         "at_edge": list(choice.at_edge),

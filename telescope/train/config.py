@@ -185,6 +185,8 @@ class TrialConfig:
     """SHA-256 of the driver's corpus; a worker that reads another one refuses."""
     device: str = "auto"
     threads: int = 1
+    threads_at: Mapping[int, int] = field(default_factory=dict)
+    """Width → threads, where they depend on it."""
     flops_per_step: Mapping[int, float] = field(default_factory=dict)
     """Width → floating-point operations of one step, as planned by the driver."""
     checkpoint_folder: str | None = None

@@ -41,7 +41,7 @@ class TelescopeTrainer:
             DataError: this machine's corpus is not the driver's.
             ModelError: the model file fails.
         """
-        torch.set_num_threads(self.config.threads)
+        torch.set_num_threads(self.config.threads_at.get(trial.width, self.config.threads))
         return train(self.config, trial)
 
 

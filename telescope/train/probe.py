@@ -22,7 +22,7 @@ def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
         config: the sweep's training; its corpus is read, nothing is written.
         trial: which width to train; the point hardly matters.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads_at.get(trial.width, config.threads))
     setup = set_up(config, trial)
     train = replace(config.train, steps=WARM_UP_STEPS + TIMED_STEPS, evals=1)
     start = time.perf_counter()

@@ -1,0 +1,219 @@
+"""A sweep whose trials another program or a function trains: priced by [cost], and checked.
+
+What can be known before a trial runs is looked at here: the program is there, the function can be
+imported and takes what it will be called with. `plan` looks at nothing that would run user code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from telescope.dispatch.folder import Folder
+from telescope.dispatch.loading import load_function, module_file
+from telescope.dispatch.outcome import Prices
+from telescope.dispatch.placeholders import OWN, names_in
+from telescope.dispatch.queue import Trainer
+from telescope.dispatch.trainers import CommandTrainer, FunctionTrainer, Place, check_signature
+from telescope.errors import SpecError
+from telescope.prepare import Priced
+from telescope.records import LadderSpec
+from telescope.spec import Spec
+from telescope.tables import CostTable, TrainerTable
+
+LARGEST_SCRIPT = 1 << 20
+"""Bytes of a file named in a command up to which it counts as part of the trainer, not as data."""
+
+
+def ladder_spec_of(spec: Spec, cost: CostTable) -> LadderSpec:
+    """What a ladder's decisions depend on, with the costs that the spec gives."""
+    return spec.ladder_spec_with(_costs(spec, cost), _target_cost(spec, cost))
+
+
+def _costs(spec: Spec, cost: CostTable) -> dict[int, float]:
+    _, entries = cost.entries
+    return {width: entries[width] for width in spec.ladder.widths}
+
+
+def _target_cost(spec: Spec, cost: CostTable) -> float:
+    """Cost of the target run: its FLOPs as given, or its parameters times its share of steps."""
+    key, entries = cost.entries
+    longer = spec.target.steps / spec.steps if spec.target.steps and spec.steps else 1.0
+    return entries[spec.target.width] * (longer if key == "parameters" else 1.0)
+
+
+@dataclass(frozen=True)
+class Foreign(Priced):
+    """A spec with [trainer] and [cost]."""
+
+    trainer: TrainerTable
+    cost: CostTable
+
+    @classmethod
+    def of(cls, spec: Spec) -> Foreign:
+        """Take the two tables from a spec that has them."""
+        assert spec.trainer is not None
+        assert spec.cost is not None
+        return cls(spec, spec.trainer, spec.cost)
+
+    @property
+    def folder(self) -> Path:
+        """Working directory of a command, and where a function is looked for first."""
+        return Path(self.trainer.folder or ".")
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Where a function is imported from, the first first."""
+        return tuple(dict.fromkeys((str(self.folder.resolve()), str(Path.cwd()))))
+
+    @property
+    def cost_per_trial(self) -> dict[int, float]:
+        """Width → FLOPs of a trial where [cost] gives them, or parameters."""
+        return _costs(self.spec, self.cost)
+
+    @property
+    def target_flops(self) -> float:
+        """Cost of the target run in the same unit."""
+        return _target_cost(self.spec, self.cost)
+
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """Dotted key → value of all that makes losses incomparable when it differs.
+
+        With the text of the script that a command names, or of a function's module; what those
+        import or read is not seen.
+        """
+        hashes = {f"trainer.{name} (hash)": _digest(path) for name, path in self._sources()}
+        return {**self.spec.strict_fields(""), **hashes}
+
+    def _sources(self) -> list[tuple[str, Path]]:
+        """The files whose text is part of the trainer."""
+        if self.trainer.function:
+            path = module_file(self.trainer.function, self.directories)
+            return [("function", path)] if path else []
+        parts = [part for part in self.trainer.command or () if not names_in(part)]
+        files = {part: self.folder / part for part in parts}
+        return [(name, path) for name, path in files.items() if _is_script(path)]
+
+    def make_trainer(self, results: Folder) -> Trainer:
+        """The trainer, whose trials leave their logs and files in a sweep's results folder."""
+        is_flops = self.cost.flops is not None
+        place = Place(
+            base_width=self.spec.base_width,
+            trial_folders=str(results.trial_folders.absolute()),
+            steps=self.trainer.steps,
+            prices=Prices(
+                flops=self.cost_per_trial if is_flops else {},
+                parameters={} if is_flops else self.cost_per_trial,
+            ),
+        )
+        if self.trainer.function:
+            return FunctionTrainer(self.trainer.function, self.directories, place)
+        assert self.trainer.command is not None
+        return CommandTrainer(
+            command=self.trainer.command,
+            folder=str(self.folder),
+            logs=str(results.logs.absolute()),
+            place=place,
+            environment=self.trainer.environment,
+            result=self.trainer.result,
+            timeout=self.trainer.timeout,
+            threads={width: self.spec.compute.cpus_at(width) for width in self.spec.ladder.widths},
+        )
+
+    def check(self, *, is_cluster: bool) -> None:
+        """Check what the trials will need of this machine; a cluster's machines may differ.
+
+        Raises:
+            SpecError: no such folder or program, or a function that cannot be called.
+        """
+        if self.trainer.function:
+            self._check_function(self.trainer.function)
+        elif not is_cluster:
+            self._check_command()
+
+    def _check_command(self) -> None:
+        command = self.trainer.command
+        assert command is not None
+        if not self.folder.is_dir():
+            raise SpecError(f"trainer.folder: got {str(self.folder)!r}, which is no folder")
+        program = command[0]
+        if names_in(program):  # {python}, or one program per width: known when it is started
+            return
+        if "/" in program:
+            found = shutil.which(self.folder / program)
+            where = f"no program {self.folder / program}"
+        else:
+            path = self.trainer.environment.get("PATH", os.environ.get("PATH", os.defpath))
+            found, where = shutil.which(program, path=path), f"no program {program} on PATH"
+        if found is None:
+            hint = " ({python} is the one that runs telescope)" if "python" in program else ""
+            raise SpecError(f"trainer.command: got {program!r}: {where}{hint}")
+
+    def _check_function(self, name: str) -> None:
+        function = load_function(name, self.directories)
+        needed = {"width", *self.spec.axes} | ({"seed"} if self.spec.repeats else set())
+        mute = {"python"} | (set() if self.trainer.steps else {"steps"})
+        check_signature(name, function, needed, set(OWN) - mute)
+
+
+def _is_script(path: Path) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size <= LARGEST_SCRIPT
+    except (OSError, ValueError):  # too long a name, or one that cannot be
+        return False
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file's text, 16 hex digits.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise SpecError(f"trainer: cannot read {path}: {error.strerror}") from error
+
+
+def plan_foreign(foreign: Foreign) -> dict[str, Any]:
+    """The plan in the keys of `telescope plan --json`; null what only the trainer knows."""
+    spec, plan = foreign.spec, foreign.plan
+    is_flops = foreign.cost.flops is not None
+    parameters = foreign.cost.parameters or {}
+
+    def flops(cost: float) -> float | None:
+        return cost if is_flops else None
+
+    return {
+        "name": spec.name,
+        "policy": spec.ladder.policy,
+        "stages": [
+            {
+                "width": stage.width,
+                "parameters": parameters.get(stage.width),
+                "points": dict(stage.points),
+                "trials": stage.trials,
+                "tokens": None,
+                "flops": {
+                    **dict.fromkeys(("model", "attention", "optimizer")),
+                    "total": flops(stage.trials * foreign.cost_per_trial[stage.width]),
+                },
+            }
+            for stage in plan.stages
+        ],
+        "target": {
+            "width": spec.target.width,
+            "parameters": parameters.get(spec.target.width),
+            "tokens": None,
+            "flops": flops(foreign.target_flops),
+        },
+        "sweep_flops": flops(plan.expected),
+        "sweep_over_target": foreign.planned["expected"],
+        "sweep_over_target_parameters": None if is_flops else foreign.planned["expected"],
+        "range": foreign.planned,
+    }
