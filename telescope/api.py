@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from telescope.answer import transfer
 from telescope.errors import RefusedError, TrialError
+from telescope.ladder import ladder
 from telescope.ladder.ladder import replay
 from telescope.ladder.plan import over_budget
 from telescope.records import (
@@ -55,6 +56,13 @@ class Ladder:
         if refusal := over_budget(ladder_spec, spec.budget.max_over_target):
             raise RefusedError(f"{spec.name}: {refusal}")
         self._ladder = replay(ladder_spec, results, retry_failures=True)
+
+    @classmethod
+    def around(cls, spec: Spec, ladder: ladder.Ladder) -> Ladder:
+        """A ladder of the program's inside, as users know it."""
+        self = cls.__new__(cls)
+        self.spec, self._ladder = spec, ladder
+        return self
 
     def ask(self) -> list[Trial]:
         """The open stage's trials still unanswered; [] when the ladder is finished or stuck."""

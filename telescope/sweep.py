@@ -24,10 +24,10 @@ from telescope.answer import certificate_of
 from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
-from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.dispatch.queue import Trainer
+from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError, StoreError
-from telescope.foreign import Foreign
+from telescope.foreign import Foreign, Told
 from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import (
     Prepared,
@@ -40,7 +40,7 @@ from telescope.prepare import (
 from telescope.records import Certificate, Point, Result, Status, Trial
 from telescope.report.figures import write_loss_figure
 from telescope.report.frames import write_csv
-from telescope.report.live import Progress, View
+from telescope.report.live import Progress, QuietView, View
 from telescope.spec import Spec
 from telescope.transfer.settings import at_horizon
 
@@ -234,6 +234,33 @@ def _prepare(spec: Spec, *, is_cluster: bool) -> Prepared | Foreign:
 
 
 @contextmanager
+def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
+    """A sweep that somebody else's loop trains, kept as `run` keeps one.
+
+    Args:
+        spec: with [cost].
+        results: the folder of all results.
+
+    Yields:
+        What is asked for trials and told their results; on leaving, the folder is in a true state.
+
+    Raises:
+        RefusedError, ResumeError, StoreError: as `run`.
+    """
+    assert spec.cost is not None
+    told, folder = Told(spec, spec.cost), Folder(results / spec.name)
+    if refusal := over_budget(told):
+        raise RefusedError(f"{spec.name}: {refusal}")
+    at_once = dict.fromkeys(spec.ladder.widths, 1)
+    with (
+        _told_what_to_mend(folder),
+        folder.held(),
+        _recording(told, folder, Options(results), QuietView(), at_once) as recorder,
+    ):
+        yield recorder
+
+
+@contextmanager
 def _told_what_to_mend(folder: Folder) -> Iterator[None]:
     """Say what to do about a file that cannot be written: nothing that was stored is lost."""
     try:
@@ -249,7 +276,7 @@ def _told_what_to_mend(folder: Folder) -> Iterator[None]:
 
 @contextmanager
 def _recording(
-    prepared: Prepared | Foreign,
+    prepared: Prepared | Told,
     folder: Folder,
     options: Options,
     view: View,
@@ -275,8 +302,8 @@ def _recording(
         known = store.results()
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.tidy(_ended(known))
-        own = isinstance(prepared, Prepared)
-        folder.write_spec(record, prepared.trial_config.model.text if own else None)
+        ours = prepared.trial_config if isinstance(prepared, Prepared) else None
+        folder.write_spec(record, ours.model.text if ours else None)
         recorder = Recorder(
             ladder=replay(prepared.ladder_spec, known, retry_failures=True),
             store=store,
@@ -294,7 +321,8 @@ def _recording(
             with suppress(OSError):  # a full disk, say, which is being reported already
                 recorder.leave("interrupted")
             raise
-        recorder.leave("stuck" if recorder.ladder.stuck else "finished")
+        ended = "finished" if recorder.ladder.is_finished else "interrupted"
+        recorder.leave("stuck" if recorder.ladder.stuck else ended)
 
 
 def _ended(results: Iterable[Result]) -> list[Trial]:
@@ -352,7 +380,7 @@ def _trainer(prepared: Prepared | Foreign, folder: Folder) -> tuple[Trainer, flo
     return TelescopeTrainer(config), config.train.timeout
 
 
-def _spec_record(prepared: Prepared | Foreign, storage: str | None) -> dict[str, Any]:
+def _spec_record(prepared: Prepared | Told, storage: str | None) -> dict[str, Any]:
     """What `spec.json` holds."""
     return {
         "spec": prepared.spec.as_dict(),
@@ -367,7 +395,7 @@ def _spec_record(prepared: Prepared | Foreign, storage: str | None) -> dict[str,
     }
 
 
-def _check_comparable(folder: Folder, prepared: Prepared | Foreign) -> None:
+def _check_comparable(folder: Folder, prepared: Prepared | Told) -> None:
     """Refuse a folder whose results were made by other training than the spec's.
 
     Raises:
@@ -438,7 +466,7 @@ class Finished:
         """What all stored trials cost, and what was planned, in the keys of `show --json`."""
         flops: float | None = sum(result.flops for result in self.results)
         spent = flops
-        if self.spec.trainer:  # counted as planned: what its trials report may be of another kind
+        if self.spec.cost:  # counted as planned: what its trials report may be of another kind
             ran = [r.trial.width for r in self.results if r.status is not Status.FAILED]
             spent = sum(map(self.ladder.spec.cost, ran))
             flops = flops or None
