@@ -150,11 +150,9 @@ class Ladder:
 
 
 def _with_costs(spec: Spec) -> LadderSpec:
-    """The ladder's spec with what its trials cost, where the spec says or it can be counted."""
+    """The ladder's spec, with costs as given, or FLOPs counted where it says what is trained."""
     if spec.cost:
-        _, table = spec.cost.entries
-        costs = {width: table[width] for width in spec.ladder.widths}
-        return spec.ladder_spec_with(costs, table[spec.target.width])
+        return spec.ladder_spec_with(spec.costs, spec.target_cost)
     if spec.model is None or spec.train is None:
         return spec.ladder_spec
     from telescope.prepare import count_costs

@@ -115,6 +115,11 @@ def check(
     Trains a few steps at four widths from the base width on; PASS, or FAIL and exit code 1.
     """
     loaded = _load(spec, overrides, name)
+    if loaded.trainer:
+        raise SpecError(
+            f"{loaded.name}: no coordinate check: [trainer] trains it, so there is no model of "
+            "ours to check"
+        )
     console = _console()
     from telescope.checking import check_title, describe_verdict, run_check, write_check
     from telescope.dispatch.folder import Folder
@@ -174,7 +179,8 @@ def run(
     loaded = _load(spec, overrides, name)
     console = _console()
     if console.is_terminal:
-        console.print(f"{loaded.name}: checking the model and the corpus …", style="dim")
+        what = "trainer" if loaded.trainer else "model and the corpus"
+        console.print(f"{loaded.name}: checking the {what} …", style="dim")
     # A batch system ends a job with SIGTERM: leave as on Ctrl-C, with everything kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from telescope.answer import transfer as transfer_ladder

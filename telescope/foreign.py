@@ -21,29 +21,11 @@ from telescope.dispatch.queue import Trainer
 from telescope.dispatch.trainers import CommandTrainer, FunctionTrainer, Place, check_signature
 from telescope.errors import SpecError
 from telescope.prepare import Priced
-from telescope.records import LadderSpec
 from telescope.spec import Spec
 from telescope.tables import CostTable, TrainerTable
 
 LARGEST_SCRIPT = 1 << 20
 """Bytes of a file named in a command up to which it counts as part of the trainer, not as data."""
-
-
-def ladder_spec_of(spec: Spec, cost: CostTable) -> LadderSpec:
-    """What a ladder's decisions depend on, with the costs that the spec gives."""
-    return spec.ladder_spec_with(_costs(spec, cost), _target_cost(spec, cost))
-
-
-def _costs(spec: Spec, cost: CostTable) -> dict[int, float]:
-    _, entries = cost.entries
-    return {width: entries[width] for width in spec.ladder.widths}
-
-
-def _target_cost(spec: Spec, cost: CostTable) -> float:
-    """Cost of the target run: its FLOPs as given, or its parameters times its share of steps."""
-    key, entries = cost.entries
-    longer = spec.target.steps / spec.steps if spec.target.steps and spec.steps else 1.0
-    return entries[spec.target.width] * (longer if key == "parameters" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -55,12 +37,12 @@ class Told(Priced):
     @property
     def cost_per_trial(self) -> dict[int, float]:
         """Width → FLOPs of a trial where [cost] gives them, or parameters."""
-        return _costs(self.spec, self.cost)
+        return self.spec.costs
 
     @property
     def target_flops(self) -> float:
         """Cost of the target run in the same unit."""
-        return _target_cost(self.spec, self.cost)
+        return self.spec.target_cost
 
     @property
     def comparable(self) -> dict[str, Any]:

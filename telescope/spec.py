@@ -282,6 +282,23 @@ class Spec(Table):
         return replace(self.ladder_spec, costs=dict(costs), budget=budget)
 
     @property
+    def costs(self) -> dict[int, float]:
+        """Width → cost of one trial as [cost] gives it; empty without that table."""
+        entries = self.cost.entries[1] if self.cost else {}
+        return {width: entries[width] for width in self.ladder.widths if self.cost}
+
+    @property
+    def target_cost(self) -> float:
+        """Cost of the target run: its FLOPs as given, or its parameters times its share of steps.
+
+        Only with [cost].
+        """
+        assert self.cost is not None
+        key, entries = self.cost.entries
+        longer = self.target.steps / self.steps if self.target.steps and self.steps else 1.0
+        return entries[self.target.width] * (longer if key == "parameters" else 1.0)
+
+    @property
     def resolved_model(self) -> ModelConfig | None:
         """The model file's text with the keywords of `build`; vocab_size defaults to the bytes'."""
         if self.model is None or self._model_source is None:

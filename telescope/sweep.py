@@ -364,7 +364,13 @@ def _dispatch(
         timeout=timeout,
         owner=str(recorder.folder.path.resolve()),
         on_start=recorder.on_start,
+        logs=recorder.folder.logs if _prints(prepared) else None,
     )
+
+
+def _prints(prepared: Prepared | Foreign) -> bool:
+    """Whether a worker's own output is the log of its trial: a user's function prints there."""
+    return isinstance(prepared, Foreign) and prepared.trainer.function is not None
 
 
 def _trainer(prepared: Prepared | Foreign, folder: Folder) -> tuple[Trainer, float]:

@@ -301,7 +301,7 @@ def test_compute_reaches_ray(
     assert given.pop("owner") == str((tmp_path / "tiny").resolve())
     assert given == {
         **{"workers": 3, "cpus": 2, "gpus": 0.5, "address": "head:6379"},
-        **{"threads": 2, "device": "cpu", "timeout": 7.5},
+        **{"threads": 2, "device": "cpu", "timeout": 7.5, "by_width": None, "logs": None},
     }
 
 
@@ -317,7 +317,7 @@ def test_time_left_is_what_remains_at_the_pace_so_far(tmp_path: Path, corpus_fil
         folder=folder,
         view=quiet(),
         name="tiny",
-        workers=2,
+        workers={16: 2, 32: 2},
         planned={16: 6, 32: 3},
         known=narrow,
     )

@@ -110,7 +110,7 @@ class Folder:
 
     @property
     def trial_folders(self) -> Path:
-        """Where such a trial has a folder of its own, if it asks for one; kept."""
+        """Where such a trial has a folder of its own, if it asks for one; never removed."""
         return self.path / "trials"
 
     @property

@@ -2,7 +2,9 @@
 
 Tune's searcher asks the `Queue` for a trial whenever a worker is free, and results come back to
 the driver, which alone talks to the source. Workers are processes that stay warm over trials and
-stages: the trainer is sent to each once, and torch is imported once.
+stages: the trainer is sent to each once, and torch is imported once. Where trials of different
+widths need different CPUs or GPUs, there is one experiment for each such size, on the same Ray: an
+actor keeps what it was given, so a worker of another size is a new process anyway.
 
 At a stage's end a free worker has nothing to do, and Tune would stop it. It gets a *gate trial*
 instead, which sleeps until there is something to hand out again.
@@ -25,8 +27,9 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,15 @@ TEMP_ROOM = 20
 """Longest temporary folder in which the paths of Ray's sockets stay below the system's limit."""
 
 
+@dataclass(frozen=True)
+class Size:
+    """How many trials run at once, and what each of them holds."""
+
+    workers: int
+    cpus: float = 1
+    gpus: float = 0
+
+
 def run_ray(
     source: TrialSource,
     trainer: Trainer,
@@ -95,6 +107,8 @@ def run_ray(
     timeout: float = 0.0,
     owner: str | None = None,
     on_start: Callable[[Trial], None] | None = None,
+    by_width: Mapping[int, Size] | None = None,
+    logs: Path | None = None,
 ) -> None:
     """Run every trial that `source` asks for, `workers` at once; returns when it asks for no more.
 
@@ -113,6 +127,9 @@ def run_ray(
         owner: a name that only one run at a time may use; what an earlier run of that name, now
             dead, left behind of its own Ray is ended first.
         on_start: called when a worker takes a trial.
+        by_width: width → another size than workers, cpus and gpus say; of so many at once as many
+            run as there is room for. What widths of one size ask for must come together.
+        logs: where each trial's output is kept as ``TRIAL.log``; left out, nowhere.
 
     Raises:
         SpecError: no cluster at `address`, or no room for `workers` trials at once.
@@ -120,9 +137,10 @@ def run_ray(
             interrupted, the process ends with that message instead, as Ray itself ends it later.
         KeyboardInterrupt: Ctrl-C; what ran is killed, what had finished is told.
     """
-    queue = Queue(source, on_start=on_start)
-    if queue.is_done:
+    if not source.ask():
         return
+    default = Size(workers, cpus, gpus)
+    sizes = dict(by_width or {})
     owned = not ray.is_initialized()
     owner = owner or f"process {os.getpid()}"
     reap(owner)
@@ -134,7 +152,9 @@ def run_ray(
         folder = tempfile.mkdtemp(prefix="telescope-", dir=_short_folder())
         (Path(folder) / OWNER_FILE).write_text(owner)
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        driver = _Driver(queue, leave_at_once=owned, logs=Path(folder))
+        if logs:
+            logs.mkdir(parents=True, exist_ok=True)
+        driver = _Driver(leave_at_once=owned, logs=(logs or Path(folder)).absolute())
         heads: list[tuple[str, int]] = []  # of a cluster, when it is connected to
         local = LocalRay(owner)
         leaving = stack.enter_context(
@@ -149,28 +169,53 @@ def run_ray(
             stack.callback(reap, owner)
             stack.callback(ray.shutdown)
             with _interrupt_deferred():
-                _connect(address) if address else _start(folder, math.ceil(workers * cpus))
+                _connect(address) if address else _start(folder, _cpus([default, *sizes.values()]))
             stack.callback(leaving.set)
             stack.enter_context(_lost_where_ray_fails())
             if address:
                 heads.append(_head())
             _set_signal_handlers({signal.SIGTERM: handlers[signal.SIGTERM]})  # Ray's would exit
-        _check_room(workers, cpus, gpus, where="the cluster" if address else "this machine")
+        where = "the cluster" if address else "this machine"
+        sizes = {width: _fitting(size, where) for width, size in sizes.items()}
+        if not sizes:
+            _check_room(default, where)
         gate = ray.remote(_Gate).options(num_cpus=0).remote()
         stack.callback(ray.kill, gate)
         parts = {
-            **{"trainer": cloudpickle.dumps(trainer), "gate": gate, "threads": max(1, int(cpus))},
-            **{"timeout": timeout, "logs": folder},
+            **{"trainer": cloudpickle.dumps(trainer), "gate": gate, "timeout": timeout},
+            "logs": str(driver.logs),
         }
-        worker = tune.with_parameters(_Worker, **parts)
         driver.gate = gate
-        with suppress(_Leave):
-            resources = {"cpu": cpus, "gpu": gpus}
-            _tuner(tune.with_resources(worker, resources), driver, workers, folder).fit()
-        if driver.error:
-            raise driver.error
-        if not queue.is_done:
-            raise KeyboardInterrupt  # on a Ray that is not ours, Tune's own handler swallowed it
+        while asked := source.ask():
+            size = sizes.get(asked[0].width, default)
+            widths = [width for width, other in sizes.items() if other == size] or None
+            queue = Queue(_Part(source, widths), on_start=on_start)
+            driver.serve(queue)
+            with suppress(_Leave):
+                _tuner(_sized_worker(parts, size), driver, size.workers, folder).fit()
+            if driver.error:
+                raise driver.error
+            if not queue.is_done:
+                raise KeyboardInterrupt  # on a Ray not ours, Tune's own handler swallowed it
+
+
+class _Part:
+    """What a source asks for at some of its widths; all of it where none are named."""
+
+    def __init__(self, source: TrialSource, widths: list[int] | None) -> None:
+        self._source = source
+        self._widths = widths
+
+    def ask(self) -> Sequence[Trial]:
+        """The trials of these widths, which are none when the source has gone on to others."""
+        asked = self._source.ask()
+        if self._widths is None:
+            return asked
+        return [trial for trial in asked if trial.width in self._widths]
+
+    def tell(self, result: Result) -> None:
+        """Pass it on."""
+        self._source.tell(result)
 
 
 class _Leave(BaseException):
@@ -180,16 +225,22 @@ class _Leave(BaseException):
 class _Driver:
     """The driver's side: which worker does what, and the first error of the source."""
 
-    def __init__(self, queue: Queue, *, leave_at_once: bool, logs: Path) -> None:
+    def __init__(self, *, leave_at_once: bool, logs: Path) -> None:
         self.gate: Any = None
-        self._logs = logs
+        self.logs = logs
         self.error: Exception | None = None
-        self._queue = queue
+        self._queue: Queue
         self._leave_at_once = leave_at_once
         self._running: dict[str, Trial | None] = {}  # Tune's trial id → trial, None at the gate
         self._turn = 0  # how often the gate was opened
         self._unstarted: dict[str, float] = {}  # Tune's trial id → when it was handed out
         self._opened = 0.0  # when the gate was opened for one of those
+
+    def serve(self, queue: Queue) -> None:
+        """Hand out what this queue has from now on; whatever ran before has ended."""
+        self._queue = queue
+        self._running.clear()
+        self._unstarted.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune pickles its searcher and callbacks into its own folder; nobody reads it."""
@@ -234,7 +285,7 @@ class _Driver:
         """Take the loss of a worker process: its trial has failed; a gate trial is forgotten."""
         trial = self._running[tune_id]
         if trial:
-            reason = clean([reason, *_log_tail(self._logs, trial)])
+            reason = clean([reason, *_log_tail(self.logs, trial)])
         self.answer(tune_id, Result(trial, Status.FAILED, reason=reason) if trial else None)
 
     def stop(self, error: Exception) -> None:
@@ -472,6 +523,12 @@ class _Gate:
             await self._opened.wait_for(lambda: self._turn > turn)
 
 
+def _sized_worker(parts: dict[str, Any], size: Size) -> Any:
+    """The worker with what it is given once, holding what a trial of this size needs."""
+    worker = tune.with_parameters(_Worker, **parts, threads=max(1, int(size.cpus)))
+    return tune.with_resources(worker, {"cpu": size.cpus, "gpu": size.gpus})
+
+
 def _tuner(worker: Any, driver: _Driver, workers: int, folder: str) -> tune.Tuner:
     return tune.Tuner(
         worker,
@@ -484,7 +541,7 @@ def _tuner(worker: Any, driver: _Driver, workers: int, folder: str) -> tune.Tune
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=f"tune-{time.monotonic_ns()}",
             storage_path=folder,
             stop=_Stopper(driver),
             callbacks=[_Undertaker(driver)],
@@ -538,19 +595,40 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def _check_room(workers: int, cpus: float, gpus: float, *, where: str) -> None:
+def _cpus(sizes: Iterable[Size]) -> int:
+    """How many CPUs a Ray of our own needs."""
+    return max(math.ceil(size.workers * size.cpus) for size in sizes)
+
+
+def _check_room(size: Size, where: str) -> None:
     """Refuse what could only wait: Tune waits for ever for machines that nobody adds."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for key, resource, amount in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):
-        if amount == 0:
-            continue
-        room = sum(math.floor(node.get(resource, 0) / amount + 1e-9) for node in nodes)
-        if room < workers:
-            have = sum(node.get(resource, 0) for node in nodes)
+    for key, amount, room, have in _rooms(size):
+        if room < size.workers:
             raise SpecError(
-                f"compute.{key}: got {amount:g} for each of {workers} trials at once, "
+                f"compute.{key}: got {amount:g} for each of {size.workers} trials at once, "
                 f"{where} has {have:g}; lower compute.{key} or compute.workers"
             )
+
+
+def _fitting(size: Size, where: str) -> Size:
+    """As many at once as there is room for.
+
+    Raises:
+        SpecError: not even for one.
+    """
+    fewest = min([size.workers, *(room for _, _, room, _ in _rooms(size))])
+    one = replace(size, workers=max(1, fewest))
+    _check_room(one, where)
+    return one
+
+
+def _rooms(size: Size) -> Iterator[tuple[str, float, int, float]]:
+    """Of each resource that a trial holds: key, amount, trials there is room for, all there is."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for key, resource, amount in (("cpus", "CPU", size.cpus), ("gpus", "GPU", size.gpus)):
+        if amount:
+            room = sum(math.floor(node.get(resource, 0) / amount + 1e-9) for node in nodes)
+            yield key, amount, room, sum(node.get(resource, 0) for node in nodes)
 
 
 def _short_folder() -> str:

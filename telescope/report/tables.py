@@ -33,24 +33,27 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         flops = stage["flops"]
         table.add_row(
             str(stage["width"]),
-            f"{stage['parameters']:,}",
+            _number(stage["parameters"], ",.0f"),
             " × ".join(f"{count} {axis}" for axis, count in stage["points"].items() if count > 1)
             or "1",
             str(stage["trials"]),
-            f"{stage['tokens']:.3g}",
-            f"{flops['total']:.3g}",
-            f"{flops['optimizer'] / flops['total']:.0%}" if flops["total"] else "–",
+            _number(stage["tokens"]),
+            _number(flops["total"]),
+            f"{flops['optimizer'] / flops['total']:.0%}" if flops["optimizer"] else "–",
         )
     console.print(table)
     target = plan["target"]
-    console.print(
-        f"target   width {target['width']}, {target['parameters']:,} parameters, "
-        f"{target['tokens']:.3g} tokens, {target['flops']:.3g} FLOPs",
-        highlight=False,
-    )
+    known = [
+        _number(target["parameters"], ",.0f", " parameters"),
+        _number(target["tokens"], unit=" tokens"),
+        _number(target["flops"], unit=" FLOPs"),
+    ]
+    facts = ", ".join(fact for fact in known if fact != "–")
+    console.print(f"target   width {target['width']}, {facts}", highlight=False)
     adaptive = plan["policy"] == "adaptive"
+    flops = _number(plan["sweep_flops"], unit=" FLOPs: ") if plan["sweep_flops"] else ""
     console.print(
-        f"cost     {plan['sweep_flops']:.3g} FLOPs: {plan['sweep_over_target']:.2f} target runs"
+        f"cost     {flops}{plan['sweep_over_target']:.2f} target runs"
         + (" expected" if adaptive else "")
     )
     if adaptive:
@@ -61,11 +64,17 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         )
     seconds = plan["seconds"]
     console.print(
-        f"time     about {describe_seconds(seconds['estimate'])} ({seconds['basis']})",
+        f"time     {'about ' if seconds['estimate'] is not None else ''}"
+        f"{describe_seconds(seconds['estimate'])} ({seconds['basis']})",
         highlight=False,
     )
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
+
+
+def _number(value: float | None, form: str = ".3g", unit: str = "") -> str:
+    """A number with its unit, or a dash for what is not known."""
+    return "–" if value is None else f"{value:{form}}{unit}"
 
 
 def print_check(console: Console, check: CoordCheck, title: str) -> None:
@@ -139,7 +148,8 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
         print_certificate(console, finished.certificate)
     cost = facts["cost"]
     console.print(
-        f"cost     {cost['flops']:.3g} FLOPs, {cost['over_target']:.2f} target runs"
+        f"cost     {_number(cost['flops'], unit=' FLOPs, ') if cost['flops'] is not None else ''}"
+        f"{cost['over_target']:.2f} target runs"
         f"{_planned(cost['planned'])}; {describe_seconds(cost['seconds'])} of training, all "
         "workers together"
     )
