@@ -107,6 +107,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def fit(search: Any, trainable: Any, folder: Path, **settings: Any) -> Any:
     """A Tuner with what a user would give it."""
     run = {"max_failures": settings.pop("max_failures", 0)}
+    callbacks = settings.pop("callbacks", None)
     tuner = tune.Tuner(
         trainable,
         param_space=settings.pop("param_space", None),
@@ -115,6 +116,7 @@ def fit(search: Any, trainable: Any, folder: Path, **settings: Any) -> Any:
             storage_path=str(folder),
             name="experiment",
             verbose=0,
+            callbacks=callbacks,
             failure_config=tune.FailureConfig(**run),
         ),
     )
@@ -148,7 +150,7 @@ def test_warm_workers_are_kept_over_the_stages(tmp_path: Path) -> None:
 
 
 def test_a_function_can_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited = []
+    waited: list[str] = []
     monkeypatch.setattr("telescope.tune._wait", waited.append)
     wrapped = TelescopeSearch(spec()).warm(loss_at)
     assert wrapped({GATE: "name:3"}) is None
@@ -156,30 +158,33 @@ def test_a_function_can_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrapped({"width": 1, "lr": 0.02, "temperature": 0.9}) == 2.0
 
 
-def fails_at_32(config: dict[str, Any]) -> None:
-    if config["width"] == 32 and not Path(config["go"]).exists():
-        raise OSError("no disk")
-    tune.report({"loss": loss_at(config)})
+class Interrupt(tune.Callback):  # type: ignore[misc]
+    """What Ctrl-C does, once, after three trials."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        ended = sum(trial.status == "TERMINATED" for trial in trials)
+        if ended >= 3 and not self.mark.exists():
+            self.mark.touch()
+            raise InterruptedError
 
 
-def test_tuner_restore_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The second stage fails and leaves the sweep stuck; restored, its trials run again."""
-    search, space = TelescopeSearch(spec()), {"go": str(tmp_path / "go")}
-    before = fit(search, fails_at_32, tmp_path, param_space=space, reuse_actors=True)
-    assert "trials failed" in str(search.ladder.stuck)
-    assert any("stuck" in message for message in caplog.messages)
-    with pytest.raises(RefusedError, match="nothing to transfer"):
-        search.ladder.transfer()
-    (tmp_path / "go").touch()
+def test_tuner_restore_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Tune knows to have ended is not run again."""
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
+    search, space = TelescopeSearch(spec()), {"marks": str(tmp_path)}
+    (tmp_path / "died").touch()
+    settings = {"reuse_actors": True, "callbacks": [Interrupt(tmp_path / "interrupted")]}
+    with pytest.raises(InterruptedError):
+        fit(search, train, tmp_path, param_space=space, **settings)
     folder = str(tmp_path / "experiment")
-    after = tune.Tuner.restore(
-        folder, trainable=fails_at_32, param_space=space, restart_errored=True
-    ).fit()
-    assert len(after) == len(before)
-    assert all(not result.error for result in after)
-    state = TelescopeSearch(spec())
-    state.restore_from_dir(folder)
-    assert state.ladder.choices == by_hand(spec())
+    results = tune.Tuner.restore(folder, trainable=train, param_space=space).fit()
+    restored = TelescopeSearch(spec())
+    restored.restore_from_dir(folder)
+    assert restored.ladder.choices == by_hand(spec())
+    assert len(results) == len(restored.ladder.results)
 
 
 # Without Ray from here on: the searcher as Tune calls it.
@@ -212,6 +217,20 @@ def test_a_wrong_metric_ends_the_experiment_in_words() -> None:
             search.suggest("b")
     with pytest.raises(SpecError, match=message):
         search.ladder  # noqa: B018
+
+
+def test_what_fails_leaves_the_sweep_stuck_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    search = TelescopeSearch(spec())
+    for key in "abcdef":
+        search.suggest(key)
+    for key in "abcdef":
+        search.on_trial_complete(key, error=True)
+    assert search.suggest("g") == Searcher.FINISHED
+    assert "6 of 6 trials failed" in str(search.ladder.stuck)
+    assert "see error.txt of its trial f" in str(search.ladder.stuck)
+    assert any("tuner: stuck: width 16" in message for message in caplog.messages)
+    with pytest.raises(RefusedError, match="nothing to transfer"):
+        search.ladder.transfer()
 
 
 def test_what_is_kept_can_be_shown_and_gone_on_with(tmp_path: Path) -> None:
@@ -354,4 +373,6 @@ def test_results_that_cannot_be_kept_end_the_experiment(
     search.on_trial_complete("a", result={"loss": 1.0})
     with pytest.raises(StoreError, match=r"trials.csv: No space left on device"):
         search.suggest("b")
-    assert open_result("tuner", tmp_path).folder.read_status()["state"] == "interrupted"
+    status = open_result("tuner", tmp_path).folder.read_status()
+    assert status is not None
+    assert status["state"] == "interrupted"
