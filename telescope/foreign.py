@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from telescope.dispatch.folder import Folder
-from telescope.dispatch.loading import load_function, module_file
+from telescope.dispatch.loading import forget, load_function, module_file
 from telescope.dispatch.outcome import Prices
 from telescope.dispatch.placeholders import OWN, names_in
 from telescope.dispatch.queue import Trainer
@@ -148,6 +148,7 @@ class Foreign(Told):
             raise SpecError(f"trainer.command: got {program!r}: {where}{hint}")
 
     def _check_function(self, name: str) -> None:
+        forget(self.directories)
         function = load_function(name, self.directories)
         needed = {"width", *self.spec.axes} | ({"seed"} if self.spec.repeats else set())
         mute = {"python"} | (set() if self.trainer.steps else {"steps"})

@@ -22,6 +22,11 @@ _MODULES: dict[tuple[str, ...], dict[str, ModuleType]] = {}
 """Directories → the modules that were imported from them, kept while they are out of sight."""
 
 
+def forget(directories: tuple[str, ...]) -> None:
+    """Import anew what these directories have: their files may have changed since."""
+    _MODULES.pop(directories, None)
+
+
 def load_function(name: str, directories: tuple[str, ...]) -> Callable[..., Any]:
     """Import ``package.module:function``, looked for in the directories first.
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,7 @@ from telescope.dispatch.outcome import (
     Curve,
     Prices,
     as_result,
+    curve_point,
     is_verdict,
     parse_line,
 )
@@ -214,7 +215,11 @@ class CommandTrainer:
         threads = self.threads.get(trial.width)
         told = dict.fromkeys(THREAD_VARIABLES, str(threads)) if threads else {}
         mark = secrets.token_hex(8)
-        with _guarded(f"{MARK}={mark}") as group:
+        with ExitStack() as stack:
+            started: list[subprocess.Popen[bytes]] = []
+            # Pushed first, so done last: what the guard has ended is waited for.
+            stack.callback(lambda: [process.wait() for process in started])
+            group = stack.enter_context(_guarded(f"{MARK}={mark}"))
             try:
                 process = subprocess.Popen(
                     command,
@@ -225,15 +230,14 @@ class CommandTrainer:
                     stderr=stderr,
                     process_group=group,
                 )
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise TrialError(
-                    f"cannot start {command[0]!r} in {self.folder}: {reason}"
-                ) from error
-            try:
+                started.append(process)
                 return process.wait(self.timeout or None)
             except subprocess.TimeoutExpired:
-                raise TrialError(f"no end after {self.timeout:g} s (trainer.timeout)") from None
+                reason = f"no end after {self.timeout:g} s (trainer.timeout)"
+            except (OSError, ValueError) as error:
+                why = getattr(error, "strerror", None) or error
+                reason = f"cannot start {command[0]!r} in {self.folder}: {why}"
+            raise TrialError(reason)
 
 
 @contextmanager
@@ -284,13 +288,11 @@ def _read(out: Path, file: Path | None) -> tuple[dict[str, Any], Curve]:
         said = parse_line(line)
         if said is None:
             continue
-        if file or not is_verdict(said):
-            curve.add(said)
-            other = said
-            continue
-        if verdict:
-            curve.add(verdict)
-        verdict = said
+        curve.add(said)
+        other = said
+        verdict = said if is_verdict(said) else verdict
+    if verdict and curve.rows[-1:] == [curve_point(verdict)]:  # the result itself, not on the way
+        curve.rows.pop()
     if file:
         verdict, other = _read_file(file)
     if verdict:

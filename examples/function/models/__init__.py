@@ -1,0 +1,1 @@
+"""The models of this repository, which has a package of that name as many have."""

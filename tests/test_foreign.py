@@ -1,0 +1,347 @@
+"""Whole sweeps that another program trains: every verb, inline and on Ray, refused and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import as_toml
+from rich.console import Console
+from test_cli import telescope as in_process
+
+from telescope import Ladder, Spec
+from telescope.errors import ResumeError, SpecError
+from telescope.foreign import Foreign
+from telescope.planning import make_plan
+from telescope.records import Status
+from telescope.report.live import View, make_view
+from telescope.sweep import Options, open_result, run
+
+TELESCOPE = [sys.executable, "-m", "telescope"]
+BOWL = """
+import json, math, os, sys, time
+width, lr, seed = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+nap = float(os.environ.get("NAP", "0"))
+start = time.time()
+time.sleep(nap)
+noise = math.sin(1e4 * (lr + seed)) / 1000
+loss = 2 + math.log2(lr / 0.1 / (1 + 1 / width)) ** 2 / 50 + noise
+cpus = os.environ.get("OMP_NUM_THREADS")
+row = {"width": width, "start": start, "end": time.time(), "cpus": cpus, "parent": os.getppid()}
+with open("runs.jsonl", "a") as file:
+    file.write(json.dumps(row) + chr(10))
+print(json.dumps({"step": 1, "train_loss": loss + 1}))
+print(json.dumps({"loss": loss, "step": 2}))
+"""
+COMMAND = ["{python}", "-S", "bowl.py", "{width}", "{lr}", "{seed}"]
+
+
+def bowl_spec(folder: Path, **tables: Any) -> dict[str, Any]:
+    """A sweep of a bowl, trained by a script that takes milliseconds."""
+    if not (folder / "bowl.py").exists():
+        (folder / "bowl.py").write_text(BOWL)
+    spec = {
+        "name": "bowl",
+        "trainer": {"command": COMMAND, "folder": str(folder)},
+        "cost": {"parameters": {"8": 10, "16": 30, "32": 100}},
+        "ladder": {"widths": [8, 16]},
+        "target": {"width": 32},
+        "axes": {"lr": {"low": 0.01, "high": 1.0, "points": 7}},
+        "optimizer": {"rule": "mup"},
+        "budget": {"max_over_target": 10.0},
+    }
+    for name, table in tables.items():
+        merges = isinstance(table, dict) and isinstance(spec.get(name), dict)
+        spec[name] = {**spec[name], **table} if merges else table  # type: ignore[dict-item]
+    return {name: table for name, table in spec.items() if table is not None}
+
+
+def quiet() -> View:
+    return make_view(Console(quiet=True))
+
+
+def inline(folder: Path, **tables: Any) -> Any:
+    spec = Spec.from_dict(bowl_spec(folder, **tables))
+    return run(spec, Options(folder / "results", dispatcher="inline"), quiet)
+
+
+def telescope(folder: Path, *arguments: str, code: int = 0) -> str:
+    done = in_process(*arguments, cwd=folder)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"trainer": {"command": ["x", "{widht}"]}}, "unknown placeholder {widht}.*mean {width}"),
+    ({"trainer": {"command": ["x", "{lr}", "{seed}"]}}, "trainer.command: {width} is not used"),
+    ({"trainer": {"command": ["x", "{width}", "{seed}"]}}, "{lr} is not used.*take axes.lr out"),
+    ({"trainer": {"command": ["x", "{width}", "{lr}"]}}, "trainer.command: {seed} is not used"),
+    ({"trainer": {"command": [*COMMAND, "{steps}"]}}, "placeholder {steps}.*give trainer.steps"),
+    ({"trainer": {"command": [*COMMAND, "{lr:.3f}"]}}, "{lr:.3f} is no plain name"),
+    ({"trainer": {"command": [*COMMAND, '{"a": 1}']}}, "literal braces are {{ and }}"),
+    ({"trainer": {"command": []}}, "trainer.command: got \\[\\], must be a program"),
+    ({"trainer": {"command": "python x"}}, "trainer.command: got 'python x', must be a list"),
+    ({"trainer": {"function": "a:b"}}, "trainer.command: got .*one of the two"),
+    ({"trainer": {"command": None}}, "trainer.command: got .*one of the two"),
+    ({"trainer": {"command": None, "function": "a.b"}}, "must be package.module:name"),
+    ({"trainer": {"command": None, "function": "a:b", "result": "r"}}, "result: .*left out with"),
+    ({"trainer": {"timeout": -1}}, "trainer.timeout: got -1"),
+    ({"trainer": {"result": "r.json"}}, "trainer.result: got 'r.json', must be another"),
+    ({"trainer": {"result": "{width}.json"}}, "trainer.result: .*another file for every trial"),
+    ({"trainer": {"environment": {"A": 3}}}, "trainer.environment.A: got 3, must be a string"),
+    ({"trainer": {"comand": 3}}, "trainer.comand: unknown key.*did you mean command"),
+    ({"cost": None}, r"cost: missing; with \[trainer\] give parameters"),
+    ({"cost": {"parameters": {"8": 1, "16": 2}}}, "for width 32.*the target's"),
+    ({"cost": {"parameters": {"8": 1, "16": 2, "x": 3}}}, "cost.parameters.x: got 'x'"),
+    ({"cost": {"parameters": {"8": 1, "16": 2, "32": 0}}}, "cost.parameters.32: got 0"),
+    ({"cost": {"flops": {"8": 1}}}, "cost.parameters: got .*one of the two"),
+    ({"data": {"source": "x"}}, r"data: .*left out beside \[trainer\]"),
+    ({"target": {"width": 32, "steps": 5}}, "target.steps: got 5, must be left out, or"),
+    ({"axes": {"loss": {"value": 1.0}}}, "axes.loss: got 'loss', must be another name"),
+    ({"axes": {"python": {"value": 1.0}}}, "axes.python: got 'python', must be another name"),
+    ({"compute": {"cpus": {"8": 1}}}, "compute.cpus: .*for width 16"),
+    ({"compute": {"cpus": {"8": 1, "16": 0}}}, "compute.cpus.16: got 0, must be >= 1"),
+    ({"compute": {"gpus": {"8": 0.5, "16": -1}}}, "compute.gpus.16: got -1, must be >= 0"),
+]
+
+
+@pytest.mark.parametrize(("tables", "message"), WRONG, ids=[w[1][:40] for w in WRONG])
+def test_wrong_specs_are_one_line(tables: dict[str, Any], message: str, tmp_path: Path) -> None:
+    pattern = message.replace("{", r"\{").replace("}", r"\}")
+    with pytest.raises(SpecError, match=pattern) as caught:
+        Spec.from_dict(_without_none(bowl_spec(tmp_path, **tables)))
+    assert "\n" not in str(caught.value)
+
+
+def _without_none(spec: dict[str, Any]) -> dict[str, Any]:
+    given = {}
+    for name, table in spec.items():
+        is_table = isinstance(table, dict)
+        given[name] = {k: v for k, v in table.items() if v is not None} if is_table else table
+    return given
+
+
+def test_what_needs_no_seed_and_what_is_passed_by_the_environment(tmp_path: Path) -> None:
+    paper = {"ladder": {"policy": "paper"}, "trainer": {"command": ["x", "{width}", "{lr}"]}}
+    Spec.from_dict(bowl_spec(tmp_path, **paper))
+    told = {"command": ["x"], "environment": {"A": "{width} {lr}", "SEED": "{seed}"}}
+    Spec.from_dict(bowl_spec(tmp_path, trainer=told))
+
+
+def test_every_verb(tmp_path: Path) -> None:
+    (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
+    plan = json.loads(telescope(tmp_path, "plan", "bowl.toml", "--json"))
+    assert [stage["parameters"] for stage in plan["stages"]] == [10, 30]
+    assert plan["target"] == {"width": 32, "parameters": 100, "tokens": None, "flops": None}
+    assert plan["seconds"]["estimate"] is None
+    assert 0 < plan["sweep_over_target"] == plan["sweep_over_target_parameters"]
+    assert plan["refused"] is None
+    assert "cost" in telescope(tmp_path, "plan", "bowl.toml")
+    line = telescope(tmp_path, "check", "bowl.toml", code=2)
+    assert line.startswith("telescope: bowl: no coordinate check: [trainer] trains it")
+    assert "--probe" in telescope(tmp_path, "plan", "bowl.toml", "--probe", code=2)
+
+    shown = telescope(tmp_path, "run", "bowl.toml", "--dispatcher", "inline")
+    assert "no coordinate check" in shown
+    folder = tmp_path / "results" / "bowl"
+    show = json.loads(telescope(tmp_path, "show", "bowl", "--json"))
+    spent = show["cost"]
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    cost = sum({8: 10, 16: 30}[one["width"]] for one in runs)
+    assert spent["flops"] is None
+    assert spent["over_target"] == pytest.approx(cost / 100)
+    assert show["rule"] == "mup"
+    assert show["target"]["weight_decay"] is None
+    assert show["choices"][0]["weight_decay"] is None
+    assert show["target"]["lr"] == pytest.approx(0.1, rel=0.2)
+    transfer = json.loads(telescope(tmp_path, "transfer", "bowl", "--json"))
+    assert transfer["groups"] is None
+    assert transfer["weight_decay"] is None
+    assert transfer["certificate"]["verdict"] in ("PASS", "WARN")
+    assert any("does not see it" in text for text in transfer["certificate"]["assumptions"])
+    assert "finished" in telescope(tmp_path, "status", "bowl")
+    assert "bowl: finished" in telescope(tmp_path, "ls")
+    assert len(list((folder / "logs").glob("*.out"))) == len(runs)
+    assert not (folder / "model.py").exists()
+    curve = next((folder / "curves").iterdir()).read_text().splitlines()
+    assert curve[0] == "step,train_loss,held_out_loss"
+    assert len(curve) == 3
+
+
+def test_what_differs_is_refused(tmp_path: Path) -> None:
+    inline(tmp_path)
+    inline(tmp_path, trainer={"timeout": 9.0}, optimizer={"rule": "standard"})
+    for tables, key in (
+        ({"trainer": {"command": [*COMMAND, "x"]}}, "trainer.command was"),
+        ({"trainer": {"environment": {"A": "1"}}}, "trainer.environment was"),
+        ({"trainer": {"steps": 3}}, "trainer.steps was None, now 3"),
+    ):
+        with pytest.raises(ResumeError, match=key):
+            inline(tmp_path, **tables)
+    (tmp_path / "bowl.py").write_text(BOWL + "\n")
+    with pytest.raises(ResumeError, match=r"trainer\.bowl\.py \(hash\) was"):
+        inline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"command": ["nix", *COMMAND]}, "no program nix on PATH"),
+        ({"command": ["./nix", *COMMAND]}, "no program .*/nix"),
+        ({"folder": "/nowhere"}, "trainer.folder: got '/nowhere', which is no folder"),
+    ],
+)
+def test_a_missing_program_is_said_before_anything_runs(
+    trainer: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    spec = Spec.from_dict(bowl_spec(tmp_path, trainer=trainer))
+    with pytest.raises(SpecError, match=message):
+        run(spec, Options(tmp_path / "results", dispatcher="inline"), quiet)
+    assert not (tmp_path / "results").exists()
+    make_plan(spec, probe=False)
+
+
+def test_a_function_is_imported_for_run_and_not_for_plan(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("OFFSET = 2.0\n")
+    module = tmp_path / "mine.py"
+    module.write_text("raise RuntimeError('imported')\n")
+    trainer = {"command": None, "function": "mine:train", "folder": str(tmp_path)}
+    spec = Spec.from_dict(_without_none(bowl_spec(tmp_path, trainer=trainer)))
+    options = Options(tmp_path / "results", dispatcher="inline")
+    make_plan(spec, probe=False)
+    with pytest.raises(SpecError, match="importing it raises RuntimeError: imported"):
+        run(spec, options, quiet)
+    module.write_text("def train(width, lr): return 1.0\n")
+    with pytest.raises(SpecError, match="takes no seed"):
+        run(spec, options, quiet)
+    module.write_text(
+        "import math\nfrom models import OFFSET\n"
+        "def train(width, seed, lr):\n    return OFFSET + math.log2(lr / 0.1) ** 2 / 50\n"
+    )
+    _, ladder = run(spec, options, quiet)
+    assert ladder.is_finished
+    module.write_text(module.read_text() + "#\n")
+    with pytest.raises(ResumeError, match=r"trainer\.function \(hash\) was"):
+        run(spec, options, quiet)
+
+
+def test_costs_by_flops_and_a_longer_target(tmp_path: Path) -> None:
+    longer = {"trainer": {"steps": 100}, "target": {"width": 32, "steps": 300}}
+    assert Foreign.of(Spec.from_dict(bowl_spec(tmp_path, **longer))).target_flops == 300
+    by_flops = {"parameters": None, "flops": {"8": 1e9, "16": 4e9, "32": 9e9}}
+    given = bowl_spec(tmp_path, **longer, cost=by_flops, compute={"flop_rate": 1e9})
+    spec = Spec.from_dict(_without_none(given))
+    assert Foreign.of(spec).target_flops == 9e9
+    plan, _ = make_plan(spec, probe=False)
+    assert plan["target"]["flops"] == 9e9
+    assert plan["seconds"]["estimate"] > 1
+    assert Ladder(spec).ask()
+    refused = Spec.from_dict(bowl_spec(tmp_path, budget={"max_over_target": 0.5}))
+    assert "would cost at least" in (make_plan(refused, probe=False)[1] or "")
+
+
+def test_a_longer_target_rescales_the_decay(tmp_path: Path) -> None:
+    decay = {"weight_decay": {"value": 0.3}}
+    told = {"command": [*COMMAND, "{weight_decay}"], "steps": 100}
+    spec = Spec.from_dict(bowl_spec(tmp_path, axes=decay, trainer=told, target={"steps": 300}))
+    ladder = Ladder(spec)
+    while trials := ladder.ask():
+        for trial in trials:
+            ladder.tell(trial, loss=2 + (trial.lr - 0.1) ** 2)
+    answer = ladder.transfer()
+    assert answer.steps == 300
+    assert answer.weight_decay == pytest.approx(0.1)
+    assert ladder.transfer(steps=100).weight_decay == pytest.approx(0.3)
+
+
+def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
+    command = [*TELESCOPE, "run", "bowl.toml", "--dispatcher", "inline"]
+    runs = tmp_path / "runs.jsonl"
+    environment = {**os.environ, "NAP": "0.4", "TELESCOPE_TEST_MARK": str(tmp_path)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as one:
+        deadline = time.monotonic() + 120
+        while not runs.exists() or len(runs.read_text().splitlines()) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.2)  # in the middle of the fourth
+        one.kill()
+    left = [p for p in psutil.process_iter() if _is_marked(p, str(tmp_path))]
+    assert not psutil.wait_procs(left, timeout=20)[1]
+    before = len(runs.read_text().splitlines())
+    telescope(tmp_path, *command[3:])
+    trials = open_result("bowl", tmp_path / "results").results
+    assert all(result.status is Status.COMPLETE for result in trials)
+    assert len(runs.read_text().splitlines()) in (len(trials), len(trials) + 1)
+    assert before >= 3
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get("TELESCOPE_TEST_MARK") == mark
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Width 8 on one CPU each, two at once; width 16 on both; the same answer as inline."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("NAP", "0.5")
+    by_width = {"compute": {"cpus": {"8": 1, "16": 2}, "workers": 2}}
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    folder, ladder = run(
+        Spec.from_dict(bowl_spec(tmp_path, **by_width)), Options(tmp_path / "results"), quiet
+    )
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    told = {width: {one["cpus"] for one in runs if one["width"] == width} for width in (8, 16)}
+    assert told == {8: {"1"}, 16: {"2"}}
+    for width, most in ((8, 2), (16, 1)):
+        mine = [one for one in runs if one["width"] == width]
+        at_once = max(sum(b["start"] < a["end"] <= b["end"] for b in mine) for a in mine)
+        assert at_once == most
+        assert len({one["parent"] for one in mine}) <= most, "workers did not stay warm"
+    monkeypatch.setenv("NAP", "0")
+    other = tmp_path / "other"
+    other.mkdir()
+    _, reference = inline(other)
+    assert ladder.choices == reference.choices
+    assert all(r.worker for r in open_result(folder.path, tmp_path / "results").results)
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+def test_ctrl_c_on_ray_leaves_no_command_running(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
+    mark = str(tmp_path)
+    environment = {**os.environ, "NAP": "100", "TELESCOPE_TEST_MARK": mark}
+    with subprocess.Popen(
+        [*TELESCOPE, "run", "bowl.toml", "--workers", "1"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    ) as sweep:
+        deadline = time.monotonic() + 180
+        while not list(tmp_path.glob("results/bowl/logs/*.out")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(sweep.pid, signal.SIGINT)
+        assert sweep.stderr is not None
+        assert "interrupted; the same command goes on" in sweep.stderr.read()
+    assert sweep.returncode == 130
+    left = [p for p in psutil.process_iter() if _is_marked(p, mark)]
+    assert not psutil.wait_procs(left, timeout=20)[1]
