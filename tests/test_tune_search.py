@@ -226,8 +226,8 @@ def test_what_fails_leaves_the_sweep_stuck_in_words(caplog: pytest.LogCaptureFix
     for key in "abcdef":
         search.on_trial_complete(key, error=True)
     assert search.suggest("g") == Searcher.FINISHED
-    assert "6 of 6 trials failed" in str(search.ladder.stuck)
-    assert "see error.txt of its trial f" in str(search.ladder.stuck)
+    assert "trials failed, at most a tenth may" in str(search.ladder.stuck)
+    assert "see error.txt of its trial a" in str(search.ladder.stuck)
     assert any("tuner: stuck: width 16" in message for message in caplog.messages)
     with pytest.raises(RefusedError, match="nothing to transfer"):
         search.ladder.transfer()
