@@ -216,9 +216,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         _recording(prepared, folder, options, view, at_once) as recorder,
     ):
         _dispatch(recorder, prepared, options, at_once)
-        rule = spec.rule or "not stated"
-        title = f"{spec.name}: held-out loss, rule {rule}, policy {spec.ladder.policy}"
-        write_loss_figure(folder.path / "loss.png", recorder.ladder, title)
+        _draw(recorder, spec)
         return folder, recorder.ladder
 
 
@@ -258,6 +256,14 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
         _recording(told, folder, Options(results), QuietView(), at_once) as recorder,
     ):
         yield recorder
+        _draw(recorder, spec)
+
+
+def _draw(recorder: Recorder, spec: Spec) -> None:
+    """Write the figure of the losses."""
+    rule = spec.rule or "not stated"
+    title = f"{spec.name}: held-out loss, rule {rule}, policy {spec.ladder.policy}"
+    write_loss_figure(recorder.folder.path / "loss.png", recorder.ladder, title)
 
 
 @contextmanager

@@ -257,6 +257,7 @@ def test_what_is_kept_can_be_shown_and_gone_on_with(tmp_path: Path) -> None:
     wide = len(finished.results) - len(narrow)
     assert finished.cost()["over_target"] == pytest.approx((len(narrow) + 4 * wide) / 16)
     assert state() == "finished"
+    assert (tmp_path / "tuner" / "loss.png").exists()
 
 
 @pytest.mark.parametrize(
