@@ -22,6 +22,11 @@ FOREIGN_RULE = (
     "says: telescope does not see it"
 )
 
+UNKNOWN_STEPS = (
+    "weight_decay is as swept: trainer.steps does not say how many steps the trials had; for a run "
+    "of another length keep lr · weight_decay · steps"
+)
+
 
 def certificate_of(
     spec: Spec, ladder: Ladder, *, width: int | None = None, rule_checked: bool
@@ -88,6 +93,8 @@ def transfer(
     batch_size = spec.target.batch_size
     if spec.train and batch_size and batch_size != spec.train.batch_size:
         notes.append(BATCH_NOTE)
+    if spec.trainer and steps and not spec.steps:
+        notes.append(UNKNOWN_STEPS)
     if not ladder.is_finished:
         notes.insert(
             0, f"the sweep has NOT finished: this is the choice of width {last.width} alone"

@@ -322,6 +322,9 @@ class Spec(Table):
         if self.trainer:
             # Not [optimizer]: it states what the trainer does, and changes nothing.
             keys = self.trainer.model_dump(mode="json", exclude_none=True, include=STRICT_KEYS)
+            used = {name for _, text in self.trainer.texts() for name in names_in(text)}
+            if self.trainer.command and "steps" not in used:  # a statement, as the rule is
+                keys.pop("steps", None)
             own = {f"trainer.{key}": value for key, value in keys.items()}
             return {"ladder.widths[0]": self.base_width, **own}
         model = self.resolved_model

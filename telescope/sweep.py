@@ -24,6 +24,7 @@ from telescope.answer import certificate_of
 from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
+from telescope.dispatch.outcome import latest_row
 from telescope.dispatch.queue import Trainer
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError, StoreError
@@ -113,6 +114,18 @@ class Recorder:
             self.view.choice(choice)
         if len(self.ladder.choices) > closed:
             self.write_table()
+
+    def latest(self) -> str:
+        """Where the running trials are that print their steps; empty where none does."""
+        rows = {
+            trial: latest_row(self.folder.logs / f"{trial}.out") for trial in list(self.running)
+        }
+        return "; ".join(
+            f"{trial.point} at step {row.step}, "
+            f"loss {row.train_loss if row.held_out_loss is None else row.held_out_loss:.4f}"
+            for trial, row in rows.items()
+            if row
+        )
 
     def write_table(self) -> None:
         """Write `trials.csv`."""
@@ -321,6 +334,8 @@ def _recording(
             known=known,
         )
         try:
+            if isinstance(prepared, Foreign):
+                view.watch(recorder.latest)
             view.start(recorder.beat("running"))
             yield recorder
         except BaseException:

@@ -130,7 +130,7 @@ def test_what_hangs_is_interrupted_even_if_it_catches_everything() -> None:
     start = time.monotonic()
     result = attempt(train, TRIAL, timeout=0.2)
     assert time.monotonic() - start < 5
-    assert result.reason.startswith("Hung: no end after 0.2 s (train.timeout)")
+    assert result.reason.startswith("Hung: no end after 0.2 s (the spec's timeout)")
     assert "time.sleep(60)" in result.reason
     assert attempt(lambda trial: complete(), TRIAL, timeout=0.2).status is Status.COMPLETE
     time.sleep(0.3)  # no alarm is left behind
@@ -218,5 +218,5 @@ def test_on_ray_what_is_fatal_to_a_process_is_not_to_the_sweep(
         assert f"last words of {trial}" in reason
     assert "Timeout (0:00:11" in reasons[2], "the stack of what hung is in its log"
     assert "in train" in reasons[2]
-    assert "no end after 1.5 s (train.timeout)" in reasons[3]
+    assert "no end after 1.5 s (the spec's timeout)" in reasons[3]
     record_property("trials that exit, are killed, hang in C or in Python on Ray", "4 failed of 10")

@@ -178,11 +178,11 @@ def test_every_verb(tmp_path: Path) -> None:
 
 def test_what_differs_is_refused(tmp_path: Path) -> None:
     inline(tmp_path)
-    inline(tmp_path, trainer={"timeout": 9.0}, optimizer={"rule": "standard"})
+    inline(tmp_path, trainer={"timeout": 9.0, "steps": 3}, optimizer={"rule": "standard"})
     for tables, key in (
         ({"trainer": {"command": [*COMMAND, "x"]}}, "trainer.command was"),
         ({"trainer": {"environment": {"A": "1"}}}, "trainer.environment was"),
-        ({"trainer": {"steps": 3}}, "trainer.steps was None, now 3"),
+        ({"trainer": {"command": [*COMMAND, "{steps}"], "steps": 3}}, "steps was None, now 3"),
     ):
         with pytest.raises(ResumeError, match=key):
             inline(tmp_path, **tables)
@@ -263,6 +263,15 @@ def test_a_longer_target_rescales_the_decay(tmp_path: Path) -> None:
     assert ladder.transfer(steps=100).weight_decay == pytest.approx(0.3)
 
 
+def test_another_length_of_unknown_steps_is_a_note(tmp_path: Path) -> None:
+    ladder = Ladder(Spec.from_dict(bowl_spec(tmp_path)))
+    while trials := ladder.ask():
+        for trial in trials:
+            ladder.tell(trial, loss=2 + (trial.lr - 0.1) ** 2)
+    assert not ladder.transfer().notes
+    assert "trainer.steps does not say" in ladder.transfer(steps=100).notes[0]
+
+
 def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:
     (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
     command = [*TELESCOPE, "run", "bowl.toml", "--dispatcher", "inline"]
@@ -296,7 +305,7 @@ def _is_marked(process: psutil.Process, mark: str) -> bool:
 @pytest.mark.xdist_group("ray")
 def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Width 8 on one CPU each, two at once; width 16 on both; the same answer as inline."""
-    pytest.importorskip("ray")
+    pytest.importorskip("telescope.dispatch.ray_tune")
     monkeypatch.setenv("NAP", "0.5")
     by_width = {"compute": {"cpus": {"8": 1, "16": 2}, "workers": 2}}
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
@@ -322,7 +331,7 @@ def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_ctrl_c_on_ray_leaves_no_command_running(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("telescope.dispatch.ray_tune")
     (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
     mark = str(tmp_path)
     environment = {**os.environ, "NAP": "100", "TELESCOPE_TEST_MARK": mark}

@@ -61,6 +61,7 @@ def shown_by(view_class: type[View], ladder: Ladder) -> str:
     assert isinstance(view, view_class)
     with view:
         view.start(progress(ladder))
+        view.watch(lambda: "lr 0.1 at step 300, loss 2.3100")
         view.update(progress(ladder))
         view.result(failed, progress(ladder))
         view.choice(ladder.choices[0])
@@ -80,6 +81,7 @@ def test_the_live_screen_has_stage_counts_best_and_time_left(ladder: Ladder) -> 
     for part in ("stage 1 of 2, width 32: 3 of 5 trials, 2 running", "3/8", "best at this width"):
         assert part in text
     assert "1 min 15 s" in text
+    assert "lr 0.1 at step 300, loss 2.3100" in text
     assert "unknown" in text
 
 

@@ -22,9 +22,16 @@ from typing import Any
 import psutil
 import pytest
 
-from telescope.dispatch import trainers
+from telescope.dispatch import guard, trainers
 from telescope.dispatch.loading import load_function
-from telescope.dispatch.outcome import MOST_ROWS, Curve, Prices, as_result, parse_line
+from telescope.dispatch.outcome import (
+    MOST_ROWS,
+    Curve,
+    Prices,
+    as_result,
+    latest_row,
+    parse_line,
+)
 from telescope.dispatch.placeholders import filled, names_in
 from telescope.dispatch.queue import attempt
 from telescope.dispatch.trainers import (
@@ -195,6 +202,17 @@ def test_the_curve_and_what_was_spent(tmp_path: Path) -> None:
     assert as_result(TRIAL, {"loss": 1}, planned, seconds=1.0, curve=Curve()).flops == 7
 
 
+def test_where_a_running_trial_is(tmp_path: Path) -> None:
+    log = tmp_path / "x.out"
+    assert latest_row(log) is None
+    log.write_text(
+        '{"step": 1, "loss": 9}\n' + "x" * 100_000 + '\n{"step": 7, "loss": 2}\nnow {"ste'
+    )
+    assert latest_row(log) == CurvePoint(7, 2.0, None)
+    log.write_text('{"step": 1, "loss": 9}\n' + "x" * 100_000)
+    assert latest_row(log) is None
+
+
 def test_a_long_curve_is_thinned_not_cut() -> None:
     curve = Curve()
     for step in range(5 * MOST_ROWS):
@@ -237,6 +255,20 @@ def test_what_a_finished_trial_leaves_running_is_ended(
 ) -> None:
     monkeypatch.setattr(trainers, "GRACE", 0.3)
     assert command(tmp_path, f"{FAMILY} {SAYS}").loss == 1.5
+    assert not marked(mark)
+
+
+def test_where_processes_cannot_be_looked_at_the_group_is_ended(
+    tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Path(guard.__file__).read_text()
+    found = 'HAS_PROC = os.path.isdir("/proc/self")'
+    assert found in text
+    blind = tmp_path / "guard.py"
+    blind.write_text(text.replace(found, "HAS_PROC = False"))
+    monkeypatch.setattr(guard, "__file__", str(blind))
+    monkeypatch.setattr(trainers, "GRACE", 0.3)
+    assert command(tmp_path, f"(trap '' TERM; sleep 60; sleep 60) & {SAYS}").loss == 1.5
     assert not marked(mark)
 
 

@@ -18,6 +18,8 @@ import sys
 import time
 from contextlib import suppress
 
+HAS_PROC = os.path.isdir("/proc/self")
+"""Whether processes can be looked at one by one, as on Linux."""
 LOOK_SECONDS = 0.02
 """Pause between two looks at what is left."""
 KILLED_SECONDS = 5.0
@@ -31,9 +33,10 @@ def guard(mark: str, grace: float) -> None:
     while os.read(0, 4096):
         pass
     group = os.getpgrp()
-    if os.fork():  # the leader goes and is waited for; a child outside the group ends the rest
-        os._exit(0)
-    os.setpgid(0, 0)
+    if not HAS_PROC:  # the group can be ended as a whole alone, so not from inside
+        if os.fork():
+            os._exit(0)
+        os.setpgid(0, 0)
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, KILLED_SECONDS)):
         deadline = time.monotonic() + seconds
         if not _send(number, group, mark):
@@ -55,7 +58,7 @@ def _send(number: signal.Signals, group: int, mark: str) -> list[int]:
 
 def _left(group: int, mark: str) -> list[int]:
     """The processes of the group, or with the mark, that have not ended; this one aside."""
-    if not os.path.isdir("/proc/self"):
+    if not HAS_PROC:
         return _group_alone(group)
     found = []
     for name in os.listdir("/proc"):

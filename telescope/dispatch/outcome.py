@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 from telescope.errors import TrialError
@@ -23,6 +26,8 @@ EXPECTED = '{"loss": 2.31}, or {"status": "diverged"}'
 LOSS_KEYS = ("train_loss", "loss")
 HELD_OUT_KEYS = ("held_out_loss", "val_loss", "eval_loss")
 """What a row of a curve may call its losses; the first that is there counts."""
+TAIL_BYTES = 16_384
+"""How much of the end of a log is read: for a failure's reason, or while a trial runs."""
 MOST_ROWS = 2000
 """Rows of a curve that are kept; of more, every second is dropped, again and again."""
 
@@ -79,6 +84,17 @@ def curve_point(said: Mapping[str, Any]) -> CurvePoint | None:
         return None
     train, held_out = (_first(said, keys) for keys in (LOSS_KEYS, HELD_OUT_KEYS))
     return None if train is None and held_out is None else CurvePoint(int(step), train, held_out)
+
+
+def latest_row(path: Path) -> CurvePoint | None:
+    """The last row of a curve in what a running trial has printed; None where there is none yet."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        for line in reversed(file.read().splitlines()):
+            said = parse_line(line)
+            if said and (row := curve_point(said)):
+                return row
+    return None
 
 
 def _first(said: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
@@ -139,6 +155,9 @@ def as_result(
         if not math.isfinite(loss):
             loss, reason = None, f"loss {loss}"
     last = curve_point({**said, "loss": said.get("train_loss"), "held_out_loss": loss})
+    rows = list(curve.rows)
+    if last and rows and rows[-1].step == last.step and last.train_loss is None:
+        last = CurvePoint(last.step, rows.pop().train_loss, last.held_out_loss)
     return Result(
         trial,
         Status.COMPLETE if loss is not None else Status.DIVERGED,
@@ -146,7 +165,7 @@ def as_result(
         reason="" if loss is not None else reason,
         flops=prices.of(trial.width, said),
         seconds=seconds,
-        curve=(*curve.rows, last) if last else tuple(curve.rows),
+        curve=(*rows, last) if last else tuple(rows),
     )
 
 

@@ -128,7 +128,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         return
 
     def ring(*_: Any) -> None:
-        raise Hung(f"no end after {seconds:g} s (train.timeout)")
+        raise Hung(f"no end after {seconds:g} s (the spec's timeout)")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

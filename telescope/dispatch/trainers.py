@@ -23,6 +23,7 @@ from telescope.dispatch import guard
 from telescope.dispatch.loading import load_function, seen_from
 from telescope.dispatch.outcome import (
     EXPECTED,
+    TAIL_BYTES,
     Curve,
     Prices,
     as_result,
@@ -39,8 +40,6 @@ GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL: a launcher's time to end what it has started."""
 LONGEST_LINE = 1 << 20
 """Bytes of a line that is looked at; a longer one is no result."""
-TAIL_BYTES = 16_384
-"""How much of the end of a log is read for a failure's reason."""
 MARK = "TELESCOPE_TRIAL"
 """The environment variable by which all processes of a trial are known."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

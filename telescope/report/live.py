@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -52,6 +53,10 @@ class View(AbstractContextManager["View"], Protocol):
 
     def start(self, progress: Progress) -> None:
         """The sweep starts, or goes on."""
+        ...
+
+    def watch(self, latest: Callable[[], str]) -> None:
+        """From now on `latest` says in a line where the running trials are."""
         ...
 
     def update(self, progress: Progress) -> None:
@@ -151,6 +156,9 @@ class PlainView(View):
         """Say it."""
         self._line(text)
 
+    def watch(self, latest: Callable[[], str]) -> None:
+        """Where trials are on the way is not worth a line."""
+
     def start(self, progress: Progress) -> None:
         """Say what lies ahead."""
         self._line(describe_start(progress))
@@ -176,8 +184,12 @@ class LiveView(View):
 
     def __init__(self, console: Console) -> None:
         """Draw on `console`."""
-        self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._last = ""
+        self._latest: Callable[[], str] | None = None
+        self._progress: Progress | None = None
+        self._live = Live(  # asks for the screen at once
+            console=console, refresh_per_second=4, transient=True, get_renderable=self._screen
+        )
 
     def __enter__(self) -> Self:
         """Start drawing."""
@@ -192,6 +204,16 @@ class LiveView(View):
         """Let it scroll by above the screen."""
         self._live.console.print(text)
 
+    def watch(self, latest: Callable[[], str]) -> None:
+        """Ask it at every redraw."""
+        self._latest = latest
+
+    def _screen(self) -> RenderableType:
+        """What is drawn, four times a second."""
+        if self._progress is None:
+            return ""
+        return _screen(self._progress, self._last, self._latest and self._latest())
+
     def start(self, progress: Progress) -> None:
         """Draw the first screen."""
         if progress.done:
@@ -200,7 +222,8 @@ class LiveView(View):
 
     def update(self, progress: Progress) -> None:
         """Redraw."""
-        self._live.update(_screen(progress, self._last))
+        self._progress = progress
+        self._live.refresh()
 
     def result(self, result: Result, progress: Progress) -> None:
         """Redraw with the newest result."""
@@ -214,8 +237,8 @@ class LiveView(View):
         self._live.console.print(describe_choice(choice))
 
 
-def _screen(progress: Progress, last: str) -> RenderableType:
-    """The live screen: title, bar, and four facts."""
+def _screen(progress: Progress, last: str, latest: str | None) -> RenderableType:
+    """The live screen: title, bar, and four facts; five where running trials say where they are."""
     title = Text.assemble(
         (progress.name, "bold"),
         f"  stage {progress.stage + 1} of {progress.stages}, width {progress.width}: "
@@ -226,6 +249,7 @@ def _screen(progress: Progress, last: str) -> RenderableType:
     for label, text in (
         ("best at this width", best or "none yet"),
         ("last", last or "waiting for the first trial; workers take a few seconds to start"),
+        *([("running", latest)] if latest else []),
         ("so far", describe_seconds(progress.seconds)),
         ("left", describe_seconds(progress.eta_seconds)),
     ):
