@@ -122,6 +122,10 @@ class QuietView(View):
         """Nothing."""
         return
 
+    def watch(self, latest: Callable[[], str]) -> None:
+        """Nothing."""
+        return
+
     def start(self, progress: Progress) -> None:
         """Nothing."""
         return
