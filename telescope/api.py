@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telescope.answer import transfer
-from telescope.errors import TrialError
+from telescope.errors import RefusedError, TrialError
+from telescope.ladder import ladder
 from telescope.ladder.ladder import replay
+from telescope.ladder.plan import over_budget
 from telescope.records import (
     Choice,
     LadderSpec,
@@ -44,9 +46,23 @@ class Ladder:
             spec: the sweep.
             results: results of an earlier ladder of the same spec; those asked for are reused,
                 and failures that left it stuck are asked for again.
+
+        Raises:
+            RefusedError: the ladder must cost more than the budget allows.
+            ModelError, SpecError: the model file cannot be built, or takes no such keyword.
         """
         self.spec = spec
-        self._ladder = replay(_with_costs(spec), results, retry_failures=True)
+        ladder_spec = _with_costs(spec)
+        if refusal := over_budget(ladder_spec, spec.budget.max_over_target):
+            raise RefusedError(f"{spec.name}: {refusal}")
+        self._ladder = replay(ladder_spec, results, retry_failures=True)
+
+    @classmethod
+    def around(cls, spec: Spec, ladder: ladder.Ladder) -> Ladder:
+        """A ladder of the program's inside, as users know it."""
+        self = cls.__new__(cls)
+        self.spec, self._ladder = spec, ladder
+        return self
 
     def ask(self) -> list[Trial]:
         """The open stage's trials still unanswered; [] when the ladder is finished or stuck."""

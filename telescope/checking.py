@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError, SpecError
-from telescope.foreign import Foreign
+from telescope.foreign import Told
 from telescope.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_usable
 from telescope.records import Point
 from telescope.report.figures import write_check_figure
@@ -34,7 +34,7 @@ CHECK_INIT_SCALE = 1.0
 """The check's init_scale, whatever the axis: a factor that is the same at every width changes no
 rule, and with a large one three steps at CHECK_LR do not leave a tied readout's start (measured at
 4, tied: the logits' change has a slope of -0.35 under Muon, -0.29 under AdamW)."""
-NO_MODEL = "[trainer] trains it, so there is no model to check"
+NO_MODEL = "another trainer's sweep, so there is no model to check"
 ANNOUNCED_SECONDS = 300.0
 """A check that is expected to take longer says so first."""
 
@@ -115,7 +115,7 @@ def write_check(folder: Folder, check: CoordCheck, prepared: Prepared) -> bool:
 
 
 def check_before_run(
-    prepared: Prepared | Foreign, folder: Folder, *, wanted: bool, say: Callable[[str], None]
+    prepared: Prepared | Told, folder: Folder, *, wanted: bool, say: Callable[[str], None]
 ) -> Callable[[], object]:
     """Make the short check of a sweep that has not started, unless it has its verdict already.
 
@@ -137,8 +137,8 @@ def check_before_run(
         return lambda: None
     spec, known = prepared.spec, folder.read_check() or {}
     is_known = known.get("fingerprint") == prepared.fingerprint and known["verdict"]
-    reason = NO_MODEL if isinstance(prepared, Foreign) else _why_not(spec, wanted)
-    if isinstance(prepared, Foreign) or reason:
+    reason = NO_MODEL if isinstance(prepared, Told) else _why_not(spec, wanted)
+    if isinstance(prepared, Told) or reason:
         say(f"{spec.name}: no coordinate check: {reason}")
         record = {"verdict": None, "reason": reason, "fingerprint": prepared.fingerprint}
         return (lambda: None) if is_known else (lambda: folder.write_check(record))

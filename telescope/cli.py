@@ -299,7 +299,7 @@ def transfer(
     shapes: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="A JSON file of parameter shapes; overrides [trainer] shapes."
+            metavar="FILE", help="A JSON file of parameter shapes; overrides trainer.shapes."
         ),
     ] = None,
     fold_readout: Annotated[

@@ -29,28 +29,10 @@ LARGEST_SCRIPT = 1 << 20
 
 
 @dataclass(frozen=True)
-class Foreign(Priced):
-    """A spec with [trainer] and [cost]."""
+class Told(Priced):
+    """A spec with [cost], whose trials somebody else's loop trains."""
 
-    trainer: TrainerTable
     cost: CostTable
-
-    @classmethod
-    def of(cls, spec: Spec) -> Foreign:
-        """Take the two tables from a spec that has them."""
-        assert spec.trainer is not None
-        assert spec.cost is not None
-        return cls(spec, spec.trainer, spec.cost)
-
-    @property
-    def folder(self) -> Path:
-        """Working directory of a command, and where a function is looked for first."""
-        return Path(self.trainer.folder or ".")
-
-    @property
-    def directories(self) -> tuple[str, ...]:
-        """Where a function is imported from, the first first."""
-        return tuple(dict.fromkeys((str(self.folder.resolve()), str(Path.cwd()))))
 
     @property
     def cost_per_trial(self) -> dict[int, float]:
@@ -61,6 +43,35 @@ class Foreign(Priced):
     def target_flops(self) -> float:
         """Cost of the target run in the same unit."""
         return self.spec.target_cost
+
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """Dotted key → value of what is known of the training: the base width."""
+        return {"ladder.widths[0]": self.spec.base_width}
+
+
+@dataclass(frozen=True)
+class Foreign(Told):
+    """A spec with [cost] and [trainer]."""
+
+    trainer: TrainerTable
+
+    @classmethod
+    def of(cls, spec: Spec) -> Foreign:
+        """Take the two tables from a spec that has them."""
+        assert spec.trainer is not None
+        assert spec.cost is not None
+        return cls(spec, spec.cost, spec.trainer)
+
+    @property
+    def folder(self) -> Path:
+        """Working directory of a command, and where a function is looked for first."""
+        return Path(self.trainer.folder or ".")
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Where a function is imported from, the first first."""
+        return tuple(dict.fromkeys((str(self.folder.resolve()), str(Path.cwd()))))
 
     @property
     def comparable(self) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 
 from telescope.errors import SpecError
-from telescope.ladder.plan import Plan, StagePlan, least_cost, plan_ladder, what_fits
+from telescope.ladder import plan
+from telescope.ladder.plan import Plan, StagePlan, plan_ladder
 from telescope.ladder.view import round_size
 from telescope.records import LadderSpec
 from telescope.spec import Spec, fingerprint
@@ -354,16 +355,7 @@ def _room(cpus: int, gpus: float) -> int:
 
 def over_budget(prepared: Priced) -> str | None:
     """Why the plan is refused, with what would fit; None when it is within the budget."""
-    ladder, limit = prepared.ladder_spec, prepared.spec.budget.max_over_target
-    least = least_cost(ladder) / prepared.target_flops
-    if least <= limit:
-        return None
-    fits = [*what_fits(ladder), f"budget.max_over_target = {math.ceil(least * 10) / 10:g}"]
-    would = "would cost" if prepared.spec.ladder.policy == "paper" else "would cost at least"
-    return (
-        f"the sweep {would} {least:.3g} target runs, budget.max_over_target is {limit:g}; any of "
-        f"these would fit: {'; '.join(fits)}"
-    )
+    return plan.over_budget(prepared.ladder_spec, prepared.spec.budget.max_over_target)
 
 
 def plan_as_json(prepared: Prepared, seconds: Mapping[str, Any]) -> dict[str, Any]:

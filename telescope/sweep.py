@@ -28,7 +28,7 @@ from telescope.dispatch.outcome import latest_row
 from telescope.dispatch.queue import Pack, Trainer
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError, StoreError
-from telescope.foreign import Foreign
+from telescope.foreign import Foreign, Told
 from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import (
     Prepared,
@@ -43,7 +43,7 @@ from telescope.prepare import (
 from telescope.records import Certificate, Point, Result, Status, Trial
 from telescope.report.figures import write_loss_figure
 from telescope.report.frames import write_csv
-from telescope.report.live import Progress, View
+from telescope.report.live import Progress, QuietView, View
 from telescope.settle import settled
 from telescope.spec import Spec
 from telescope.train.config import ADDED_KEYS
@@ -251,9 +251,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
             prepared, measured = settled(prepared, record, is_cluster=is_cluster, say=view.note)
         with _recording(prepared, folder, options, view, at_once, measured) as recorder:
             _dispatch(recorder, prepared, options, at_once)
-            rule, policy = spec.rule or "not stated", spec.ladder.policy
-            title = f"{spec.name}: held-out loss, rule {rule}, policy {policy}"
-            write_loss_figure(folder.path / "loss.png", recorder.ladder, title)
+            _draw(recorder, spec)
             return folder, recorder.ladder
 
 
@@ -266,6 +264,41 @@ def _prepare(spec: Spec, *, is_cluster: bool) -> Prepared | Foreign:
     prepared = prepare(spec)
     check_corpus(prepared.trial_config)
     return prepared
+
+
+@contextmanager
+def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
+    """A sweep that somebody else's loop trains, kept as `run` keeps one.
+
+    Args:
+        spec: with [cost].
+        results: the folder of all results.
+
+    Yields:
+        What is asked for trials and told their results; on leaving, the folder is in a true state.
+
+    Raises:
+        RefusedError, ResumeError, StoreError: as `run`.
+    """
+    assert spec.cost is not None
+    told, folder = Told(spec, spec.cost), Folder(results / spec.name)
+    if refusal := over_budget(told):
+        raise RefusedError(f"{spec.name}: {refusal}")
+    at_once = dict.fromkeys(spec.ladder.widths, 1)
+    with (
+        _told_what_to_mend(folder),
+        folder.held(),
+        _recording(told, folder, Options(results), QuietView(), at_once) as recorder,
+    ):
+        yield recorder
+        _draw(recorder, spec)
+
+
+def _draw(recorder: Recorder, spec: Spec) -> None:
+    """Write the figure of the losses."""
+    rule = spec.rule or "not stated"
+    title = f"{spec.name}: held-out loss, rule {rule}, policy {spec.ladder.policy}"
+    write_loss_figure(recorder.folder.path / "loss.png", recorder.ladder, title)
 
 
 @contextmanager
@@ -284,18 +317,18 @@ def _told_what_to_mend(folder: Folder) -> Iterator[None]:
 
 @contextmanager
 def _recording(
-    prepared: Prepared | Foreign,
+    prepared: Prepared | Told,
     folder: Folder,
     options: Options,
     view: View,
     at_once: Mapping[int, int],
-    measured: Mapping[str, Any],
+    measured: Mapping[str, Any] | None = None,
 ) -> Iterator[Recorder]:
     """Check, open the store, replay it, and leave folder and heartbeat in a true state."""
     spec = prepared.spec
     _check_comparable(folder, prepared)
     storage = _chosen_storage(folder, options.storage)
-    record = _spec_record(prepared, storage) | {"measured": measured}
+    record = _spec_record(prepared, storage) | {"measured": dict(measured or {})}
     url = storage or sqlite_url(folder.path)
     if folder.exists:
         check_exists(url)
@@ -313,8 +346,8 @@ def _recording(
         known = store.results()
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.tidy(_ended(known))
-        text = None if isinstance(prepared, Foreign) else prepared.trial_config.model.text
-        folder.write_spec(record, text)
+        ours = prepared.trial_config if isinstance(prepared, Prepared) else None
+        folder.write_spec(record, ours.model.text if ours else None)
         recorder = Recorder(
             ladder=replay(prepared.ladder_spec, known, retry_failures=True),
             store=store,
@@ -334,7 +367,8 @@ def _recording(
             with suppress(OSError):  # a full disk, say, which is being reported already
                 recorder.leave("interrupted")
             raise
-        recorder.leave("stuck" if recorder.ladder.stuck else "finished")
+        ended = "finished" if recorder.ladder.is_finished else "interrupted"
+        recorder.leave("stuck" if recorder.ladder.stuck else ended)
 
 
 def _ended(results: Iterable[Result]) -> list[Trial]:
@@ -409,7 +443,7 @@ def _trainer(prepared: Prepared | Foreign, folder: Folder) -> tuple[Trainer, flo
     return TelescopeTrainer(config), config.train.timeout
 
 
-def _spec_record(prepared: Prepared | Foreign, storage: str | None) -> dict[str, Any]:
+def _spec_record(prepared: Prepared | Told, storage: str | None) -> dict[str, Any]:
     """What `spec.json` holds."""
     return {
         "spec": prepared.spec.as_dict(),
@@ -424,7 +458,7 @@ def _spec_record(prepared: Prepared | Foreign, storage: str | None) -> dict[str,
     }
 
 
-def _check_comparable(folder: Folder, prepared: Prepared | Foreign) -> None:
+def _check_comparable(folder: Folder, prepared: Prepared | Told) -> None:
     """Refuse a folder whose results were made by other training than the spec's.
 
     Raises:
@@ -495,7 +529,7 @@ class Finished:
         """What all stored trials cost, and what was planned, in the keys of `show --json`."""
         flops: float | None = sum(result.flops for result in self.results)
         spent = flops
-        if self.spec.trainer:  # counted as planned: what its trials report may be of another kind
+        if self.spec.cost:  # counted as planned: what its trials report may be of another kind
             ran = [r.trial.width for r in self.results if r.status is not Status.FAILED]
             spent = sum(map(self.ladder.spec.cost, ran))
             flops = flops or None

@@ -62,7 +62,7 @@ def logits_after(net: Net, groups: tuple[dict[str, Any], ...]) -> Tensor:
         tokens = torch.randint(VOCABULARY, (16, 2), generator=generator)
         logits = net(tokens[:, 0])
         seen.append(logits.detach())
-        nn.functional.cross_entropy(logits, tokens[:, 1]).backward()
+        nn.functional.cross_entropy(logits, tokens[:, 1]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     return torch.stack(seen)
@@ -76,7 +76,7 @@ def with_and_without(
     folded = SHAPES.groups(POINT, optimizer=ADAMW, fold_readout=True)
     before, after = Net(plain[-1]["multiplier"]), Net(folded[-1]["multiplier"])
     with torch.no_grad():
-        after.readout *= plain[-1]["multiplier"]
+        after.readout.mul_(plain[-1]["multiplier"])
     change(folded[-1])
     return logits_after(before, plain), logits_after(after, folded)
 

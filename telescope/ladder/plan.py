@@ -130,6 +130,24 @@ def least_cost(spec: LadderSpec) -> float:
     return _fewest(spec)
 
 
+def over_budget(spec: LadderSpec, limit: float) -> str | None:
+    """Why a ladder is refused, with what would fit; None when it is within its budget.
+
+    Args:
+        spec: a ladder with a budget, or without one.
+        limit: the budget in target runs, `budget.max_over_target`.
+    """
+    if spec.budget is None or (cost := least_cost(spec)) <= spec.budget:
+        return None
+    least = cost / spec.budget * limit
+    fits = [*what_fits(spec), f"budget.max_over_target = {math.ceil(least * 10) / 10:g}"]
+    would = "would cost" if spec.policy == "paper" else "would cost at least"
+    return (
+        f"the sweep {would} {least:.3g} target runs, budget.max_over_target is {limit:g}; any of "
+        f"these would fit: {'; '.join(fits)}"
+    )
+
+
 def what_fits(spec: LadderSpec) -> list[str]:
     """Changes to the spec, each enough alone, that bring the ladder's least cost under its budget.
 

@@ -113,6 +113,37 @@ def describe_seconds(seconds: float | None) -> str:
     )
 
 
+class QuietView(View):
+    """Says nothing: whoever runs the loop has a screen of their own."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave nothing behind."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+        return
+
+    def watch(self, latest: Callable[[], str]) -> None:
+        """Nothing."""
+        return
+
+    def start(self, progress: Progress) -> None:
+        """Nothing."""
+        return
+
+    def update(self, progress: Progress) -> None:
+        """Nothing."""
+        return
+
+    def result(self, result: Result, progress: Progress) -> None:
+        """Nothing."""
+        return
+
+    def choice(self, choice: Choice) -> None:
+        """Nothing."""
+        return
+
+
 class PlainView(View):
     """One line per result and per decision: for logs and pipes."""
 

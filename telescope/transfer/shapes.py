@@ -241,7 +241,7 @@ def _read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except OSError as error:
         raise SpecError(
-            f"trainer.shapes: {path}: cannot be read: {error.strerror}; write it with "
+            f"shapes: {path}: cannot be read: {error.strerror}; write it with "
             "telescope.Shapes, or leave it out to get no groups"
         ) from error
     except SpecError:

@@ -1,0 +1,86 @@
+"""Ask and tell for loops of other people's: the README's own lines, any axes, costs, budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from telescope import Ladder, Spec
+from telescope.errors import RefusedError, TrialError
+from telescope.records import Trial
+
+
+def test_the_readmes_lines_run() -> None:
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("### Ask and tell")[2].partition("\n### ")[0]
+    code = section.partition("```python\n")[2].partition("```")[0]
+
+    def train_and_evaluate(trial: Trial) -> float:
+        assert trial.point["dropout"] == 0.1
+        return 2 + 0.1 * math.log2(trial.lr / 0.06) ** 2 + 1 / trial.width
+
+    names: dict[str, Any] = {"train_and_evaluate": train_and_evaluate}
+    exec(code, names)
+    answer = names["answer"]
+    assert answer.lr == pytest.approx(0.06, rel=0.1)
+    assert answer.certificate.intervals["lr"] is not None
+    assert any("telescope does not see it" in line for line in answer.certificate.assumptions)
+    assert names["again"].choices == names["ladder"].choices
+
+
+def spec(**tables: Any) -> Spec:
+    return Spec.from_dict(
+        {
+            "name": "mine",
+            "ladder": {"widths": [16, 32]},
+            "target": {"width": 64},
+            "axes": {"alpha": {"low": 0.1, "high": 10.0, "points": 5}},
+            **tables,
+        }
+    )
+
+
+def test_no_axis_need_be_called_lr() -> None:
+    ladder = Ladder(spec())
+    while trials := ladder.ask():
+        for trial in trials:
+            ladder.tell(trial, loss=1 + 0.1 * math.log2(trial.point["alpha"]) ** 2)
+    answer = ladder.transfer(steps=100)
+    assert answer.point["alpha"] == pytest.approx(1, rel=0.1)
+    assert answer.as_dict()["lr"] is None
+    assert answer.as_dict()["weight_decay"] is None
+    assert answer.certificate is not None
+    assert answer.certificate.verdict == "WARN"
+    assert any("optimizer.rule is not given" in line for line in answer.certificate.problems)
+
+
+def test_divergences_and_failures_are_told_apart() -> None:
+    ladder = Ladder(spec(ladder={"widths": [16], "policy": "paper"}))
+    for trial in ladder.ask():
+        if trial.point["alpha"] > 3:
+            ladder.tell(trial, status="diverged", reason="NaN at step 3")
+        else:
+            ladder.tell(trial, loss=1 + abs(math.log2(trial.point["alpha"])))
+    assert ladder.choices[0].counts == {"complete": 3, "diverged": 2}
+    failing = Ladder(spec(ladder={"widths": [16], "policy": "paper"}))
+    for trial in failing.ask():
+        failing.tell(trial, status="failed", reason="no disk")
+    assert "failed" in str(failing.stuck)
+    with pytest.raises(TrialError, match="complete one needs a finite loss"):
+        failing.tell(trial, loss=math.nan)
+
+
+def test_a_budget_below_the_least_is_refused() -> None:
+    cost = {"parameters": {"16": 1.0, "32": 4.0, "64": 16.0}}
+    with pytest.raises(RefusedError, match=r"mine: the sweep would cost at least .* target runs"):
+        Ladder(spec(cost=cost, budget={"max_over_target": 0.1}))
+    dear = Ladder(spec(cost=cost, budget={"max_over_target": 3.0}))
+    spent = 0.0
+    while trials := dear.ask():
+        for trial in trials:
+            spent += cost["parameters"][str(trial.width)]
+            dear.tell(trial, loss=1 + 0.3 * math.sin(50 * trial.point["alpha"]))
+    assert spent <= 3.0 * 16
