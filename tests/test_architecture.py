@@ -26,7 +26,7 @@ ROOMS = {
 }
 LIBRARIES = {
     # library: the only files that may import it
-    "ray": {"dispatch/ray_tune.py", "tune.py"},
+    "ray": {f"dispatch/ray_{part}.py" for part in ("connect", "tune", "worker")} | {"tune.py"},
     "optuna": {"dispatch/store.py"},
     "sqlalchemy": {"dispatch/store.py"},
     "pydantic": {"spec.py", "tables.py"},

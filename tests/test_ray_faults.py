@@ -72,7 +72,7 @@ def part_of_ray(place: Path, part: str) -> psutil.Process | None:
         except psutil.Error:
             continue
         is_it = process.name() == PARTS[part] if part != "worker" else "Trainable" in line
-        if is_it or (part == "worker" and "_Worker" in line):
+        if is_it or (part == "worker" and "::Worker" in line):
             return process
     return None
 

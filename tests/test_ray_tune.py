@@ -30,6 +30,7 @@ from telescope.records import Point, Result, Status, Trial
 
 ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
 ray = pytest.importorskip("ray")  # after ours, which decides where Ray may listen
+OBJECT_STORE_BYTES = pytest.importorskip("telescope.dispatch.ray_connect").OBJECT_STORE_BYTES
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]  # they watch one /tmp
 
@@ -231,7 +232,7 @@ def test_on_a_ray_of_somebody_else() -> None:
     ray.init(
         num_cpus=2,
         include_dashboard=False,
-        object_store_memory=ray_tune.OBJECT_STORE_BYTES,
+        object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.CRITICAL,
     )

@@ -13,7 +13,7 @@ from faults import run_fast, spec_of
 from test_cli import telescope
 
 LOADERS = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
-ALLOWED = {"dispatch/ray_tune.py": {"cloudpickle"}}
+ALLOWED = {f"dispatch/ray_{part}.py": {"cloudpickle"} for part in ("tune", "worker")}
 """Ray sends the trainer from the driver to its own workers; nothing of it is kept in a file."""
 
 

@@ -14,80 +14,34 @@ On a cluster the workers import the `telescope` that is installed there; only th
 
 from __future__ import annotations
 
-import asyncio
-import faulthandler
-import logging
 import math
 import os
-import shutil
-import signal
-import socket
-import sys
-import tempfile
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# Ray reads these two when it is imported. Without the first, a local Ray listens on every address
-# of the machine; without the second, each lost worker prints a paragraph to stdout.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
+from telescope.dispatch.ray_connect import connected, session_folder  # decides where Ray listens
 
+# isort: split
 import ray
 from ray import cloudpickle, tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from telescope.dispatch.packing import Packer, PackSize, largest
-from telescope.dispatch.queue import LOG_TAIL_LINES, Pack, Queue, Trainer, clean
-from telescope.dispatch.ray_session import (
-    MARK,
-    OWNER_FILE,
-    LocalRay,
-    accepts,
-    reap,
-    watched,
-)
-from telescope.errors import LostError, SpecError
+from telescope.dispatch.packing import PackSize, largest
+from telescope.dispatch.queue import Pack, Queue, Trainer, clean
+from telescope.dispatch.ray_session import reap
+from telescope.dispatch.ray_worker import Gate, Worker, log_tail
+from telescope.errors import SpecError
 from telescope.records import Result, Status, Trial, TrialSource
 
-OBJECT_STORE_BYTES = 100_000_000
-"""Shared memory of an embedded Ray; it holds the pickled trainer and little else."""
-CONNECT_SECONDS = 5.0
-"""How long a cluster may take to accept a connection."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""What numerical libraries read, once, to size their thread pools."""
-SWITCHES = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new engine prints tables even at verbosity 0
-    # Ray's workers run at nice 15, at which a machine that does anything else starves them.
-    "RAY_worker_niceness": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a trainer keep their meaning
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files per trial
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a lost worker is a result with a reason
-    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # nobody resumes from Tune's state: ours is the store
-}
-"""Documented switches of Ray and Tune, set for the time of a run."""
-OWNER_SWITCHES = {"TUNE_DISABLE_SIGINT_HANDLER": "1"}
-"""Tune's handler takes 12 s; to leave `fit()` in the middle is safe if `ray.shutdown` follows."""
-CLUSTER_PATIENCE = 45.0
-"""Seconds without its head, which may be started again, after which a cluster counts as dead; Ray
-itself ends the driver's process after 60 s."""
-HANG_GRACE = 10.0
-"""Seconds that a hung trial has to be interrupted in, before its process is ended."""
 START_PATIENCE = 15.0
 """Seconds a trial may wait for a worker before it gets one that waits at the gate: a process takes
 about 3 to start, and a node that is lost never comes back."""
-HANG_TITLE = "Timeout ("
-"""How faulthandler heads the stacks of a process that it ends."""
-TEMP_ROOM = 20
-"""Longest temporary folder in which the paths of Ray's sockets stay below the system's limit."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +82,7 @@ def run_ray(
         gpus: GPUs of one trial; trials share one by fractions.
         address: ``host:port`` of a running cluster, or ``auto`` to look for one.
         timeout: seconds after which a trial counts as hung; 0: never. One that cannot be
-            interrupted has its process ended `HANG_GRACE` later.
+            interrupted has its process ended `ray_worker.HANG_GRACE` later.
         pack: how many trials of one width a worker may train as one; their results come together.
         owner: a name that only one run at a time may use; what an earlier run of that name, now
             dead, left behind of its own Ray is ended first.
@@ -146,85 +100,61 @@ def run_ray(
     """
     if not source.ask():
         return
-    default = Size(workers, cpus, gpus)
-    sizes = dict(by_width or {})
-    owned = not ray.is_initialized()
     owner = owner or f"process {os.getpid()}"
     reap(owner)
-    with ExitStack() as stack:
-        stack.enter_context(_quiet())
-        switches = {**SWITCHES, MARK: owner} | (OWNER_SWITCHES if owned else {})
-        stack.enter_context(_environment(switches))
-        handlers = stack.enter_context(_signal_handlers_kept())
-        folder = tempfile.mkdtemp(prefix="telescope-", dir=_short_folder())
-        (Path(folder) / OWNER_FILE).write_text(owner)
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    default, sizes = Size(workers, cpus, gpus), dict(by_width or {})
+    with session_folder(owner) as folder:
         if logs:
             logs.mkdir(parents=True, exist_ok=True)
-        logs = (logs or Path(folder)).absolute()
-        driver = _Driver(leave_at_once=owned, logs=logs, on_pack=on_pack)
-        heads: list[tuple[str, int]] = []  # of a cluster, when it is connected to
-        local = LocalRay(owner)
-        leaving = stack.enter_context(
-            watched(
-                lambda: all(map(accepts, heads)) if address or not owned else local.is_whole(),
-                patience=CLUSTER_PATIENCE if address else 0.0,
-                on_loss=driver.stop,
-                give_up=lambda: reap(owner),
-            )
-        )
-        if owned:
-            stack.callback(reap, owner)
-            stack.callback(ray.shutdown)
-            with _interrupt_deferred():
-                _connect(address) if address else _start(folder, _cpus([default, *sizes.values()]))
-            stack.callback(leaving.set)
-            stack.enter_context(_lost_where_ray_fails())
-            if address:
-                heads.append(_head())
-            _set_signal_handlers({signal.SIGTERM: handlers[signal.SIGTERM]})  # Ray's would exit
-        where = "the cluster" if address else "this machine"
-        sizes = {width: _fitting(size, where) for width, size in sizes.items()}
-        if not sizes:
-            _check_room(default, where)
-        gate = ray.remote(_Gate).options(num_cpus=0).remote()
-        stack.callback(ray.kill, gate)
-        parts = {
-            **{"trainer": cloudpickle.dumps(trainer), "gate": gate, "timeout": timeout},
-            **{"logs": str(logs), "pack": pack},
-        }
-        driver.gate = gate
-        while asked := source.ask():
-            size = sizes.get(asked[0].width, default)
-            widths = [width for width, other in sizes.items() if other == size] or None
-            queue = Queue(
-                _Part(source, widths),
-                on_start=on_start,
-                pack=largest(pack),
-                workers=size.workers,
-            )
-            driver.serve(queue)
-            with suppress(_Leave):
-                _tuner(_sized_worker(parts, size), driver, size.workers, folder).fit()
-            if driver.error:
-                raise driver.error
-            if not queue.is_done:
-                raise KeyboardInterrupt  # on a Ray not ours, Tune's own handler swallowed it
+        logs = (logs or folder).absolute()
+        driver = _Driver(leave_at_once=not ray.is_initialized(), logs=logs, on_pack=on_pack)
+        room = _cpus([default, *sizes.values()])
+        with connected(folder, owner=owner, address=address, cpus=room, on_loss=driver.stop):
+            where = "the cluster" if address else "this machine"
+            sizes = {width: _fitting(size, where) for width, size in sizes.items()}
+            if not sizes:
+                _check_room(default, where)
+            driver.gate = ray.remote(Gate).options(num_cpus=0).remote()
+            given = {
+                **{"trainer": cloudpickle.dumps(trainer), "gate": driver.gate},
+                **{"timeout": timeout, "logs": str(logs), "pack": pack},
+            }
+            try:
+                while asked := source.ask():
+                    size = sizes.get(asked[0].width, default)
+                    widths = [width for width, other in sizes.items() if other == size]
+                    part = _Part(source, widths) if widths else source
+                    queue = Queue(part, on_start=on_start, pack=largest(pack), workers=size.workers)
+                    _run_experiment(queue, driver, given, size, folder)
+            finally:
+                ray.kill(driver.gate)
+
+
+def _run_experiment(
+    queue: Queue, driver: _Driver, given: Mapping[str, Any], size: Size, folder: Path
+) -> None:
+    """Run what a queue has, on workers of one size."""
+    worker = tune.with_parameters(Worker, **given, threads=max(1, int(size.cpus)))
+    worker = tune.with_resources(worker, {"cpu": size.cpus, "gpu": size.gpus})
+    driver.serve(queue)
+    with suppress(_Leave):
+        _tuner(worker, driver, size.workers, folder).fit()
+    if driver.error:
+        raise driver.error
+    if not queue.is_done:
+        raise KeyboardInterrupt  # on a Ray not ours, Tune's own handler swallowed it
 
 
 class _Part:
-    """What a source asks for at some of its widths; all of it where none are named."""
+    """What a source asks for at some of its widths."""
 
-    def __init__(self, source: TrialSource, widths: list[int] | None) -> None:
+    def __init__(self, source: TrialSource, widths: list[int]) -> None:
         self._source = source
         self._widths = widths
 
     def ask(self) -> Sequence[Trial]:
         """The trials of these widths, which are none when the source has gone on to others."""
-        asked = self._source.ask()
-        if self._widths is None:
-            return asked
-        return [trial for trial in asked if trial.width in self._widths]
+        return [trial for trial in self._source.ask() if trial.width in self._widths]
 
     def tell(self, result: Result) -> None:
         """Pass it on."""
@@ -310,7 +240,7 @@ class _Driver:
         """Take the loss of a worker process: its trials have failed; a gate trial is forgotten."""
         trials = self._running[tune_id]
         if trials:
-            reason = clean([reason, *_log_tail(self._logs, trials[0])])
+            reason = clean([reason, *log_tail(self._logs, trials[0])])
         failed = [Result(trial, Status.FAILED, reason=reason) for trial in trials]
         self.answer(tune_id, failed, None)
 
@@ -415,148 +345,7 @@ class _Stopper(tune.Stopper):  # type: ignore[misc]
         return self._driver.is_stopped()
 
 
-class _Worker(tune.Trainable):  # type: ignore[misc]
-    """One worker process: runs the order in its config, and is reset for the next one."""
-
-    def setup(
-        self,
-        config: dict[str, Any],
-        *,
-        trainer: bytes,
-        gate: Any,
-        threads: int,
-        timeout: float,
-        logs: str,
-        pack: PackSize,
-    ) -> None:
-        """Size the thread pools, before the trainer brings in torch."""
-        self._order = config
-        self._pickled = trainer
-        # Loaded when it is first needed: a trainer that cannot load is a trial's failure.
-        self._packer = Packer(self._load, pack, timeout=timeout, guard=_ended_if_hung)
-        self._gate = gate
-        self._threads = threads
-        self._logs = Path(logs)
-        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next order in the same, warm process."""
-        self._order = new_config
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Train what was ordered, or wait at the gate."""
-        if trials := self._order.get("trials"):
-            results: list[Result] = []
-            with _logged(self._logs, trials[0]):
-                pack = self._packer(trials, results.append)
-            return {"done": True, "results": results, "pack": pack}
-        ray.get(self._gate.wait_beyond.remote(self._order["turn"]))
-        return {"done": True}
-
-    def _load(self) -> Trainer:
-        trainer: Trainer = cloudpickle.loads(self._pickled)
-        if torch := sys.modules.get("torch"):
-            torch.set_num_threads(self._threads)
-        return trainer
-
-
-@contextmanager
-def _logged(folder: Path, trial: Trial) -> Iterator[None]:
-    """Send what a trial prints to a file of its own, so that a killed one's last words are kept.
-
-    On another machine than the driver's there is no such folder: Ray's own logs have it there.
-    """
-    if not folder.is_dir():
-        yield
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    with (folder / f"{trial}.log").open("wb") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, copy in enumerate(kept, 1):
-            os.dup2(copy, number)
-            os.close(copy)
-
-
-@contextmanager
-def _ended_if_hung(timeout: float) -> Iterator[None]:
-    """End this process if the code inside goes on long after its time limit: it hangs in C."""
-    if not timeout:
-        yield
-        return
-    faulthandler.dump_traceback_later(timeout + HANG_GRACE, exit=True, file=2)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _log_tail(folder: Path, trial: Trial) -> list[str]:
-    """The last lines that a trial has printed; none where its log is on another machine."""
-    try:
-        text = (folder / f"{trial}.log").read_text(errors="backslashreplace")
-    except OSError:
-        return []
-    lines = text.strip().splitlines()
-    threads = [number for number, line in enumerate(lines) if "most recent call first" in line]
-    if threads and HANG_TITLE in text:  # the main thread comes last, its innermost call first
-        title = next(line for line in lines if line.startswith(HANG_TITLE))
-        return [title, *lines[threads[-1] :][:LOG_TAIL_LINES]]
-    return lines[-LOG_TAIL_LINES:]
-
-
-def _head() -> tuple[str, int]:
-    """Where a cluster's head accepts connections; needs no call to it."""
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    return host, int(port)
-
-
-@contextmanager
-def _lost_where_ray_fails() -> Iterator[None]:
-    """What Ray itself raises in the driver means that a part of it is gone."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise LostError(
-            f"Ray has failed: {reason}; what finished is kept, the same command goes on"
-        ) from error
-
-
-class _Gate:
-    """An actor on which idle workers sleep until the driver has something to hand out."""
-
-    def __init__(self) -> None:
-        self._turn = 0
-        self._opened = asyncio.Condition()
-
-    async def open(self, turn: int) -> None:
-        """Let go all who wait for this turn."""
-        async with self._opened:
-            self._turn = turn
-            self._opened.notify_all()
-
-    async def wait_beyond(self, turn: int) -> None:
-        """Return as soon as the gate has been opened since `turn`."""
-        async with self._opened:
-            await self._opened.wait_for(lambda: self._turn > turn)
-
-
-def _sized_worker(parts: dict[str, Any], size: Size) -> Any:
-    """The worker with what it is given once, holding what a trial of this size needs."""
-    worker = tune.with_parameters(_Worker, **parts, threads=max(1, int(size.cpus)))
-    return tune.with_resources(worker, {"cpu": size.cpus, "gpu": size.gpus})
-
-
-def _tuner(worker: Any, driver: _Driver, workers: int, folder: str) -> tune.Tuner:
+def _tuner(worker: Any, driver: _Driver, workers: int, folder: Path) -> tune.Tuner:
     return tune.Tuner(
         worker,
         tune_config=tune.TuneConfig(
@@ -569,7 +358,7 @@ def _tuner(worker: Any, driver: _Driver, workers: int, folder: str) -> tune.Tune
         ),
         run_config=tune.RunConfig(
             name=f"tune-{time.monotonic_ns()}",
-            storage_path=folder,
+            storage_path=str(folder),
             stop=_Stopper(driver),
             callbacks=[_Undertaker(driver)],
             failure_config=tune.FailureConfig(max_failures=0),  # the queue retries
@@ -577,49 +366,6 @@ def _tuner(worker: Any, driver: _Driver, workers: int, folder: str) -> tune.Tune
             verbose=0,
         ),
     )
-
-
-def _start(folder: str, cpus: int) -> None:
-    try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=folder,
-        )
-    except Exception as error:  # Ray raises bare ones
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LostError(
-            f"local Ray could not be started: {reason}; the same command tries again"
-        ) from error
-    if ray.util.get_node_ip_address() != "127.0.0.1":
-        warnings.warn(
-            "Ray was imported before telescope.dispatch.ray_tune and listens on every address of "
-            "this machine; import telescope first, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",
-            stacklevel=3,
-        )
-
-
-def _connect(address: str) -> None:
-    if address.startswith("ray://"):
-        raise SpecError(
-            f"--ray-address: got {address!r}, the address of a Ray client server; "
-            "run telescope on a machine of the cluster, with host:port or auto"
-        )
-    try:
-        host, _, port = address.rpartition(":")
-        if port.isdigit():  # Ray itself tries for a minute
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SpecError(
-            f"--ray-address: got {address!r}: {reason}; start a cluster with `ray start --head`, "
-            "and set RAY_AUTH_MODE=token if it wants a token"
-        ) from error
 
 
 def _cpus(sizes: Iterable[Size]) -> int:
@@ -658,71 +404,9 @@ def _rooms(size: Size) -> Iterator[tuple[str, float, int, float]]:
             yield key, amount, room, sum(node.get(resource, 0) for node in nodes)
 
 
-def _short_folder() -> str:
-    folder = tempfile.gettempdir()
-    return folder if len(folder) <= TEMP_ROOM else "/tmp"
-
-
 def _death_reason(trial: TuneTrial) -> str:
     """Ray's account of a lost worker on one line, without its identifiers and its advice."""
     lines = Path(trial.error_file).read_text().splitlines()[1:]
     text = " ".join(" ".join(line for line in lines if line[:1] != "\t").split())
     text = text.partition(" Some common causes")[0]
     return text if len(text) < 600 else f"{text[:300]} … {text[-300:]}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Mute Ray's logger: what it has to say is in the results, or raised."""
-    logger = logging.getLogger("ray")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for a while; what Ray adds to them goes with them."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
-
-
-@contextmanager
-def _signal_handlers_kept() -> Iterator[dict[signal.Signals, Any]]:
-    """Put back the signal handlers that Ray (SIGTERM) and Tune (SIGINT, SIGUSR1) replace."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield handlers
-    finally:
-        _set_signal_handlers(handlers)
-
-
-def _set_signal_handlers(handlers: dict[signal.Signals, Any]) -> None:
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _interrupt_deferred() -> Iterator[None]:
-    """Hold back Ctrl-C: in the middle of `ray.init` (4 s) it ends in a segmentation fault."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    interrupts: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _frame: interrupts.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if interrupts:
-        raise KeyboardInterrupt

@@ -1,0 +1,144 @@
+"""What runs in Ray's processes: a worker that trains what it is handed; the gate they wait at."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import cloudpickle, tune
+
+from telescope.dispatch.packing import Packer, PackSize
+from telescope.dispatch.queue import LOG_TAIL_LINES, Trainer
+from telescope.records import Result, Trial
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""What numerical libraries read, once, to size their thread pools."""
+HANG_GRACE = 10.0
+"""Seconds that a hung trial has to be interrupted in, before its process is ended."""
+HANG_TITLE = "Timeout ("
+"""How faulthandler heads the stacks of a process that it ends."""
+
+
+class Worker(tune.Trainable):  # type: ignore[misc]
+    """One worker process: runs the order in its config, and is reset for the next one."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        *,
+        trainer: bytes,
+        gate: Any,
+        threads: int,
+        timeout: float,
+        logs: str,
+        pack: PackSize,
+    ) -> None:
+        """Size the thread pools, before the trainer brings in torch."""
+        self._order = config
+        self._pickled = trainer
+        # Loaded when it is first needed: a trainer that cannot load is a trial's failure.
+        self._packer = Packer(self._load, pack, timeout=timeout, guard=_ended_if_hung)
+        self._gate = gate
+        self._threads = threads
+        self._logs = Path(logs)
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next order in the same, warm process."""
+        self._order = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train what was ordered, or wait at the gate."""
+        if trials := self._order.get("trials"):
+            results: list[Result] = []
+            with _logged(self._logs, trials[0]):
+                pack = self._packer(trials, results.append)
+            return {"done": True, "results": results, "pack": pack}
+        ray.get(self._gate.wait_beyond.remote(self._order["turn"]))
+        return {"done": True}
+
+    def _load(self) -> Trainer:
+        trainer: Trainer = cloudpickle.loads(self._pickled)
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(self._threads)
+        return trainer
+
+
+class Gate:
+    """An actor on which idle workers sleep until the driver has something to hand out."""
+
+    def __init__(self) -> None:
+        """Start closed."""
+        self._turn = 0
+        self._opened = asyncio.Condition()
+
+    async def open(self, turn: int) -> None:
+        """Let go all who wait for this turn."""
+        async with self._opened:
+            self._turn = turn
+            self._opened.notify_all()
+
+    async def wait_beyond(self, turn: int) -> None:
+        """Return as soon as the gate has been opened since `turn`."""
+        async with self._opened:
+            await self._opened.wait_for(lambda: self._turn > turn)
+
+
+@contextmanager
+def _logged(folder: Path, trial: Trial) -> Iterator[None]:
+    """Send what a trial prints to a file of its own, so that a killed one's last words are kept.
+
+    On another machine than the driver's there is no such folder: Ray's own logs have it there.
+    """
+    if not folder.is_dir():
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with (folder / f"{trial}.log").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in enumerate(kept, 1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextmanager
+def _ended_if_hung(timeout: float) -> Iterator[None]:
+    """End this process if the code inside goes on long after its time limit: it hangs in C."""
+    if not timeout:
+        yield
+        return
+    faulthandler.dump_traceback_later(timeout + HANG_GRACE, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def log_tail(folder: Path, trial: Trial) -> list[str]:
+    """The last lines that a trial has printed; none where its log is on another machine."""
+    try:
+        text = (folder / f"{trial}.log").read_text(errors="backslashreplace")
+    except OSError:
+        return []
+    lines = text.strip().splitlines()
+    threads = [number for number, line in enumerate(lines) if "most recent call first" in line]
+    if threads and HANG_TITLE in text:  # the main thread comes last, its innermost call first
+        title = next(line for line in lines if line.startswith(HANG_TITLE))
+        return [title, *lines[threads[-1] :][:LOG_TAIL_LINES]]
+    return lines[-LOG_TAIL_LINES:]
