@@ -64,8 +64,8 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         f"time     about {describe_seconds(seconds['estimate'])} ({seconds['basis']})",
         highlight=False,
     )
-    if plan["data"]["note"]:
-        console.print(f"data     {plan['data']['note']}", style="yellow", soft_wrap=True)
+    if note := plan.get("data", {}).get("note"):
+        console.print(f"data     {note}", style="yellow", soft_wrap=True)
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
 
