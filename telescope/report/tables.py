@@ -68,10 +68,10 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         f"{describe_seconds(seconds['estimate'])} ({seconds['basis']})",
         highlight=False,
     )
-    for key, value in plan["auto"].items():
+    for key, value in plan.get("auto", {}).items():
         console.print(f"auto     {key}: {value}", highlight=False)
-    if plan["data"]["note"]:
-        console.print(f"data     {plan['data']['note']}", style="yellow", soft_wrap=True)
+    if note := plan.get("data", {}).get("note"):
+        console.print(f"data     {note}", style="yellow", soft_wrap=True)
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
 
