@@ -1,10 +1,12 @@
 """One training step of the program against a hand-written minimal loop of the same model.
 
-    python benchmarks/step.py [--widths 32 64 128 256] [--steps 20] [--rounds 7]
+    python benchmarks/step.py [--widths 32 64 128 256] [--steps 20] [--rounds 7] [--compile]
 
 Both train `models/gpt.py` at the quickstart's sizes, from the same start on the same batches, one
 thread, in turns; the minimal loop uses `torch.optim.Muon` and `torch.optim.AdamW` as they are.
 Printed are the thread's seconds in the median round, and the ratio: above 1 the program is slower.
+With --compile the other one is the program's own step under `train.compile`, and the wall time of
+its first step, which compiles, is printed too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,6 +71,15 @@ def minimal_step(config: TrialConfig, width: int) -> Callable[[int], None]:
     return step
 
 
+def compiled_step(config: TrialConfig, width: int) -> Callable[[int], None]:
+    """The program's own step, compiled; says how long that took."""
+    step = program_step(replace(config, train=replace(config.train, compile=True)), width)
+    start = time.perf_counter()
+    step(0)
+    print(f"width {width}: compiled in {time.perf_counter() - start:.1f} s")
+    return step
+
+
 def seconds(step: Callable[[int], None], steps: int) -> float:
     """CPU time per step: others on the machine count less than in wall time."""
     start = time.thread_time()
@@ -82,11 +94,13 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = prepare(Spec.load("quickstart")).trial_config
     for width in arguments.widths:
-        program, minimal = program_step(config, width), minimal_step(config, width)
+        program = program_step(config, width)
+        minimal = (compiled_step if arguments.compile else minimal_step)(config, width)
         seconds(program, 3), seconds(minimal, 3)
         times = [
             (seconds(program, arguments.steps), seconds(minimal, arguments.steps))
@@ -94,7 +108,8 @@ def main() -> None:
         ]
         ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
         print(
-            f"width {width}: {ours * 1e3:.2f} ms per step, minimal loop {theirs * 1e3:.2f} ms, "
+            f"width {width}: {ours * 1e3:.2f} ms per step, "
+            f"{'compiled' if arguments.compile else 'minimal loop'} {theirs * 1e3:.2f} ms, "
             f"ratio {ours / theirs:.3f}"
         )
 
