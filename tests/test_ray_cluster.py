@@ -20,7 +20,7 @@ from faults import answers, spec_of
 
 pytest.importorskip("telescope.dispatch.ray_tune")
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]  # they watch one /tmp
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 MARK = "TELESCOPE_TEST_CLUSTER"
 SWITCHES = {

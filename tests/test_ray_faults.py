@@ -31,7 +31,7 @@ from telescope.train import loop
 
 pytest.importorskip("telescope.dispatch.ray_tune")
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]  # they watch one /tmp
+pytestmark = pytest.mark.ray
 
 PARTS = {"worker": "ray::", "raylet": "raylet", "head": "gcs_server"}
 LOST = {LostError.exit_code, 1}

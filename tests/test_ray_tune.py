@@ -32,7 +32,7 @@ ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
 ray = pytest.importorskip("ray")  # after ours, which decides where Ray may listen
 OBJECT_STORE_BYTES = pytest.importorskip("telescope.dispatch.ray_connect").OBJECT_STORE_BYTES
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]  # they watch one /tmp
+pytestmark = pytest.mark.ray
 
 
 class Stages:
