@@ -146,6 +146,28 @@ def test_sources_are_mixed_by_weight_and_each_pass_is_whole(
     assert starts(range(steps - 1, steps)) == taken[(steps - 1) * batch_size :]
 
 
+def test_the_order_of_a_pass_is_drawn_once_whatever_trains_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Five seeds and three sources, two trials of each, in turns as a pack reads them."""
+    drawn: list[Any] = []
+    draw = np.random.default_rng
+
+    def counted(entropy: Any) -> Any:
+        drawn.append(entropy)
+        return draw(entropy)
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    members = [
+        Batches(mixture((1.0, 1.0, 1.0)), batch_size=6, length=10, seed=seed)
+        for seed in (10, 11, 12, 13, 14) * 2
+    ]
+    for step in range(60):  # 49 and a half are a pass of each source's 99 sequences
+        for batches in members:
+            batches.at(step)
+    assert len(drawn) == len(set(drawn)) == 5 * 3 * 2
+
+
 def test_the_held_out_loss_is_the_mixtures(tmp_path: Path) -> None:
     inputs, targets = held_out_batch(mixture((1.0, 3.0)), count=160, length=10)
     assert inputs.shape == (16, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,6 +285,7 @@ class Batches:
         self._length = length
         self._seed = seed
         self._sequences = [(len(part) - 1) // length for part in self._tokens.parts]
+        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}  # source → pass, its order
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The inputs and targets of one step, each (batch, sequence) int64 on the CPU."""
@@ -296,14 +298,27 @@ class Batches:
     def _start(self, source: int, number: int) -> int:
         """Where the sequence starts that a source gives as its `number`th."""
         epoch, place = divmod(number, self._sequences[source])
-        return int(_order(self._seed, epoch, source, self._sequences[source])[place]) * self._length
+        if source not in self._orders or self._orders[source][0] != epoch:
+            self._orders.pop(source, None)  # before the next one is made: two would be in memory
+            order = _order(self._seed, epoch, source, self._sequences[source])
+            self._orders[source] = epoch, order
+        return int(self._orders[source][1][place]) * self._length
 
 
-@functools.lru_cache(maxsize=4)
+_ORDERS: weakref.WeakValueDictionary[tuple[int, ...], NDArray[np.int64]] = (
+    weakref.WeakValueDictionary()
+)
+"""The orders that some `Batches` is in the middle of: trials of one seed share them."""
+
+
 def _order(seed: int, epoch: int, source: int, sequences: int) -> NDArray[np.int64]:
-    """The order of a pass; kept, because all trials of a seed share it. 8 bytes a sequence."""
-    entropy = (seed, epoch, source) if source else (seed, epoch)
-    return np.random.default_rng(entropy).permutation(sequences)
+    """The order of a pass, 8 bytes a sequence: as long as anybody reads by it, it is made once."""
+    key = (seed, epoch, source, sequences)
+    order = _ORDERS.get(key)
+    if order is None:
+        entropy = (seed, epoch, source) if source else (seed, epoch)
+        order = _ORDERS[key] = np.random.default_rng(entropy).permutation(sequences)
+    return order
 
 
 def held_out_batch(
