@@ -300,6 +300,9 @@ SHAPES = [
     ((3, 2, 4, 5, 8), (1, 2, 4, 7, 8), (5, 7)),
     ((2, 4, 5, 8), (2, 4, 7, 8), (5, 7)),
     ((2, 4, 5, 8), (2, 4, 7, 8), (2, 1, 5, 7)),
+    ((3, 2, 5, 8), (2, 7, 8), None),  # no batch, and as many trials as the queries' batch has
+    ((2, 4, 5, 8), (1, 7, 8), (2, 1, 5, 7)),
+    ((2, 5, 8), (7, 8), None),
 ]
 
 
@@ -346,6 +349,20 @@ def test_folded_attention_is_attention_trial_by_trial(
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("per_trial", [0, None])
+def test_attention_that_drops_out_is_not_folded(per_trial: int | None) -> None:
+    """Its draws are one trial's: nothing that looks at random states must be what notices."""
+    query = torch.ones(2, 1, 3, 4)
+    shared = torch.ones(1, 3, 4)
+
+    def attend(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        mixed = functional.scaled_dot_product_attention(q, shared, shared, dropout_p=0.5)
+        return scale * mixed
+
+    with Folded(), pytest.raises(NotImplementedError, match=r"dropout_p = 0\.5"):
+        torch.vmap(attend, in_dims=(per_trial, 0))(query, torch.ones(2))
 
 
 @pytest.mark.usefixtures("double")

@@ -47,7 +47,13 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """torch's `scaled_dot_product_attention`, by the same names."""
+    """torch's `scaled_dot_product_attention`, by the same names; without dropout.
+
+    Raises:
+        NotImplementedError: `dropout_p` > 0, whose draws would not be those of a trial alone.
+    """
+    if dropout_p > 0:
+        raise NotImplementedError(f"attention with dropout_p = {dropout_p:g}, trials folded")
     options = (dropout_p, is_causal, scale, enable_gqa)
     return _Attention.apply(query, key, value, attn_mask, options)  # type: ignore[no-untyped-call]
 
@@ -139,16 +145,18 @@ class _Attention(_Recomputed):
     ) -> tuple[Tensor, int]:
         """Per trial (…, heads, T, E); the fast kernels want four dimensions, hence (K·…, H, T, E).
 
-        Without heads, (…, T, E), the trials stand where a batch does.
+        Without heads, (…, T, E), the trials stand where a batch does. What has fewer dimensions
+        than the others lacks those that follow the trials.
         """
         per_trial = zip((query, key, value), in_dims[:3], strict=True)
-        q, k, v = (_leading(tensor, dim, info.batch_size) for tensor, dim in per_trial)
+        own = [_leading(tensor, dim, info.batch_size) for tensor, dim in per_trial]
+        rank = max(tensor.ndim for tensor in own)
+        q, k, v = (_of_rank(tensor, rank) for tensor in own)
         shapes = (q.shape[:-3], k.shape[:-3], v.shape[:-3])
         lead: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
         if mask is not None and (in_dims[3] is not None or mask.ndim > 2):
-            mask = _leading(mask, in_dims[3], info.batch_size)
-            missing = len(lead) + 3 - mask.ndim
-            mask = _folded(mask[(slice(None), *[None] * missing)], lead)
+            mask = _of_rank(_leading(mask, in_dims[3], info.batch_size), len(lead) + 3)
+            mask = _folded(mask, lead)
         mixed = _sdpa(_folded(q, lead), _folded(k, lead), _folded(v, lead), mask, options)
         return mixed.reshape(*lead, *mixed.shape[-3:]) if len(lead) > 1 else mixed, 0
 
@@ -215,8 +223,7 @@ class _RMSNorm(_Recomputed):
         x = _leading(input, in_dims[0], info.batch_size)
         if weight is None or in_dims[2] is None:
             return functional.rms_norm(x, list(shape), weight, eps), 0
-        gain = _leading(weight, in_dims[2], info.batch_size)
-        gain = gain[(slice(None), *[None] * (x.ndim - gain.ndim))]
+        gain = _of_rank(_leading(weight, in_dims[2], info.batch_size), x.ndim)
         # torch rounds to the input's precision after the gain, not before.
         wide = x.to(torch.promote_types(x.dtype, gain.dtype))
         return (functional.rms_norm(wide, list(shape), None, eps) * gain).to(x.dtype), 0
@@ -225,6 +232,11 @@ class _RMSNorm(_Recomputed):
 def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """The tensor with the trials first; one that all share is repeated, without a copy."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _of_rank(tensor: Tensor, rank: int) -> Tensor:
+    """(K, …) with as many dimensions of one after K as are missing."""
+    return tensor[(slice(None), *[None] * (rank - tensor.ndim))]
 
 
 def _folded(tensor: Tensor, lead: torch.Size) -> Tensor:
