@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import GPT, trial_config
 from faults import answers, finish, quiet, spec_of, start
 
 from telescope import Spec
 from telescope.records import Point, Result, Trial
 from telescope.sweep import Options, run
-from telescope.train import loop
+from telescope.train import checkpoint, loop
 from telescope.train.config import ModelConfig, OptimizerConfig, TrialConfig
 
 STEPS, EVERY = 12, 3
@@ -113,6 +114,28 @@ def test_the_random_state_is_what_makes_dropout_bit_equal(
     train_until(config, 7, monkeypatch)
     monkeypatch.setattr("telescope.train.checkpoint._put_random", lambda *_: None)
     assert facts(loop.train(config, TRIAL)) != expected
+
+
+def test_the_random_state_is_the_devices_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two accelerators, the first of which is torch's current one."""
+
+    class Accelerators:
+        def __init__(self) -> None:
+            self.states = {"cuda:0": torch.tensor([1]), "cuda:1": torch.tensor([2])}
+
+        def get_rng_state(self, device: str = "cuda:0") -> torch.Tensor:
+            return self.states[device]
+
+        def set_rng_state(self, state: torch.Tensor, device: str = "cuda:0") -> None:
+            self.states[device] = state
+
+    own = Accelerators()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: own)
+    kept = checkpoint.random_states("cuda:1")
+    assert kept["random.device"] == 2
+    own.states = {"cuda:0": torch.tensor([3]), "cuda:1": torch.tensor([4])}
+    checkpoint._put_random("cuda:1", kept)
+    assert own.states == {"cuda:0": torch.tensor([3]), "cuda:1": torch.tensor([2])}
 
 
 def test_only_the_last_two_are_kept(tmp_path: Path, corpus_file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from conftest import gpt_config, trial_config
 from telescope.errors import DataError
 from telescope.records import Point, Result, Status, Trial
 from telescope.train import loop
+from telescope.train.choose import measure
 from telescope.train.config import (
     ADAMW_AXES,
     CARE_KEYS,
@@ -24,6 +26,7 @@ from telescope.train.config import (
     TrainConfig,
 )
 from telescope.train.loop import TelescopeTrainer, held_out_loss, set_up, train
+from telescope.train.probe import pack_probe, seconds_per_trial
 
 GOOD = Point.of(lr=0.05, weight_decay=0.1)
 
@@ -146,6 +149,30 @@ def test_the_trainer_computes_with_its_threads(corpus_file: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda trainer, trial: trainer(trial),
+        lambda trainer, trial: list(trainer.train_pack([trial])),
+        lambda trainer, trial: trainer.obstacle(trial),
+        lambda trainer, trial: pack_probe(trainer.config, [trial]),
+        lambda trainer, trial: seconds_per_trial(trainer.config, trial),
+        lambda trainer, trial: measure(trainer.config, {trial.width: 1}, GOOD),
+    ],
+    ids=["trial", "pack", "obstacle", "pack probe", "plan probe", "auto"],
+)
+def test_whatever_is_trained_or_timed_has_its_widths_threads(
+    corpus_file: Path,
+    work: Callable[[TelescopeTrainer, Trial], object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    config = replace(trial_config(corpus_file, steps=1), threads=1, threads_at={32: 2})
+    work(TelescopeTrainer(config), Trial(32, GOOD, 0))
+    assert given == [2]
 
 
 def test_the_held_out_part_is_never_trained_on(tmp_path: Path) -> None:

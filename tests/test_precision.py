@@ -79,6 +79,13 @@ def test_both_parts_are_really_timed(corpus_file: Path) -> None:
         assert all(0 < figures.seconds[a][w] < 10 for a in ("fp32", "bf16") for w in (16, 32))
 
 
+def test_the_clock_waits_for_the_device_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: waited.append(device))
+    choose._fastest({"fp32": lambda: None}, "cuda:1")
+    assert set(waited) == {"cuda:1"}
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What the timing says instead of the clock; empty, and nothing may be timed."""

@@ -180,14 +180,14 @@ def _put_optimizers(
 
 
 def random_states(device: str) -> dict[str, Tensor]:
-    """torch's random states, which dropout in a model draws from."""
+    """torch's random states on the CPU and on `device`, which dropout in a model draws from."""
     states = {"random.cpu": torch.get_rng_state()}
     if torch.device(device).type != "cpu":
-        states["random.device"] = torch.get_device_module(device).get_rng_state()
+        states["random.device"] = torch.get_device_module(device).get_rng_state(device)
     return states
 
 
 def _put_random(device: str, tensors: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(tensors["random.cpu"])
     if "random.device" in tensors and torch.device(device).type != "cpu":
-        torch.get_device_module(device).set_rng_state(tensors["random.device"])
+        torch.get_device_module(device).set_rng_state(tensors["random.device"], device)

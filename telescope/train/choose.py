@@ -2,7 +2,8 @@
 
 Forward and backward by `train.precision`, Newton–Schulz by `optimizer.ns_dtype`, at every width of
 a sweep. A sweep has one of each at all its widths, because losses of different widths are compared:
-the one that takes less time over all its planned trials.
+the one that takes less time over all its planned trials. What is timed is one trial alone, in packs
+too: how large they will be is not known yet.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from telescope.records import Point, Trial
 from telescope.train.config import TrialConfig
-from telescope.train.loop import resolve_device, set_up, token_loss
+from telescope.train.loop import resolve_device, set_up, token_loss, use_threads
 from telescope.train.muon import DTYPES, Muon, orthogonalize_all
 
 ROUNDS = 3
@@ -71,12 +72,12 @@ def measure(config: TrialConfig, trials: Mapping[int, int], point: Point) -> dic
     Raises:
         DataError, ModelError: as `loop.set_up`.
     """
-    torch.set_num_threads(config.threads)
     keys, device = undecided(config), resolve_device(config.device)
     seconds: dict[str, dict[str, dict[int, float]]] = {
         key: {arithmetic: {} for arithmetic in ARITHMETICS} for key in keys
     }
     for width in trials:
+        use_threads(config, width)
         for key, parts in _parts(config, Trial(width, point, 0)).items():
             if key in keys:
                 for arithmetic, least in _fastest(parts, device).items():
@@ -132,7 +133,7 @@ def _fastest(parts: Mapping[str, Callable[[], object]], device: str) -> dict[str
             start = time.perf_counter()
             part()
             if torch.device(device).type != "cpu":
-                torch.accelerator.synchronize()
+                torch.accelerator.synchronize(device)
             taken = time.perf_counter() - start
             if turn:
                 least[name] = min(taken, least.get(name, taken))

@@ -52,21 +52,21 @@ class TelescopeTrainer:
             DataError: this machine's corpus is not the driver's.
             ModelError: the model file fails.
         """
-        torch.set_num_threads(self.config.threads_at.get(trial.width, self.config.threads))
+        use_threads(self.config, trial.width)
         return train(self.config, trial)
 
     def train_pack(self, trials: Sequence[Trial]) -> Iterator[Result]:
         """Train trials of one width as one; see `fused.train_pack`."""
         from telescope.train.fused import train_pack
 
-        torch.set_num_threads(self.config.threads)
+        use_threads(self.config, trials[0].width)
         return train_pack(self.config, trials)
 
     def obstacle(self, trial: Trial) -> str:
         """Why trials like this one cannot be trained as one; see `fused.obstacle`."""
         from telescope.train.fused import obstacle
 
-        torch.set_num_threads(self.config.threads)
+        use_threads(self.config, trial.width)
         return obstacle(self.config, trial)
 
     def probe_pack(self, trials: Sequence[Trial]) -> PackProbe | None:
@@ -76,6 +76,11 @@ class TelescopeTrainer:
         if torch.device(resolve_device(self.config.device)).type == "cpu":
             return None
         return pack_probe(self.config, trials)
+
+
+def use_threads(config: TrialConfig, width: int) -> None:
+    """Give torch as many threads as a trial of this width has, alone or in a pack."""
+    torch.set_num_threads(config.threads_at.get(width, config.threads))
 
 
 def train(config: TrialConfig, trial: Trial) -> Result:

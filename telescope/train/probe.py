@@ -12,7 +12,14 @@ import torch
 from telescope.records import Point, Trial
 from telescope.train.config import TrainConfig, TrialConfig
 from telescope.train.fused import Pack
-from telescope.train.loop import Setup, held_out_loss_of, resolve_device, set_up, take_step
+from telescope.train.loop import (
+    Setup,
+    held_out_loss_of,
+    resolve_device,
+    set_up,
+    take_step,
+    use_threads,
+)
 
 WARM_UP_STEPS = 2
 TIMED_STEPS = 5
@@ -27,7 +34,7 @@ def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
         config: the sweep's training; its corpus is read, nothing is written.
         trial: which width to train; the point hardly matters.
     """
-    torch.set_num_threads(config.threads_at.get(trial.width, config.threads))
+    use_threads(config, trial.width)
     setup = set_up(config, trial)
     train = replace(config.train, steps=WARM_UP_STEPS + TIMED_STEPS, evals=1)
     per_step = _seconds_per_step(setup, train)
@@ -88,7 +95,7 @@ def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
     train = replace(config.train, steps=max(steps + 1, config.train.steps), evals=1)
     probed = replace(config, train=train, checkpoint_folder=None)
     tame = [replace(trial, point=Point.of({**trial.point, "lr": TAME_LR})) for trial in trials]
-    torch.set_num_threads(config.threads)
+    use_threads(config, trials[0].width)
     alone = _seconds_per_step(set_up(probed, tame[0]), train)
     device = torch.device(resolve_device(config.device))
     before, free = _memory(device)
