@@ -17,7 +17,7 @@ from telescope.records import Point, Result, Status, Trial
 from telescope.train import muon
 from telescope.train.config import ModelConfig, OptimizerConfig, TrialConfig
 from telescope.train.folding import Folded
-from telescope.train.fused import Pack, obstacle, train_pack
+from telescope.train.fused import Pack, is_out_of_memory, obstacle, train_pack
 from telescope.train.loop import TelescopeTrainer, train
 from telescope.train.probe import pack_probe
 
@@ -233,6 +233,112 @@ def test_what_acts_otherwise_when_stacked_is_noticed(corpus_file: Path) -> None:
     body = "self.calls = getattr(self, 'calls', 0) + 1\n        return x * self.calls"
     config = trial_config(corpus_file, model=bag("Own()", body))
     assert "stacked, " in obstacle(config, pack_of()[0])
+
+
+KEYS_WITH_BIAS = """
+import mup, torch
+
+class Attention(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.q = torch.nn.Linear(width, width)
+        self.k = torch.nn.Linear(width, width)
+        self.v = torch.nn.Linear(width, width)
+        self.norm = torch.nn.LayerNorm(width)
+
+    def forward(self, x):
+        n = self.norm(x)
+        heads = [p(n).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (self.q, self.k, self.v)]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        mixed = attend(*heads, is_causal=True, scale=1 / 8)
+        return x + mixed.transpose(1, 2).flatten(2)
+
+def build(width, *, vocab_size):
+    return torch.nn.Sequential(
+        torch.nn.Embedding(vocab_size, width),
+        Attention(width),
+        Attention(width),
+        mup.MuReadout(width, vocab_size, bias=False),
+    )
+"""
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 16), ("fp32", 64), ("bf16", 256)])
+def test_a_gradient_of_nothing_but_rounding_is_no_obstacle(
+    corpus_file: Path, precision: str, width: int
+) -> None:
+    """A bias of the keys moves all scores of a query alike, and softmax takes it away."""
+    model = ModelConfig(name="keys.py", text=KEYS_WITH_BIAS, kwargs={"vocab_size": 256})
+    sizes = {"batch_size": 16, "sequence_length": 64}
+    config = trial_config(corpus_file, model=model, precision=precision, **sizes)
+    assert not obstacle(config, pack_of(width)[0])
+
+
+ONCE = "if not hasattr(self, 'table'):\n            self.table = "
+TABLE = "torch.cos(self.mean + torch.arange(x.shape[-2]))[:, None]\n        return x * self.table"
+
+
+@pytest.mark.usefixtures("double")
+def test_a_table_that_is_computed_once_outlives_the_trials_that_leave(corpus_file: Path) -> None:
+    """It depends on a buffer, of which a stack has one per trial."""
+    settings = OptimizerConfig(ns_dtype="fp32")
+    model = bag("Own()", ONCE + TABLE)
+    config = trial_config(corpus_file, model=model, steps=5, optimizer=settings)
+    calm, warm, wild = pack_of()
+    trials = [calm, replace(wild, point=Point.of({**wild.point, "lr": 1e9})), warm]
+    assert not obstacle(config, calm)
+    alone = [train(config, trial) for trial in trials]
+    assert alone[1].status is Status.DIVERGED
+    check_alike(list(train_pack(config, trials)), alone, 1e-9)
+
+
+def test_a_table_that_a_stack_fills_is_an_obstacle(corpus_file: Path) -> None:
+    """At the third call: nothing has asked for it before."""
+    count = "self.calls = getattr(self, 'calls', 0) + 1\n        "
+    late = "if self.calls < 3:\n            return x * " + TABLE.split("\n")[0] + "\n        "
+    config = trial_config(corpus_file, model=bag("Own()", count + late + ONCE + TABLE))
+    assert "does not take stacked parameters" in obstacle(config, pack_of()[0])
+
+
+def test_a_table_of_one_trials_weights_is_noticed(corpus_file: Path) -> None:
+    body = ONCE + "1 + 10 * x.detach()[0, 0, 0].item()\n        return x * self.table"
+    config = trial_config(corpus_file, model=bag("Own()", body))
+    assert "stacked, " in obstacle(config, pack_of()[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_memory_is_out(error: Exception, is_memory: bool) -> None:
+    assert is_out_of_memory(error) is is_memory
+
+
+def test_a_batch_that_several_trials_see_is_moved_once(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pack's seeds are 0, 0 and 3."""
+    sizes: list[int] = []
+
+    def noting(tokens: torch.Tensor, device: str) -> torch.Tensor:
+        sizes.append(tokens.numel())
+        return tokens.to(device)
+
+    monkeypatch.setattr("telescope.train.fused.moved", noting)
+    pack = Pack(trial_config(corpus_file), pack_of())
+    pack.step()
+    assert sizes == [2 * 4 * 16, 2 * 4 * 16, 3]  # two batches, and whose each is
+    inputs, targets = pack._batches([1, 1, 1])
+    for k, member in enumerate(pack.members):
+        assert torch.equal(inputs[k], member.batches.at(1)[0])
+        assert torch.equal(targets[k], member.batches.at(1)[1])
 
 
 def test_a_compiled_step_is_of_one_trial(corpus_file: Path) -> None:
