@@ -12,12 +12,11 @@ Muon is. CUDA is measured where there is one, unless --device says otherwise.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
+from machine import clock, describe
 from torch import Tensor, nn
 
 from telescope.train.loop import resolve_device
@@ -80,13 +79,10 @@ def check_agreement(
 
 
 def timed(step: Callable[[], object], device: str) -> float:
-    """Seconds of one step: of the only thread on a CPU, so that others on it count less."""
-    clock = time.thread_time if device == "cpu" else time.perf_counter
-    start = clock()
+    """Seconds of one step."""
+    start = clock(device)
     step()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return clock() - start
+    return clock(device) - start
 
 
 def main() -> None:
@@ -99,9 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = resolve_device(arguments.device)
-    where = platform.processor() or platform.machine()
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"{where}, one thread"
-    print(f"torch {torch.__version__}, {device}: {where}; {arguments.rounds} rounds in turns\n")
+    print(f"{describe(device)}; {arguments.rounds} rounds in turns, one thread\n")
     print("| width | layers | program ms | torch / program | fp32 / program | AdamW / program |")
     print("|---|---|---|---|---|---|")
     for width in arguments.widths:

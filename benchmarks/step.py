@@ -1,10 +1,12 @@
 """One training step of the program against a hand-written minimal loop of the same model.
 
     python benchmarks/step.py [--widths 32 64 128 256] [--steps 20] [--rounds 7] [--compile]
+        [--device auto]
 
 Both train `models/gpt.py` at the quickstart's sizes, from the same start on the same batches, one
-thread, in turns; the minimal loop uses `torch.optim.Muon` and `torch.optim.AdamW` as they are.
-Printed are the thread's seconds in the median round, and the ratio: above 1 the program is slower.
+thread, in turns; the minimal loop uses `torch.optim.Muon` and `torch.optim.AdamW` as they are. Both
+read the loss after every step. Printed are the seconds in the median round, on a CPU the thread's,
+on an accelerator wall time, and the ratio: above 1 the program is slower.
 With --compile the other one is the program's own step under `train.compile`, and the wall time of
 its first step, which compiles, is printed too.
 """
@@ -19,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from machine import clock, describe
 from torch.nn import functional
 
 from telescope.prepare import prepare
@@ -26,7 +29,7 @@ from telescope.records import Point, Trial
 from telescope.spec import Spec
 from telescope.train.config import TrialConfig
 from telescope.train.groups import parameter_groups
-from telescope.train.loop import set_up, take_step
+from telescope.train.loop import moved, resolve_device, set_up, take_step
 from telescope.train.model import build_meta
 
 POINT = Point.of(lr=0.02, weight_decay=0.1)
@@ -58,7 +61,7 @@ def minimal_step(config: TrialConfig, width: int) -> Callable[[int], None]:
     adamw = torch.optim.AdamW(rest, betas=config.optimizer.betas)
 
     def step(number: int) -> None:
-        inputs, targets = setup.batches.at(number)
+        inputs, targets = (moved(tokens, setup.device) for tokens in setup.batches.at(number))
         logits = setup.model(inputs)
         loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
@@ -80,12 +83,12 @@ def compiled_step(config: TrialConfig, width: int) -> Callable[[int], None]:
     return step
 
 
-def seconds(step: Callable[[int], None], steps: int) -> float:
-    """CPU time per step: others on the machine count less than in wall time."""
-    start = time.thread_time()
+def seconds(step: Callable[[int], None], steps: int, device: str) -> float:
+    """Seconds per step."""
+    start = clock(device)
     for number in range(steps):
         step(number)
-    return (time.thread_time() - start) / steps
+    return (clock(device) - start) / steps
 
 
 def main() -> None:
@@ -95,15 +98,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = prepare(Spec.load("quickstart")).trial_config
+    device = resolve_device(arguments.device)
+    config = replace(prepare(Spec.load("quickstart")).trial_config, device=device)
+    print(describe(device))
     for width in arguments.widths:
         program = program_step(config, width)
         minimal = (compiled_step if arguments.compile else minimal_step)(config, width)
-        seconds(program, 3), seconds(minimal, 3)
+        seconds(program, 3, device), seconds(minimal, 3, device)
         times = [
-            (seconds(program, arguments.steps), seconds(minimal, arguments.steps))
+            tuple(seconds(step, arguments.steps, device) for step in (program, minimal))
             for _ in range(arguments.rounds)
         ]
         ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
