@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,8 +207,8 @@ def test_large_files_are_mapped_and_remembered(
     monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
     text = "".join(sentences(300)).encode()
     path = tmp_path / "t.txt"
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1)
     path.write_bytes(text)
-    os.utime(path, (1e9, 1e9))
     large = read_corpus(DataConfig(source=str(path)))
     monkeypatch.undo()
     small = read_corpus(DataConfig(source=str(path)))
@@ -219,12 +221,34 @@ def test_large_files_are_mapped_and_remembered(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_read_all", lambda files: pytest.fail("read again"))
         assert shards.scan(files).digest == small.digest
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", 2)
     path.write_bytes(b"?" + text[1:])
     changed = shards.scan(files)
     assert changed.digest != small.digest
     # Written to just now: it could change again unseen, and is read again.
     path.write_bytes(b"!" + text[1:])
     assert shards.scan(files).digest not in (small.digest, changed.digest)
+
+
+def test_a_file_rewritten_with_its_old_size_and_time_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an editor in place and `touch -r` leave it: hashlib says what is in it now."""
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "SMALL_BYTES", 0)
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1)
+    path = tmp_path / "t.txt"
+    digests = []
+    for text in (b"one text", b"another!"):
+        with path.open("r+b" if path.exists() else "wb") as stream:
+            stream.write(text)
+        os.utime(path, ns=(10**18, 10**18))
+        digests.append(shards.scan([shards.TokenFile(path, "uint8", 8)]).digest)
+    assert digests == [hashlib.sha256(text).hexdigest() for text in (b"one text", b"another!")]
+    # A time of writing long ago settles nothing: it changed just now, and is not remembered.
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", 60)
+    made = [cache.remembered([path], lambda: {"at": time.time_ns()}, "at")["at"] for _ in "ab"]
+    assert made[0] < made[1]
 
 
 def test_tokens_are_made_once_and_again_when_something_changed(

@@ -86,8 +86,8 @@ def scan(files: Sequence[TokenFile]) -> Scan:
     The digest is of all the data, however much: a sample would call two corpora the same that
     differ elsewhere, and the ids must all be read anyway, since one outside the vocabulary is found
     nowhere else. What it costs, seconds per gigabyte (`benchmarks/data_memory.py`), is paid once
-    per machine: the outcome is remembered for as long as every file keeps name, size, time of
-    change and inode.
+    per machine: the outcome is remembered for as long as every file keeps name, size, inode and
+    times.
 
     Raises:
         DataError: a file cannot be read, has become shorter, or has a negative token.
@@ -147,7 +147,7 @@ def open_shard(path: Path, source: SourceConfig) -> TokenFile:
         DataError: naming the file, and what in it is wrong.
     """
     try:
-        return replace(_opened(path, source), changed=path.stat().st_mtime_ns)
+        return replace(_opened(path, source), changed=path.stat().st_ctime_ns)
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 

@@ -48,7 +48,7 @@ def as_bytes(files: Iterable[Path]) -> list[TokenFile]:
     """Files whose tokens are their bytes."""
     stats = [(path, path.stat()) for path in files]
     return [
-        TokenFile(path, "uint8", stat.st_size, changed=stat.st_mtime_ns)
+        TokenFile(path, "uint8", stat.st_size, changed=stat.st_ctime_ns)
         for path, stat in stats
         if stat.st_size
     ]
