@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from test_sources import IDS, sentences, write_jsonl
 
 from telescope.errors import DataError, SpecError
-from telescope.train import cache, shards
+from telescope.train import cache, shards, tokens
 from telescope.train.config import DataConfig, SourceConfig
 from telescope.train.data import (
     Batches,
@@ -269,9 +270,56 @@ def test_tokens_are_made_once_and_again_when_something_changed(
     (made,) = (tmp_path / "cache" / "tokens").glob("*.bin")
     made.write_bytes(made.read_bytes()[:-1])  # damaged: made again
     assert read_corpus(config).digest == first.digest
+    raw = made.read_bytes()
+    (entry,) = (tmp_path / "cache" / "tokens").glob("*.json")
+    for content in ("{}", "[]", "", '{"known": {}, "checksum": ""}', entry.read_text()[:-9]):
+        entry.write_text(content)
+        assert read_corpus(config).digest == first.digest
+    entry.write_text(entry.read_text().replace("uint16", "uint32"))
+    assert read_corpus(config).digest == first.digest
+    made.write_bytes(raw[2:] + raw[:2])  # of the same size: made again
+    tokens = np.asarray(read_corpus(config).train_tokens)
+    assert np.array_equal(tokens, np.asarray(first.train_tokens))
+    assert made.read_bytes() == raw
     write_jsonl(path, sentences(61))
     assert read_corpus(config).digest != first.digest
     assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_the_cache_can_be_deleted_at_any_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the opening of a corpus and its first batch too, and between two trials."""
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    texts = sentences(60)
+    write_jsonl(tmp_path / "d.jsonl", texts)
+    config = DataConfig(source=str(tmp_path / "d.jsonl"), tokenizer="bytes")
+    for _ in range(2):
+        corpus = load_corpus(config)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        parts = np.asarray(corpus.train_tokens), np.asarray(corpus.held_out_tokens)
+        assert bytes(np.concatenate(parts).tolist()).decode() == "".join(f"{t}\n" for t in texts)
+
+
+def test_large_tokens_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the border between small and large at nothing: read again only if they changed."""
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1)
+    for module in (shards, tokens):
+        monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    write_jsonl(tmp_path / "d.jsonl", sentences(60))
+    config = DataConfig(source=str(tmp_path / "d.jsonl"))
+    digest = read_corpus(config).digest
+    assert read_corpus(config).digest == digest
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "chunks", lambda file: pytest.fail("read again"))
+        assert read_corpus(config).digest == digest
+    (made,) = (tmp_path / "cache" / "tokens").glob("*.bin")
+    raw, written = made.read_bytes(), made.stat().st_mtime_ns
+    made.write_bytes(raw[::-1])
+    os.utime(made, ns=(written, written))
+    assert read_corpus(config).digest == digest
+    assert made.read_bytes() == raw
 
 
 def test_a_cache_folder_that_cannot_be_used_is_one_line(

@@ -134,9 +134,7 @@ def _part(
     if source.kind != "tokens" and (source.kind != "text" or tokenizer != BYTES):
         assert tokenizer is not None
         made = tokenize(source, paths, load_tokenizer(tokenizer), config.held_out, progress)
-        files, held_out, size, digest = [made.file], made.held_out, made.file.count, made.digest
-        if size == 0:
-            files = []
+        files, held_out, size, digest = [made.tokens], made.held_out, len(made.tokens), made.digest
     else:
         if source.kind == "tokens":
             shards = [open_shard(path, source) for path in paths]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def _read_all(files: Sequence[TokenFile]) -> Scan:
         hasher.update(files[0].dtype.encode())
     for file in files:
         start = 0
-        for chunk in _chunks(file):
+        for chunk in chunks(file):
             hasher.update(chunk.data)
             top, low = int(chunk.argmax()), int(chunk.argmin())
             if chunk[low] < 0:
@@ -119,8 +119,12 @@ def _read_all(files: Sequence[TokenFile]) -> Scan:
     return Scan(hasher.hexdigest(), highest, place)
 
 
-def _chunks(file: TokenFile) -> Any:
-    """The tokens, read some megabytes at a time: a mapped page would count as memory in use."""
+def chunks(file: TokenFile) -> Iterator[NDArray[Any]]:
+    """The tokens, read some megabytes at a time: a mapped page would count as memory in use.
+
+    Raises:
+        DataError: the file cannot be read, or has become shorter.
+    """
     dtype = np.dtype(file.dtype).newbyteorder("<")
     try:
         with open(file.path, "rb") as stream:
