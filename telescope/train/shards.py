@@ -171,6 +171,8 @@ def _opened(path: Path, source: SourceConfig) -> TokenFile:
         if source.format == "llm.c" or (source.format == "auto" and magic in LLM_C):
             shard = _llm_c(path, size, header)
         else:
+            if source.format == "auto":
+                _check_no_header(path, size, header)
             return _raw(path, size, source.dtype)
     if source.dtype not in (None, shard.dtype):
         raise DataError(f"{path}: says itself that its tokens are {shard.dtype}; leave dtype out")
@@ -191,6 +193,21 @@ def _raw(path: Path, size: int, dtype: str | None) -> TokenFile:
             "another data.dtype"
         )
     return TokenFile(path, dtype, size // width)
+
+
+def _check_no_header(path: Path, size: int, header: bytes) -> None:
+    """Check that raw tokens do not start as llm.c's header does, but for its magic number.
+
+    Its third number is the count of what follows; that of other tokens is so once in 2³¹ files.
+    """
+    if len(header) == LLM_C_HEADER:
+        magic, version, count = struct.unpack("<3i", header[:12])
+        if count > 0 and size - LLM_C_HEADER in (2 * count, 4 * count):
+            raise DataError(
+                f"{path}: byte 0: magic number {magic}, version {version}, but byte 8 counts the "
+                f"{count} tokens after a header of llm.c's: it is damaged, or of another version; "
+                "if all of it is tokens, say data.format = 'raw'"
+            )
 
 
 def _llm_c(path: Path, size: int, header: bytes) -> TokenFile:
