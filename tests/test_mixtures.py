@@ -192,6 +192,38 @@ def test_a_file_counts_once_and_in_one_source(tmp_path: Path) -> None:
         load_corpus(DataConfig(sources=twice))
 
 
+@pytest.mark.parametrize("size", [1000, 400_000])
+def test_a_copy_is_refused_and_what_only_looks_like_one_is_not(size: int, tmp_path: Path) -> None:
+    """A held-out passage of the one would be trained on in the other."""
+    text = bytearray("".join(sentences(size // 40)).encode()[:size].ljust(size, b"."))
+    for name in ("a.txt", "b.txt", "c.txt"):
+        text[size // 2] = ord(name[0])  # of one size, beginning and end
+        (tmp_path / name).write_bytes(text)
+    both = (
+        SourceConfig(source=str(tmp_path / "[ab].txt")),
+        SourceConfig(source=str(tmp_path / "c*.txt")),
+    )
+    config = DataConfig(sources=both, tokenizer="bytes")
+    assert read_corpus(config).size == 3 * size
+    shutil.copy(tmp_path / "b.txt", tmp_path / "c2.txt")
+    with pytest.raises(DataError, match=r"c2\.txt in source 2 is a copy of .*b\.txt in source 1"):
+        read_corpus(config)
+    with pytest.raises(DataError, match=r"c2\.txt in source 1 is a copy of .*b\.txt in source 1"):
+        read_corpus(DataConfig(source=str(tmp_path / "*.txt")))
+
+
+def test_two_sources_of_the_same_tokens_are_refused(tmp_path: Path) -> None:
+    """Cut into other files, so that no file is a copy."""
+    text = "".join(sentences(100))
+    (tmp_path / "whole.txt").write_text(text)
+    (tmp_path / "half1.txt").write_text(text[:999])
+    (tmp_path / "half2.txt").write_text(text[999:])
+    both = tuple(SourceConfig(source=str(tmp_path / name)) for name in ("whole.txt", "half?.txt"))
+    message = r"whole\.txt and .*half\?\.txt hold the same tokens"
+    with pytest.raises(DataError, match=message):
+        read_corpus(DataConfig(sources=both))
+
+
 @pytest.mark.parametrize(("keys", "message"), WRONG_TABLES)
 def test_keys_that_do_not_fit_together(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
