@@ -407,6 +407,25 @@ def test_every_tokenizer_holds_the_same_documents_out(
     assert len(numbers[1]) == pytest.approx(400, rel=0.2)
 
 
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 150_000), min_size=1, max_size=12))
+def test_something_is_held_out_however_long_the_documents_are(
+    sizes: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Those that start in a held-out range, against the mask of bytes; else the last of several."""
+    path = tmp_path_factory.mktemp("long") / "d.jsonl"
+    lines = [json.dumps({"text": "a" * size}) + "\n" for size in sizes]
+    path.write_text("\n" + "".join(lines))
+    mask = held_out_mask(path.stat().st_size, 0.05)
+    starts = np.cumsum([1, *map(len, lines)])[:-1]
+    expected = mask[starts].tolist()
+    if not any(expected):
+        expected[-1] = len(sizes) > 1
+    split = list(split_passages(SourceConfig(source=str(path)), [path], 0.05))
+    assert [held for _, held in split] == expected
+    assert [len(passage.text) for passage, _ in split] == sizes
+
+
 def test_the_standard_library_can_be_tokenized(tokenizer_file: Path) -> None:
     source = SourceConfig(source=PYTHON_STDLIB)
     files = sources.files_of(source)

@@ -68,13 +68,27 @@ def as_bytes(files: Iterable[Path]) -> list[TokenFile]:
 def split_passages(
     source: SourceConfig, files: Sequence[Path], share: float, progress: Progress | None = None
 ) -> Iterator[tuple[Passage, bool]]:
-    """Every passage of a source, and whether it is held out; see `sources.passages`."""
+    """Every passage of a source, and whether it is held out; see `sources.passages`.
+
+    It is where it starts in a range that is. Documents can be longer than such a range, and a few
+    long ones start in none: then it is the last one, so that there is something to measure.
+    """
     size = sum(path.stat().st_size for path in files)
     borders = [place for pair in held_out_ranges(size, share) for place in pair]
+    count, found, last = 0, False, None
     for passage in passages(source, files, borders):
-        yield passage, bisect_right(borders, passage.place) % 2 == 1
+        if last:
+            yield last, False
+        is_held_out = bisect_right(borders, passage.place) % 2 == 1
+        found = found or is_held_out
+        last = None if found else passage
+        if found:
+            yield passage, is_held_out
+        count += 1
         if progress:
             progress(passage.place, size)
+    if last:
+        yield last, count > 1
     if progress:
         progress(size, size)
 
