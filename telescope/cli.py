@@ -180,8 +180,10 @@ def tokenize(
     from telescope.report.progress import progress_bar
 
     config = _corpus_of(sources, field, overrides)
-    from telescope.tokenizing import make_tokenizer, write_shards
+    from telescope.tokenizing import check_shards, make_tokenizer, write_shards
 
+    if shards:
+        check_shards(config, shards)
     with progress_bar("reading", "merging pairs …") as progress:
         line = make_tokenizer(config, vocabulary, out, progress)
     typer.echo(line)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from telescope.errors import SpecError
-from telescope.files import write_atomic
+from telescope.files import UNFINISHED, write_atomic
 from telescope.train.config import BYTES, DataConfig
 from telescope.train.data import read_corpus
 from telescope.train.sources import files_of
@@ -20,6 +22,7 @@ from telescope.train.views import View
 MEASURED_CHARACTERS = 1_000_000
 """Held-out text on which a new tokenizer is measured, at most."""
 SHARD_CHUNK = 1 << 20
+SHARDS = ("train.bin", "val.bin")
 
 
 def needs_tokenizing(config: DataConfig) -> bool:
@@ -90,39 +93,56 @@ def _held_out_text(config: DataConfig) -> str:
     return "".join(found)
 
 
+def check_shards(config: DataConfig, folder: Path) -> None:
+    """Check what can be known before a tokenizer is trained; see `write_shards`."""
+    if len(config.parts) > 1:
+        raise SpecError(
+            f"--shards {folder}: shards have no weights, and the data have {len(config.parts)} "
+            "sources; leave --shards out (`run` keeps the tokens itself), or name the files of one"
+        )
+    for name in SHARDS:
+        if os.path.lexists(folder / name):
+            raise SpecError(f"--shards {folder}: {name} exists already; give another folder")
+
+
 def write_shards(config: DataConfig, tokenizer: Path, folder: Path, progress: Progress) -> str:
     """Write a corpus as `train.bin` and `val.bin`, raw tokens in nanoGPT's layout.
+
+    Both appear when both are whole.
 
     Returns:
         A line that says what was written.
 
     Raises:
-        SpecError: the folder cannot be written.
+        SpecError: the folder cannot be written, or has one of them; there are several sources.
         DataError: the corpus is wrong.
     """
+    check_shards(config, folder)
     corpus = read_corpus(replace(config, tokenizer=str(tokenizer.absolute())), progress)
     assert corpus.vocabulary is not None
     dtype = max("uint16", smallest_dtype(corpus.vocabulary), key=lambda d: np.dtype(d).itemsize)
+    (part,) = corpus.parts
+    unfinished = [folder / f".{name}{UNFINISHED}" for name in SHARDS]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        counts = [
-            _write_shard(folder / name, views, dtype)
-            for name, views in (
-                ("train.bin", [part.train for part in corpus.parts]),
-                ("val.bin", [part.held_out for part in corpus.parts]),
-            )
-        ]
+        for path, view in zip(unfinished, (part.train, part.held_out), strict=True):
+            _write_shard(path, view, dtype)
+        for path, name in zip(unfinished, SHARDS, strict=True):
+            os.replace(path, folder / name)
     except OSError as error:
         raise SpecError(f"--shards {folder}: cannot be written: {error.strerror}") from error
-    return f"wrote {folder}: train.bin {counts[0]:,} tokens, val.bin {counts[1]:,}, {dtype}"
+    finally:
+        for path in unfinished:
+            with suppress(OSError):
+                path.unlink()
+    counts = f"train.bin {len(part.train):,} tokens, val.bin {len(part.held_out):,}"
+    return f"wrote {folder}: {counts}, {dtype}"
 
 
-def _write_shard(path: Path, views: list[View], dtype: str) -> int:
-    """Write runs of tokens one after the other; returns how many there are."""
+def _write_shard(path: Path, view: View, dtype: str) -> None:
+    """Write a run of tokens."""
     with path.open("wb") as stream:
-        for view in views:
-            for start in range(0, len(view), SHARD_CHUNK):
-                tokens = np.empty(min(SHARD_CHUNK, len(view) - start), dtype=np.int64)
-                view.read(start, tokens)
-                stream.write(tokens.astype(np.dtype(dtype).newbyteorder("<")).data)
-    return sum(map(len, views))
+        for start in range(0, len(view), SHARD_CHUNK):
+            tokens = np.empty(min(SHARD_CHUNK, len(view) - start), dtype=np.int64)
+            view.read(start, tokens)
+            stream.write(tokens.astype(np.dtype(dtype).newbyteorder("<")).data)

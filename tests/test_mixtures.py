@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from test_sources import IDS, sentences, write_jsonl
 
 from telescope.errors import DataError, SpecError
-from telescope.train import cache, shards
+from telescope.train import cache, shards, tokens
 from telescope.train.config import DataConfig, SourceConfig
 from telescope.train.data import (
     Batches,
@@ -211,6 +214,38 @@ def test_a_file_counts_once_and_in_one_source(tmp_path: Path) -> None:
         load_corpus(DataConfig(sources=twice))
 
 
+@pytest.mark.parametrize("size", [1000, 400_000])
+def test_a_copy_is_refused_and_what_only_looks_like_one_is_not(size: int, tmp_path: Path) -> None:
+    """A held-out passage of the one would be trained on in the other."""
+    text = bytearray("".join(sentences(size // 40)).encode()[:size].ljust(size, b"."))
+    for name in ("a.txt", "b.txt", "c.txt"):
+        text[size // 2] = ord(name[0])  # of one size, beginning and end
+        (tmp_path / name).write_bytes(text)
+    both = (
+        SourceConfig(source=str(tmp_path / "[ab].txt")),
+        SourceConfig(source=str(tmp_path / "c*.txt")),
+    )
+    config = DataConfig(sources=both, tokenizer="bytes")
+    assert read_corpus(config).size == 3 * size
+    shutil.copy(tmp_path / "b.txt", tmp_path / "c2.txt")
+    with pytest.raises(DataError, match=r"c2\.txt in source 2 is a copy of .*b\.txt in source 1"):
+        read_corpus(config)
+    with pytest.raises(DataError, match=r"c2\.txt in source 1 is a copy of .*b\.txt in source 1"):
+        read_corpus(DataConfig(source=str(tmp_path / "*.txt")))
+
+
+def test_two_sources_of_the_same_tokens_are_refused(tmp_path: Path) -> None:
+    """Cut into other files, so that no file is a copy."""
+    text = "".join(sentences(100))
+    (tmp_path / "whole.txt").write_text(text)
+    (tmp_path / "half1.txt").write_text(text[:999])
+    (tmp_path / "half2.txt").write_text(text[999:])
+    both = tuple(SourceConfig(source=str(tmp_path / name)) for name in ("whole.txt", "half?.txt"))
+    message = r"whole\.txt and .*half\?\.txt hold the same tokens"
+    with pytest.raises(DataError, match=message):
+        read_corpus(DataConfig(sources=both))
+
+
 @pytest.mark.parametrize(("keys", "message"), WRONG_TABLES)
 def test_keys_that_do_not_fit_together(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
@@ -227,8 +262,8 @@ def test_large_files_are_mapped_and_remembered(
     monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
     text = "".join(sentences(300)).encode()
     path = tmp_path / "t.txt"
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1)
     path.write_bytes(text)
-    os.utime(path, (1e9, 1e9))
     large = read_corpus(DataConfig(source=str(path)))
     monkeypatch.undo()
     small = read_corpus(DataConfig(source=str(path)))
@@ -241,12 +276,34 @@ def test_large_files_are_mapped_and_remembered(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_read_all", lambda files: pytest.fail("read again"))
         assert shards.scan(files).digest == small.digest
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", 2)
     path.write_bytes(b"?" + text[1:])
     changed = shards.scan(files)
     assert changed.digest != small.digest
     # Written to just now: it could change again unseen, and is read again.
     path.write_bytes(b"!" + text[1:])
     assert shards.scan(files).digest not in (small.digest, changed.digest)
+
+
+def test_a_file_rewritten_with_its_old_size_and_time_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an editor in place and `touch -r` leave it: hashlib says what is in it now."""
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "SMALL_BYTES", 0)
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1)
+    path = tmp_path / "t.txt"
+    digests = []
+    for text in (b"one text", b"another!"):
+        with path.open("r+b" if path.exists() else "wb") as stream:
+            stream.write(text)
+        os.utime(path, ns=(10**18, 10**18))
+        digests.append(shards.scan([shards.TokenFile(path, "uint8", 8)]).digest)
+    assert digests == [hashlib.sha256(text).hexdigest() for text in (b"one text", b"another!")]
+    # A time of writing long ago settles nothing: it changed just now, and is not remembered.
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", 60)
+    made = [cache.remembered([path], lambda: {"at": time.time_ns()}, "at")["at"] for _ in "ab"]
+    assert made[0] < made[1]
 
 
 def test_tokens_are_made_once_and_again_when_something_changed(
@@ -267,9 +324,56 @@ def test_tokens_are_made_once_and_again_when_something_changed(
     (made,) = (tmp_path / "cache" / "tokens").glob("*.bin")
     made.write_bytes(made.read_bytes()[:-1])  # damaged: made again
     assert read_corpus(config).digest == first.digest
+    raw = made.read_bytes()
+    (entry,) = (tmp_path / "cache" / "tokens").glob("*.json")
+    for content in ("{}", "[]", "", '{"known": {}, "checksum": ""}', entry.read_text()[:-9]):
+        entry.write_text(content)
+        assert read_corpus(config).digest == first.digest
+    entry.write_text(entry.read_text().replace("uint16", "uint32"))
+    assert read_corpus(config).digest == first.digest
+    made.write_bytes(raw[2:] + raw[:2])  # of the same size: made again
+    tokens = np.asarray(read_corpus(config).train_tokens)
+    assert np.array_equal(tokens, np.asarray(first.train_tokens))
+    assert made.read_bytes() == raw
     write_jsonl(path, sentences(61))
     assert read_corpus(config).digest != first.digest
     assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_the_cache_can_be_deleted_at_any_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the opening of a corpus and its first batch too, and between two trials."""
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    texts = sentences(60)
+    write_jsonl(tmp_path / "d.jsonl", texts)
+    config = DataConfig(source=str(tmp_path / "d.jsonl"), tokenizer="bytes")
+    for _ in range(2):
+        corpus = load_corpus(config)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        parts = np.asarray(corpus.train_tokens), np.asarray(corpus.held_out_tokens)
+        assert bytes(np.concatenate(parts).tolist()).decode() == "".join(f"{t}\n" for t in texts)
+
+
+def test_large_tokens_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the border between small and large at nothing: read again only if they changed."""
+    monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1)
+    for module in (shards, tokens):
+        monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    write_jsonl(tmp_path / "d.jsonl", sentences(60))
+    config = DataConfig(source=str(tmp_path / "d.jsonl"))
+    digest = read_corpus(config).digest
+    assert read_corpus(config).digest == digest
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "chunks", lambda file: pytest.fail("read again"))
+        assert read_corpus(config).digest == digest
+    (made,) = (tmp_path / "cache" / "tokens").glob("*.bin")
+    raw, written = made.read_bytes(), made.stat().st_mtime_ns
+    made.write_bytes(raw[::-1])
+    os.utime(made, ns=(written, written))
+    assert read_corpus(config).digest == digest
+    assert made.read_bytes() == raw
 
 
 def test_a_cache_folder_that_cannot_be_used_is_one_line(

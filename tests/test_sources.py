@@ -155,6 +155,11 @@ BAD_SHARDS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
         {},
         r"byte 8: the header counts 5000 tokens, the file holds 4500",
     ),
+    "damaged magic": (
+        lambda p: write_llm_c(p, IDS, 20240520 ^ 1 << 30),
+        {"dtype": "uint16"},
+        r"s\.bin: byte 0: magic number 1093982344, version 1, but byte 8 counts the 5000 tokens",
+    ),
     "type said twice": (lambda p: write_llm_c(p, IDS), {"dtype": "uint32"}, "leave dtype out"),
     "no index": (
         lambda p: IDS.astype("<u2").tofile(p),
@@ -186,6 +191,22 @@ def test_a_wrong_shard_is_one_line_with_file_and_place(kind: str, tmp_path: Path
     with pytest.raises(DataError, match=message) as caught:
         read_corpus(DataConfig(source=str(tmp_path / "s.bin"), **keys))
     assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_of_a_header_never_becomes_a_token(tmp_path: Path) -> None:
+    """Whatever type is given, of magic number, version and count; unless it is said to be raw."""
+    path = tmp_path / "s.bin"
+    for dtype, kind in {"uint16": "llm.c GPT-2", "uint32": "llm.c Llama 3"}.items():
+        keys: dict[str, Any] = {"source": str(path), "dtype": dtype}
+        SHARDS[kind][0](path)
+        whole_file = path.read_bytes()
+        for bit in range(96):
+            raw = bytearray(whole_file)
+            raw[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(raw)
+            with pytest.raises(DataError, match=r"s\.bin: byte [048]: "):
+                read_corpus(DataConfig(**keys))
+        assert read_corpus(DataConfig(**keys, format="raw")).size > len(IDS)
 
 
 @pytest.mark.parametrize("kind", ["llm.c GPT-2", "Megatron"])
@@ -384,6 +405,25 @@ def test_every_tokenizer_holds_the_same_documents_out(
     assert not numbers[0] & numbers[1]
     assert len(numbers[0] | numbers[1]) == 4000
     assert len(numbers[1]) == pytest.approx(400, rel=0.2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 150_000), min_size=1, max_size=12))
+def test_something_is_held_out_however_long_the_documents_are(
+    sizes: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Those that start in a held-out range, against the mask of bytes; else the last of several."""
+    path = tmp_path_factory.mktemp("long") / "d.jsonl"
+    lines = [json.dumps({"text": "a" * size}) + "\n" for size in sizes]
+    path.write_text("\n" + "".join(lines))
+    mask = held_out_mask(path.stat().st_size, 0.05)
+    starts = np.cumsum([1, *map(len, lines)])[:-1]
+    expected = mask[starts].tolist()
+    if not any(expected):
+        expected[-1] = len(sizes) > 1
+    split = list(split_passages(SourceConfig(source=str(path)), [path], 0.05))
+    assert [held for _, held in split] == expected
+    assert [len(passage.text) for passage, _ in split] == sizes
 
 
 def test_the_standard_library_can_be_tokenized(tokenizer_file: Path) -> None:

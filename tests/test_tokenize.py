@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from conftest import GPT, as_toml, tiny_spec
 from test_cli import from_json, telescope
 from test_sources import sentences, write_jsonl
 
+from telescope import tokenizing
 from telescope.train.config import DataConfig
 from telescope.train.data import load_corpus
+from telescope.train.views import View
 
 RUN = ("--dispatcher", "inline", "--no-check")
 
@@ -131,6 +134,52 @@ WRONG = [
     (("tokenize", "code.txt", "--vocab-size", "300", "--set", "name=a"), "--set: is for a sweep"),
     (("tokenize", "code.txt", "--vocab-size", "300", "--out", "no/b.json"), "cannot be written"),
 ]
+
+
+def test_shards_that_are_there_stay_and_weights_are_not_lost(tmp_path: Path) -> None:
+    """Said before a tokenizer is trained; the other shard is not begun either."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name + "".join(sentences(50, seed=ord(name))))
+    sources = "".join(f"[[data.sources]]\nsource = '{n}.txt'\n" for n in "ab")
+    spec = as_toml({**tiny_spec(tmp_path, model={"file": str(GPT)}), "data": {"eval_tokens": 64}})
+    (tmp_path / "two.toml").write_text(f"{spec}\n{sources}")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "val.bin").write_bytes(b"mine")
+    for command, message in {
+        ("a.txt", "old"): "--shards old: val.bin exists already; give another folder",
+        ("two.toml", "new"): "--shards new: shards have no weights, and the data have 2 sources",
+    }.items():
+        corpus, folder = command
+        options = ("--vocab-size", "300", "--shards", folder)
+        done = telescope("tokenize", corpus, *options, cwd=tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert not (tmp_path / "tokenizer.json").exists()
+    assert [path.read_bytes() for path in (tmp_path / "old").iterdir()] == [b"mine"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_shards_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a disk that is full after the first thousand tokens."""
+    (tmp_path / "a.txt").write_text("".join(sentences(200)))
+    monkeypatch.setattr(tokenizing, "SHARD_CHUNK", 1000)
+    read = View.read
+
+    def full(view: View, start: int, into: Any) -> None:
+        if start and len(view) > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        read(view, start, into)
+
+    options = ("a.txt", "--vocab-size", "300", "--shards", "shards")
+    with monkeypatch.context() as patch:
+        patch.setattr(View, "read", full)
+        done = telescope("tokenize", *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--shards shards: cannot be written: No space left on device" in done.stderr
+    assert not list((tmp_path / "shards").iterdir())
+    again = telescope("tokenize", *options, "--out", "again.json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert sorted(p.name for p in (tmp_path / "shards").iterdir()) == ["train.bin", "val.bin"]
 
 
 @pytest.mark.parametrize(("command", "message"), WRONG)

@@ -1,8 +1,8 @@
 """What is worth keeping between processes about large files: their digests, and their tokens.
 
 Everything here can be deleted at any time: it is made again. Entries are found by content, or by a
-file's name, size, time and inode; they appear whole or not at all, and a lock lets one process make
-what several want.
+file's name, size, times and inode; they appear whole or not at all, carry a checksum of their own,
+and a lock lets one process make what several want.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from telescope.errors import DataError
 from telescope.files import write_json
 
 SETTLED_SECONDS = 2.0
-"""A file that was written to less long ago is not remembered: it could change again within what the
-file system's clock can tell apart."""
+"""A file that changed less long ago is not remembered: it could change again within what the file
+system's clock can tell apart."""
 
 
 def cache_folder() -> Path:
@@ -36,10 +36,14 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def state_of(path: Path) -> tuple[str, int, int, int]:
-    """What changes when a file does: name, bytes, nanoseconds of the last write, inode."""
+def state_of(path: Path) -> tuple[str, int, int, int, int]:
+    """What changes when a file does: name, bytes, inode, ns of the last write and of the change.
+
+    The time of the last write can be set back, as `cp -p`, `rsync` and `tar` do; that of the change
+    is the kernel's own.
+    """
     stat = path.stat()
-    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def remembered(
@@ -61,7 +65,7 @@ def remembered(
         known = read_entry(entry)
         if known is None:
             known = make()
-            youngest = max(state[2] for state in states) / 1e9
+            youngest = max(state[-1] for state in states) / 1e9
             unchanged = states == [state_of(path) for path in paths]
             if unchanged and time.time() - youngest > SETTLED_SECONDS:
                 keep_entry(entry, known)
@@ -69,13 +73,13 @@ def remembered(
 
 
 def keep_entry(path: Path, data: dict[str, Any]) -> None:
-    """Write a JSON entry, whole or not at all.
+    """Write a JSON entry and its checksum, whole or not at all.
 
     Raises:
         DataError: the folder cannot be written.
     """
     try:
-        write_json(path, data)
+        write_json(path, {"known": data, "checksum": key_of(data)})
     except OSError as error:
         raise unusable(path.parent, error) from error
 
@@ -89,12 +93,14 @@ def unusable(folder: Path, error: OSError) -> DataError:
 
 
 def read_entry(path: Path) -> dict[str, Any] | None:
-    """A JSON entry; None where there is none that can be read."""
+    """A JSON entry; None where there is none as `keep_entry` wrote it."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return known if isinstance(known, dict) else None
+    if not isinstance(entry, dict) or not isinstance(known := entry.get("known"), dict):
+        return None
+    return known if entry.get("checksum") == key_of(known) else None
 
 
 @contextmanager

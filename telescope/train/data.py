@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import functools
 import hashlib
 import json
@@ -22,6 +23,12 @@ from telescope.train.sources import STDLIB_BYTES, files_of
 from telescope.train.tokenizer import load_tokenizer
 from telescope.train.tokens import Progress, as_bytes, tokenize
 from telescope.train.views import Tokens, View, held_out_ranges, rest_of, windows
+
+SMALLEST_COPY = 1000
+"""Files with fewer bytes may be alike: licence headers of empty modules, and nothing to learn by
+heart. An assumption."""
+COMPARED_BYTES = 1 << 16
+"""Read at either end of files of one size, before two are compared whole."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,10 @@ def load_corpus(config: DataConfig) -> Corpus:
 def read_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
     """See `load_corpus`; `progress` is told how far the tokenizing of a source is."""
     files = [files_of(source) for source in config.parts]
-    _check_distinct(config, files)
+    try:
+        _check_distinct(config, files)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
     name = config.tokenizer_name
     vocabulary = load_tokenizer(name).vocabulary if name else None
     parts = []
@@ -108,12 +118,17 @@ def read_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
             where = error.filename or f"data.source {source.source!r}"
             raise DataError(f"{where}: cannot be read: {error.strerror or error}") from error
         parts.append(part)
+    _check_distinct_parts(parts)
     return Corpus(tuple(parts), vocabulary)
 
 
 def _check_distinct(config: DataConfig, files: Sequence[Sequence[Path]]) -> None:
-    """Check that no file is in two sources: held out in one, it could be trained on in another."""
+    """Check that no file is there twice: held out once, it could be trained on the other time.
+
+    Copies are found by size first, then by their ends, so that only true ones are read whole.
+    """
     seen: dict[tuple[int, int], int] = {}
+    alike: dict[int, list[tuple[Path, int]]] = {}
     for number, paths in enumerate(files):
         for path in paths:
             stat = path.stat()
@@ -123,6 +138,44 @@ def _check_distinct(config: DataConfig, files: Sequence[Sequence[Path]]) -> None
                     f"data.sources: {path} is in source {other + 1} and in source {number + 1}; "
                     "name it in one"
                 )
+            if stat.st_size >= SMALLEST_COPY:
+                alike.setdefault(stat.st_size, []).append((path, number))
+    for size, candidates in alike.items():
+        if len(candidates) > 1:
+            _check_no_copy(config, size, candidates)
+
+
+def _check_no_copy(config: DataConfig, size: int, files: Sequence[tuple[Path, int]]) -> None:
+    """Check that files of one size, each with its source's number, differ."""
+    alike: dict[bytes, list[tuple[Path, int]]] = {}
+    for path, number in files:
+        with path.open("rb") as stream:
+            ends = stream.read(COMPARED_BYTES)
+            stream.seek(max(0, size - COMPARED_BYTES))
+            ends = hashlib.sha256(ends + stream.read(COMPARED_BYTES)).digest()
+        others = alike.setdefault(ends, [])
+        for other, source in others:
+            # What of the standard library is twice there is in the numbers of its sweeps.
+            fixed = source == number and config.parts[number].source == PYTHON_STDLIB
+            if not fixed and filecmp.cmp(path, other, shallow=False):
+                raise DataError(
+                    f"data.source: {path} in source {number + 1} is a copy of {other} in source "
+                    f"{source + 1}: what is held out of one would be trained on in the other; "
+                    "leave one out"
+                )
+        others.append((path, number))
+
+
+def _check_distinct_parts(parts: Sequence[Part]) -> None:
+    """Check that no two sources are the same tokens, however their files are cut or written."""
+    first: dict[str, Part] = {}
+    for part in parts:
+        other = first.setdefault(part.digest, part)
+        if other is not part:
+            raise DataError(
+                f"data.sources: {other.name} and {part.name} hold the same tokens: what is held "
+                "out of one would be trained on in the other; leave one out"
+            )
 
 
 def _part(
@@ -135,9 +188,7 @@ def _part(
     if source.kind != "tokens" and (source.kind != "text" or tokenizer != BYTES):
         assert tokenizer is not None
         made = tokenize(source, paths, load_tokenizer(tokenizer), config.held_out, progress)
-        files, held_out, size, digest = [made.file], made.held_out, made.file.count, made.digest
-        if size == 0:
-            files = []
+        files, held_out, size, digest = [made.tokens], made.held_out, len(made.tokens), made.digest
     else:
         if source.kind == "tokens":
             shards = [open_shard(path, source) for path in paths]

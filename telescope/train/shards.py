@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,8 @@ def scan(files: Sequence[TokenFile]) -> Scan:
     The digest is of all the data, however much: a sample would call two corpora the same that
     differ elsewhere, and the ids must all be read anyway, since one outside the vocabulary is found
     nowhere else. What it costs, seconds per gigabyte (`benchmarks/data_memory.py`), is paid once
-    per machine: the outcome is remembered for as long as every file keeps name, size, time of
-    change and inode.
+    per machine: the outcome is remembered for as long as every file keeps name, size, inode and
+    times.
 
     Raises:
         DataError: a file cannot be read, has become shorter, or has a negative token.
@@ -107,7 +107,7 @@ def _read_all(files: Sequence[TokenFile]) -> Scan:
         hasher.update(files[0].dtype.encode())
     for file in files:
         start = 0
-        for chunk in _chunks(file):
+        for chunk in chunks(file):
             hasher.update(chunk.data)
             top, low = int(chunk.argmax()), int(chunk.argmin())
             if chunk[low] < 0:
@@ -119,8 +119,12 @@ def _read_all(files: Sequence[TokenFile]) -> Scan:
     return Scan(hasher.hexdigest(), highest, place)
 
 
-def _chunks(file: TokenFile) -> Any:
-    """The tokens, read some megabytes at a time: a mapped page would count as memory in use."""
+def chunks(file: TokenFile) -> Iterator[NDArray[Any]]:
+    """The tokens, read some megabytes at a time: a mapped page would count as memory in use.
+
+    Raises:
+        DataError: the file cannot be read, or has become shorter.
+    """
     dtype = np.dtype(file.dtype).newbyteorder("<")
     try:
         with open(file.path, "rb") as stream:
@@ -147,7 +151,7 @@ def open_shard(path: Path, source: SourceConfig) -> TokenFile:
         DataError: naming the file, and what in it is wrong.
     """
     try:
-        return replace(_opened(path, source), changed=path.stat().st_mtime_ns)
+        return replace(_opened(path, source), changed=path.stat().st_ctime_ns)
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 
@@ -167,6 +171,8 @@ def _opened(path: Path, source: SourceConfig) -> TokenFile:
         if source.format == "llm.c" or (source.format == "auto" and magic in LLM_C):
             shard = _llm_c(path, size, header)
         else:
+            if source.format == "auto":
+                _check_no_header(path, size, header)
             return _raw(path, size, source.dtype)
     if source.dtype not in (None, shard.dtype):
         raise DataError(f"{path}: says itself that its tokens are {shard.dtype}; leave dtype out")
@@ -187,6 +193,21 @@ def _raw(path: Path, size: int, dtype: str | None) -> TokenFile:
             "another data.dtype"
         )
     return TokenFile(path, dtype, size // width)
+
+
+def _check_no_header(path: Path, size: int, header: bytes) -> None:
+    """Check that raw tokens do not start as llm.c's header does, but for its magic number.
+
+    Its third number is the count of what follows; that of other tokens is so once in 2³¹ files.
+    """
+    if len(header) == LLM_C_HEADER:
+        magic, version, count = struct.unpack("<3i", header[:12])
+        if count > 0 and size - LLM_C_HEADER in (2 * count, 4 * count):
+            raise DataError(
+                f"{path}: byte 0: magic number {magic}, version {version}, but byte 8 counts the "
+                f"{count} tokens after a header of llm.c's: it is damaged, or of another version; "
+                "if all of it is tokens, say data.format = 'raw'"
+            )
 
 
 def _llm_c(path: Path, size: int, header: bytes) -> TokenFile:

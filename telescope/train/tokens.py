@@ -17,10 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from telescope.train.cache import cache_folder, keep_entry, key_of, made_once, read_entry, unusable
+from telescope.errors import DataError
+from telescope.train.cache import (
+    cache_folder,
+    keep_entry,
+    key_of,
+    made_once,
+    read_entry,
+    remembered,
+    unusable,
+)
 from telescope.train.config import BYTES, SourceConfig
-from telescope.train.shards import TokenFile, scan
+from telescope.train.shards import SMALL_BYTES, TokenFile, chunks, scan
 from telescope.train.sources import Passage, passages
 from telescope.train.tokenizer import Tokenizer
 from telescope.train.views import Ranges, held_out_ranges
@@ -38,7 +48,8 @@ Progress = Callable[[float, float], None]
 class Tokenized:
     """The tokens of a source's documents."""
 
-    file: TokenFile
+    tokens: NDArray[Any]
+    """Memory-mapped, and open: they stay though the file is deleted."""
     held_out: Ranges
     digest: str
     """SHA-256 of the tokens and of which of them are held out, hexadecimal."""
@@ -48,7 +59,7 @@ def as_bytes(files: Iterable[Path]) -> list[TokenFile]:
     """Files whose tokens are their bytes."""
     stats = [(path, path.stat()) for path in files]
     return [
-        TokenFile(path, "uint8", stat.st_size, changed=stat.st_mtime_ns)
+        TokenFile(path, "uint8", stat.st_size, changed=stat.st_ctime_ns)
         for path, stat in stats
         if stat.st_size
     ]
@@ -57,13 +68,27 @@ def as_bytes(files: Iterable[Path]) -> list[TokenFile]:
 def split_passages(
     source: SourceConfig, files: Sequence[Path], share: float, progress: Progress | None = None
 ) -> Iterator[tuple[Passage, bool]]:
-    """Every passage of a source, and whether it is held out; see `sources.passages`."""
+    """Every passage of a source, and whether it is held out; see `sources.passages`.
+
+    It is where it starts in a range that is. Documents can be longer than such a range, and a few
+    long ones start in none: then it is the last one, so that there is something to measure.
+    """
     size = sum(path.stat().st_size for path in files)
     borders = [place for pair in held_out_ranges(size, share) for place in pair]
+    count, found, last = 0, False, None
     for passage in passages(source, files, borders):
-        yield passage, bisect_right(borders, passage.place) % 2 == 1
+        if last:
+            yield last, False
+        is_held_out = bisect_right(borders, passage.place) % 2 == 1
+        found = found or is_held_out
+        last = None if found else passage
+        if found:
+            yield passage, is_held_out
+        count += 1
         if progress:
             progress(passage.place, size)
+    if last:
+        yield last, count > 1
     if progress:
         progress(size, size)
 
@@ -96,12 +121,37 @@ def tokenize(
     path = entry.with_suffix(".bin")
     with made_once(entry):
         known = read_entry(entry)
-        if known is None or not path.is_file() or path.stat().st_size != known["bytes"]:
+        if known is None or not _is_whole(path, known):
             parts = split_passages(source, files, share, progress)
             known = _write(path, parts, tokenizer)
             keep_entry(entry, known)
-    file = TokenFile(path, known["dtype"], known["count"], changed=path.stat().st_mtime_ns)
-    return Tokenized(file, [(start, end) for start, end in known["held_out"]], known["digest"])
+        tokens = np.empty(0, known["dtype"]) if not known["count"] else _file(path, known).map()
+    return Tokenized(tokens, [(start, end) for start, end in known["held_out"]], known["digest"])
+
+
+def _file(path: Path, known: dict[str, Any]) -> TokenFile:
+    """The file of tokens of which an entry speaks."""
+    return TokenFile(path, known["dtype"], known["count"], changed=path.stat().st_ctime_ns)
+
+
+def _is_whole(path: Path, known: dict[str, Any]) -> bool:
+    """Whether a file holds the tokens of which its entry speaks; found anew when it changed."""
+
+    def read() -> dict[str, Any]:
+        hasher = hashlib.sha256(file.dtype.encode())
+        for chunk in chunks(file):
+            hasher.update(chunk.data)
+        hasher.update(repr(known["held_out"]).encode())
+        return {"digest": hasher.hexdigest()}
+
+    try:
+        file = _file(path, known)
+        if path.stat().st_size != file.bytes:
+            return False
+        found = read() if file.bytes <= SMALL_BYTES else remembered([path], read, "tokens", known)
+    except (FileNotFoundError, DataError):
+        return False
+    return bool(found["digest"] == known["digest"])
 
 
 def _write(
@@ -132,11 +182,9 @@ def _write(
             raise unusable(path.parent, error) from error
         raise
     hasher.update(repr(held_out).encode())
-    size = count * np.dtype(dtype).itemsize
     return {
         "dtype": dtype,
         "count": count,
-        "bytes": size,
         "held_out": held_out,
         "digest": hasher.hexdigest(),
     }
