@@ -6,6 +6,7 @@ from typing import Any
 
 from telescope.errors import DataError, SpecError
 from telescope.foreign import Foreign, plan_foreign
+from telescope.machine import workers
 from telescope.prepare import (
     ASSUMED_FLOP_RATE,
     Prepared,
@@ -14,7 +15,6 @@ from telescope.prepare import (
     over_budget,
     plan_as_json,
     prepare,
-    workers,
 )
 from telescope.records import Point, Trial
 from telescope.settle import settled_here

@@ -30,15 +30,14 @@ from telescope.dispatch.store import Store, check_exists, sqlite_url, without_pa
 from telescope.errors import RefusedError, ResumeError, StoreError
 from telescope.foreign import Foreign, Told
 from telescope.ladder.ladder import Ladder, replay
+from telescope.machine import check_numbered_device, gpus, pack_size, takes_any_gpu, workers
 from telescope.prepare import (
     Prepared,
     check_compiler,
     check_corpus,
     check_this_machine,
     over_budget,
-    pack_size,
     prepare,
-    workers,
 )
 from telescope.records import Certificate, Point, Result, Status, Trial
 from telescope.report.figures import write_loss_figure
@@ -239,6 +238,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
     if not is_cluster:
         check_this_machine(spec)
         check_compiler(spec)
+    check_numbered_device(spec)
     folder = Folder(options.results / spec.name)
     with (
         _told_what_to_mend(folder),
@@ -403,8 +403,9 @@ def _dispatch(
     from telescope.dispatch.ray_tune import Size, run_ray
 
     compute = prepared.spec.compute
+    reserved = gpus(prepared.spec, at_once, is_cluster=is_cluster)
     by_width = {
-        width: Size(number, compute.cpus_at(width), compute.gpus_at(width))
+        width: Size(number, compute.cpus_at(width), reserved[width])
         for width, number in at_once.items()
     }
     base = by_width[prepared.spec.base_width]
@@ -422,6 +423,7 @@ def _dispatch(
         on_start=recorder.on_start,
         on_pack=recorder.on_pack,
         logs=recorder.folder.logs if _prints(prepared) else None,
+        takes_any_gpu=is_cluster and takes_any_gpu(prepared.spec),
     )
 
 

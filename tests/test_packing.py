@@ -22,7 +22,7 @@ from telescope.dispatch.inline import run_inline
 from telescope.dispatch.packing import Packer, choose_size
 from telescope.dispatch.queue import Pack, Queue
 from telescope.errors import SpecError, StoreError
-from telescope.prepare import pack_size
+from telescope.machine import pack_size
 from telescope.records import Point, Result, Status, Trial
 from telescope.report.live import View, make_view
 from telescope.sweep import Options, open_result, run
@@ -238,7 +238,7 @@ def test_auto_asks_workers_only_where_there_may_be_an_accelerator(
     assert chosen(device="cpu") == chosen(is_cluster=True) == 1
     assert chosen(is_cluster=True, gpus=1) == chosen(device="cuda") == "auto"
     assert chosen(pack=3) == 3
-    monkeypatch.setattr("telescope.prepare.resolve_device", lambda device: "cuda")
+    monkeypatch.setattr("telescope.machine.resolve_device", lambda device: "cuda")
     assert chosen() == "auto"
     for wrong, allowed in ((0, ">= 1"), ("many", "an integer or 'auto'")):
         with pytest.raises(SpecError, match=rf"compute\.pack: got .*, must be .*{allowed}"):

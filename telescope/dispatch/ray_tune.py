@@ -68,6 +68,7 @@ def run_ray(
     on_pack: Callable[[Pack], None] | None = None,
     by_width: Mapping[int, Size] | None = None,
     logs: Path | None = None,
+    takes_any_gpu: bool = False,
 ) -> None:
     """Run every trial that `source` asks for, `workers` at once; returns when it asks for no more.
 
@@ -91,9 +92,12 @@ def run_ray(
         by_width: width → another size than workers, cpus and gpus say; of so many at once as many
             run as there is room for. What widths of one size ask for must come together.
         logs: where each trial's output is kept as ``TRIAL.log``; left out, nowhere.
+        takes_any_gpu: whether a trial computes on the first GPU that it sees, even if it has
+            reserved none; refused where there are GPUs.
 
     Raises:
-        SpecError: no cluster at `address`, or no room for `workers` trials at once.
+        SpecError: no cluster at `address`, no room for `workers` trials at once, or GPUs that all
+            would share unplanned.
         LostError: Ray's head or this machine's raylet has died. Where a call into Ray cannot be
             interrupted, the process ends with that message instead, as Ray itself ends it later.
         KeyboardInterrupt: Ctrl-C; what ran is killed, what had finished is told.
@@ -114,6 +118,8 @@ def run_ray(
             sizes = {width: _fitting(size, where) for width, size in sizes.items()}
             if not sizes:
                 _check_room(default, where)
+            if takes_any_gpu:
+                _check_reserved(sizes.values() or [default], where)
             driver.gate = ray.remote(Gate).options(num_cpus=0).remote()
             given = {
                 **{"trainer": cloudpickle.dumps(trainer), "gate": driver.gate},
@@ -381,6 +387,16 @@ def _check_room(size: Size, where: str) -> None:
                 f"compute.{key}: got {amount:g} for each of {size.workers} trials at once, "
                 f"{where} has {have:g}; lower compute.{key} or compute.workers"
             )
+
+
+def _check_reserved(sizes: Iterable[Size], where: str) -> None:
+    """Refuse trials that would all find the same GPU: Ray hides none from who reserves none."""
+    there = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+    if there and not all(size.gpus for size in sizes):
+        raise SpecError(
+            f"compute.gpus: got 0, {where} has {there:g}, and all trials of a machine would "
+            "compute on its first; set compute.gpus = 1 (or 0.5), or compute.device = 'cpu'"
+        )
 
 
 def _fitting(size: Size, where: str) -> Size:
