@@ -65,6 +65,7 @@ def run_ray(
     pack: PackSize = 1,
     owner: str | None = None,
     on_start: Callable[[Trial], None] | None = None,
+    on_hand_out: Callable[[Sequence[Trial]], None] | None = None,
     on_pack: Callable[[Pack], None] | None = None,
     by_width: Mapping[int, Size] | None = None,
     logs: Path | None = None,
@@ -88,7 +89,8 @@ def run_ray(
         owner: a name that only one run at a time may use; what an earlier run of that name, now
             dead, left behind of its own Ray is ended first.
         on_start: called when a worker takes a trial.
-        on_pack: called when a worker has ended what it was handed.
+        on_hand_out: called when a worker is given several trials, to train as one if they go.
+        on_pack: called when a worker has ended what it was handed; never if it was lost.
         by_width: width → another size than workers, cpus and gpus say; of so many at once as many
             run as there is room for. What widths of one size ask for must come together.
         logs: where each trial's output is kept as ``TRIAL.log``; left out, nowhere.
@@ -130,7 +132,13 @@ def run_ray(
                     size = sizes.get(asked[0].width, default)
                     widths = [width for width, other in sizes.items() if other == size]
                     part = _Part(source, widths) if widths else source
-                    queue = Queue(part, on_start=on_start, pack=largest(pack), workers=size.workers)
+                    queue = Queue(
+                        part,
+                        on_start=on_start,
+                        on_hand_out=on_hand_out,
+                        pack=largest(pack),
+                        workers=size.workers,
+                    )
                     _run_experiment(queue, driver, given, size, folder)
             finally:
                 ray.kill(driver.gate)
@@ -140,7 +148,9 @@ def _run_experiment(
     queue: Queue, driver: _Driver, given: Mapping[str, Any], size: Size, folder: Path
 ) -> None:
     """Run what a queue has, on workers of one size."""
-    worker = tune.with_parameters(Worker, **given, threads=max(1, int(size.cpus)))
+    # Of its device: GPUs that are reserved in fractions are shared, and so is one that nobody does.
+    share = min(1.0, size.gpus) if size.gpus else 1.0 / size.workers
+    worker = tune.with_parameters(Worker, **given, threads=max(1, int(size.cpus)), share=share)
     worker = tune.with_resources(worker, {"cpu": size.cpus, "gpu": size.gpus})
     driver.serve(queue)
     with suppress(_Leave):
