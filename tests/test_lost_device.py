@@ -149,9 +149,9 @@ def test_on_ray_the_process_is_replaced_and_its_trial_tried_again(tmp_path: Path
 
         def train(trial: Trial) -> Result:
             nonlocal lost
+            import sys
             from pathlib import Path
 
-            from telescope.dispatch import queue
             from telescope.errors import LostError
 
             def check(error: BaseException) -> None:
@@ -159,6 +159,7 @@ def test_on_ray_the_process_is_replaced_and_its_trial_tried_again(tmp_path: Path
 
             if not Path(marker).exists():
                 lost = True
+                queue: Any = sys.modules["telescope.dispatch.queue"]
                 queue.check_device = check
                 Path(marker).touch()
             if lost:
