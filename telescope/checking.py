@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError, SpecError
@@ -24,6 +25,7 @@ from telescope.train.coordcheck import (
 )
 from telescope.train.flops import step_cost
 from telescope.train.loop import resolve_device
+from telescope.train.probe import free_memory
 
 CHECK_LR = 0.004
 """The check's lr, whatever the grid. Above it even the right rule's logits shrink with the width,
@@ -65,7 +67,9 @@ def run_check(
             f"{prepared.spec.name}: coordinate check at widths {widths}: about "
             f"{describe_seconds(seconds)} expected; `run --no-check` leaves it out"
         )
-    return coordinate_check(config, point, extent)
+    check = coordinate_check(config, point, extent)
+    free_memory()  # which the workers need
+    return check
 
 
 def check_point(spec: Spec) -> Point:
@@ -101,15 +105,27 @@ def expected_seconds(prepared: Prepared, extent: Extent) -> float:
     return flops_per_step * config.train.steps * len(extent.seeds) / rate
 
 
-def write_check(folder: Folder, check: CoordCheck, prepared: Prepared) -> bool:
+def write_check(
+    folder: Folder,
+    check: CoordCheck,
+    prepared: Prepared,
+    settlement: Mapping[str, Any] | None = None,
+) -> bool:
     """Keep the verdict, whose it is, and its figure in the results folder.
+
+    Args:
+        folder: the sweep's.
+        check: the verdict.
+        prepared: the sweep, without `auto`.
+        settlement: what `auto` has become for the check, as `settle.settlement` gives it.
 
     Returns:
         Whether it was kept: not where the folder holds a sweep of other training.
     """
     if folder.exists and folder.read_spec()["fingerprint"] != prepared.fingerprint:
         return False
-    folder.write_check({**check.as_dict(), "fingerprint": prepared.fingerprint})
+    own = {"fingerprint": prepared.fingerprint, **(settlement or {})}
+    folder.write_check({**check.as_dict(), **own})
     write_check_figure(folder.path / "coordcheck.png", check, check_title(prepared.spec))
     return True
 

@@ -84,6 +84,7 @@ def init(
 @app.command()
 def plan(
     spec: SpecArgument,
+    results: ResultsOption = RESULTS,
     overrides: SetOption = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Time a few real steps at every width first.")
@@ -93,9 +94,10 @@ def plan(
     """Say what a sweep will cost: trials, parameters, FLOPs, time, share of the target run."""
     loaded = _load(spec, overrides, None)
     _make_tokens(loaded)
+    from telescope.dispatch.folder import Folder
     from telescope.planning import make_plan
 
-    plan, warning = make_plan(loaded, probe=probe)
+    plan, warning = make_plan(loaded, probe=probe, folder=Folder(results / loaded.name))
     if as_json:
         _print_json({**plan, "refused": warning})
         return
@@ -127,7 +129,7 @@ def check(
     from telescope.dispatch.folder import Folder
     from telescope.prepare import prepare
     from telescope.report.tables import print_check
-    from telescope.settle import settled
+    from telescope.settle import settled, settlement
 
     def say(text: str) -> None:
         typer.echo(text, err=True)
@@ -135,10 +137,11 @@ def check(
     _make_tokens(loaded)
     folder = Folder(results / loaded.name)
     record = folder.read_spec() if folder.exists else None
-    prepared, _ = settled(prepare(loaded), record, say=say)
+    given = prepare(loaded)
+    prepared, figures = settled(given, record, check=folder.read_check(), say=say)
     measured = run_check(prepared, say)
     folder.create()
-    kept = write_check(folder, measured, prepared)
+    kept = write_check(folder, measured, prepared, settlement(given, prepared, figures))
     if not kept:
         typer.echo(
             f"{loaded.name}: verdict not kept: {folder.path} holds a sweep of other training; "

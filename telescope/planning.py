@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from telescope.errors import DataError, SpecError
+from telescope.dispatch.folder import Folder
+from telescope.errors import DataError, ResumeError, SpecError
 from telescope.foreign import Foreign, plan_foreign
+from telescope.machine import workers
 from telescope.prepare import (
     ASSUMED_FLOP_RATE,
     Prepared,
@@ -14,20 +16,22 @@ from telescope.prepare import (
     over_budget,
     plan_as_json,
     prepare,
-    workers,
 )
 from telescope.records import Point, Trial
-from telescope.settle import settled_here
+from telescope.settle import settled_before, settled_here
 from telescope.spec import Spec
 from telescope.train.choose import undecided
 
 
-def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
+def make_plan(
+    spec: Spec, *, probe: bool, folder: Folder | None = None
+) -> tuple[dict[str, Any], str | None]:
     """The plan in its JSON keys, and why `run` would refuse it, or None.
 
     Args:
         spec: the sweep.
         probe: time a few real steps at every width instead of assuming a rate.
+        folder: where the sweep is or will be; what has been settled there is not measured again.
 
     Raises:
         TelescopeError: the spec, its model file or its corpus is wrong.
@@ -42,15 +46,32 @@ def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
         return _plan_foreign(Foreign.of(spec), at_once)
     prepared = prepare(spec)
     auto = dict.fromkeys(undecided(prepared.trial_config), "decided by the first run")
+    if kept := _settled_in(folder, prepared):
+        spec_of = kept.spec.as_dict()
+        for key in auto:
+            table, name = key.split(".")
+            auto[key] = f"{spec_of[table][name]} as kept in {folder and folder.path}"
+        prepared = kept
     if probe:
         check_corpus(prepared.trial_config)
         prepared, measured = settled_here(prepared)
-        auto = {key: f"{figures.choice} as measured now" for key, figures in measured.items()}
+        auto |= {key: f"{figures.choice} as measured now" for key, figures in measured.items()}
     seconds, basis = _probed(prepared) if probe else _assumed(prepared)
     estimate = estimate_seconds(prepared, seconds, at_once)
     basis += f"; {_describe_workers(at_once)}, start-up not counted"
     plan = plan_as_json(prepared, {"estimate": estimate, "basis": basis})
     return {**plan, "auto": auto}, _refusal(prepared)
+
+
+def _settled_in(folder: Folder | None, prepared: Prepared) -> Prepared | None:
+    """The sweep as a run or a check of it has settled it; None where neither has."""
+    if folder is None or not undecided(prepared.trial_config):
+        return None
+    try:
+        record = folder.read_spec() if folder.exists else folder.read_check()
+    except ResumeError:  # `run` will say it; a plan needs no folder
+        return None
+    return settled_before(prepared, record)
 
 
 def _plan_foreign(foreign: Foreign, at_once: dict[int, int]) -> tuple[dict[str, Any], str | None]:

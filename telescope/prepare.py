@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -301,56 +301,6 @@ def check_compiler(spec: Spec) -> None:
             f"train.compile: got true, but torch.compile fails on this machine ({reason}); install "
             "a C++ compiler, or leave it false"
         ) from error
-
-
-def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> dict[int, int]:
-    """Width → how many trials run at once; by width, as many as fit of the number asked for.
-
-    Args:
-        spec: the sweep.
-        asked: the command line's number, which wins; None if not given.
-        is_cluster: whether the trials run on another machine than this, so that "auto" cannot be
-            read off it.
-
-    Raises:
-        SpecError: "auto" on a cluster.
-    """
-    number, compute = asked or spec.compute.workers, spec.compute
-    if number != "auto" and (is_cluster or not compute.is_by_width):
-        return dict.fromkeys(spec.ladder.widths, number)
-    if number == "auto" and is_cluster:
-        raise SpecError("compute.workers: got 'auto', must be a number on a cluster; use --workers")
-    most = math.inf if number == "auto" else number
-    return {
-        width: int(min(most, _room(compute.cpus_at(width), compute.gpus_at(width))))
-        for width in spec.ladder.widths
-    }
-
-
-def pack_size(spec: Spec, *, is_cluster: bool) -> int | Literal["auto"]:
-    """How many trials a worker may train as one: "auto" only where workers may have accelerators.
-
-    On a CPU a pack gains next to nothing, so that auto is 1 without a probe.
-
-    Args:
-        spec: the sweep.
-        is_cluster: whether the trials run on another machine than this.
-    """
-    compute = spec.compute
-    if compute.pack != "auto":
-        return compute.pack
-    if is_cluster:
-        on_cpu = compute.device == "cpu" or (compute.device == "auto" and not compute.gpus)
-    else:
-        on_cpu = torch.device(resolve_device(compute.device)).type == "cpu"
-    return 1 if on_cpu else "auto"
-
-
-def _room(cpus: int, gpus: float) -> int:
-    """How many trials of a size this machine holds at once; one at least."""
-    if not gpus:
-        return max(1, len(os.sched_getaffinity(0)) // cpus)
-    return max(1, math.floor(torch.cuda.device_count() / gpus))
 
 
 def over_budget(prepared: Priced) -> str | None:

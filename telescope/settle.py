@@ -1,7 +1,7 @@
 """Settles what a spec leaves to the machine: `auto` becomes a value, once in the life of a sweep.
 
-The first run measures; every worker, every resume and every other machine takes what was settled
-then, from spec.json, and the fingerprint has the settled value.
+The first run measures, or the check before it; every worker, every resume and every other machine
+takes what was settled then, from spec.json, and the fingerprint has the settled value.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import Any
 from telescope.errors import SpecError
 from telescope.prepare import Prepared, check_usable
 from telescope.records import Point
-from telescope.train.choose import Measured, decided, measure, undecided
+from telescope.train.choose import ARITHMETICS, Measured, decided, measure, undecided
+from telescope.train.loop import resolve_device
+from telescope.train.probe import free_memory
 
 
 def settled(
     prepared: Prepared,
     record: Mapping[str, Any] | None,
     *,
+    check: Mapping[str, Any] | None = None,
     is_cluster: bool = False,
     say: Callable[[str], None],
 ) -> tuple[Prepared, dict[str, Any]]:
@@ -28,6 +31,7 @@ def settled(
     Args:
         prepared: the sweep.
         record: what spec.json holds; None for a sweep that has none yet.
+        check: what coordcheck.json holds, where `telescope check` keeps what it settled.
         is_cluster: whether trials run on other machines than this, where nothing can be timed.
         say: takes a line per key that is settled now.
 
@@ -47,10 +51,50 @@ def settled(
             f"{keys[0]}: got 'auto', which is measured on the machine that trains; on a cluster "
             "set fp32 or bf16"
         )
+    if check and (kept := settled_before(prepared, check)):
+        values = ", ".join(f"{key} = auto: {_value(kept, key)}" for key in keys)
+        say(f"{prepared.spec.name}: {values}, as the check has measured")
+        return kept, dict(check["measured"])
     prepared, measured = settled_here(prepared)
     for key, figures in measured.items():
         say(f"{prepared.spec.name}: {describe(key, figures)}")
     return prepared, {key: asdict(figures) for key, figures in measured.items()}
+
+
+def settlement(before: Prepared, after: Prepared, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a check keeps beside its verdict, for `settled` to find; empty where nothing was auto.
+
+    Args:
+        before: the sweep as its spec says.
+        after: without `auto`.
+        measured: what was measured for it.
+    """
+    values = {key: _value(after, key) for key in undecided(before.trial_config)}
+    return {"settled": values, "measured": dict(measured)} if values else {}
+
+
+def settled_before(prepared: Prepared, record: Mapping[str, Any] | None) -> Prepared | None:
+    """The sweep with the values that a record has for its `auto`; None where it is no record of it.
+
+    Args:
+        prepared: the sweep.
+        record: spec.json, or the coordcheck.json of a `telescope check`.
+    """
+    keys = undecided(prepared.trial_config)
+    if not record or not keys:
+        return None
+    if "spec" in record:
+        values = {key: _stored(record["spec"], key) for key in keys}
+    else:
+        kept, device = record.get("settled", {}), resolve_device(prepared.spec.compute.device)
+        figures = record.get("measured", {}).values()
+        if not set(keys) <= set(kept) or any(f.get("device") != device for f in figures):
+            return None
+        values = {key: str(kept[key]) for key in keys}
+    if any(value not in ARITHMETICS for value in values.values()):
+        return None
+    found = _with(prepared, values)
+    return found if found.fingerprint == record.get("fingerprint") else None
 
 
 def settled_here(prepared: Prepared) -> tuple[Prepared, dict[str, Measured]]:
@@ -61,6 +105,7 @@ def settled_here(prepared: Prepared) -> tuple[Prepared, dict[str, Measured]]:
     point = Point.of({axis.name: axis.low for axis in prepared.spec.ladder_spec.axes})
     trials = {stage.width: stage.trials for stage in prepared.plan.stages}
     measured = measure(prepared.trial_config, trials, point)
+    free_memory()  # which the workers need
     return _with(prepared, {key: figures.choice for key, figures in measured.items()}), measured
 
 
@@ -80,7 +125,12 @@ def describe(key: str, figures: Measured) -> str:
 def _stored(spec: Mapping[str, Any], key: str) -> str:
     """What an earlier run settled on, or what a sweep without the key was trained with."""
     table, name = key.split(".")
-    return str(spec[table].get(name, "fp32" if name == "precision" else "bf16"))
+    return str(spec.get(table, {}).get(name, "fp32" if name == "precision" else "bf16"))
+
+
+def _value(prepared: Prepared, key: str) -> str:
+    config = prepared.trial_config
+    return config.train.precision if key == "train.precision" else config.optimizer.ns_dtype
 
 
 def _with(prepared: Prepared, choices: Mapping[str, str]) -> Prepared:

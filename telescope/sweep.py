@@ -30,15 +30,14 @@ from telescope.dispatch.store import Store, check_exists, sqlite_url, without_pa
 from telescope.errors import RefusedError, ResumeError, StoreError
 from telescope.foreign import Foreign, Told
 from telescope.ladder.ladder import Ladder, replay
+from telescope.machine import check_numbered_device, gpus, pack_size, takes_any_gpu, workers
 from telescope.prepare import (
     Prepared,
     check_compiler,
     check_corpus,
     check_this_machine,
     over_budget,
-    pack_size,
     prepare,
-    workers,
 )
 from telescope.records import Certificate, Point, Result, Status, Trial
 from telescope.report.figures import write_loss_figure
@@ -121,16 +120,19 @@ class Recorder:
         if len(self.ladder.choices) > closed:
             self.write_table()
 
+    def on_hand_out(self, trials: Sequence[Trial]) -> None:
+        """Note that a worker begins a pack: what ends in it is stored before its end is noted."""
+        self.folder.note_pack({"started": [str(trial) for trial in trials]})
+
     def on_pack(self, pack: Pack) -> None:
         """Note which trials were trained as one, and say once why others were not."""
         self.running.difference_update(pack.released)
-        if len(pack.trained) > 1:
-            trials = [str(trial) for trial in pack.trained]
-            self.folder.note_pack({"trials": trials, "why": pack.why})
+        if len(pack.handed) > 1:
+            members, ended = ([str(t) for t in some] for some in (pack.members, pack.trained))
+            self.folder.note_pack({"trials": members, "ended": ended, "why": pack.why})
         if pack.why and pack.why not in self.unpacked:
             self.unpacked.add(pack.why)
-            width = (*pack.trained, *pack.released)[0].width
-            self.view.note(f"pack of width {width}: {pack.why}")
+            self.view.note(f"pack of width {pack.handed[0].width}: {pack.why}")
 
     def latest(self) -> str:
         """Where the running trials are that print their steps; empty where none does."""
@@ -239,6 +241,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
     if not is_cluster:
         check_this_machine(spec)
         check_compiler(spec)
+    check_numbered_device(spec)
     folder = Folder(options.results / spec.name)
     with (
         _told_what_to_mend(folder),
@@ -248,7 +251,13 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         record = folder.read_spec() if folder.exists else None
         measured: Mapping[str, Any] = {}
         if isinstance(prepared, Prepared):
-            prepared, measured = settled(prepared, record, is_cluster=is_cluster, say=view.note)
+            prepared, measured = settled(
+                prepared,
+                record,
+                check=folder.read_check(),
+                is_cluster=is_cluster,
+                say=view.note,
+            )
         with _recording(prepared, folder, options, view, at_once, measured) as recorder:
             _dispatch(recorder, prepared, options, at_once)
             _draw(recorder, spec)
@@ -397,14 +406,16 @@ def _dispatch(
             timeout=timeout,
             pack=pack,
             on_start=recorder.on_start,
+            on_hand_out=recorder.on_hand_out,
             on_pack=recorder.on_pack,
         )
         return
     from telescope.dispatch.ray_tune import Size, run_ray
 
     compute = prepared.spec.compute
+    reserved = gpus(prepared.spec, at_once, is_cluster=is_cluster)
     by_width = {
-        width: Size(number, compute.cpus_at(width), compute.gpus_at(width))
+        width: Size(number, compute.cpus_at(width), reserved[width])
         for width, number in at_once.items()
     }
     base = by_width[prepared.spec.base_width]
@@ -420,8 +431,10 @@ def _dispatch(
         pack=pack,
         owner=str(recorder.folder.path.resolve()),
         on_start=recorder.on_start,
+        on_hand_out=recorder.on_hand_out,
         on_pack=recorder.on_pack,
         logs=recorder.folder.logs if _prints(prepared) else None,
+        takes_any_gpu=is_cluster and takes_any_gpu(prepared.spec),
     )
 
 

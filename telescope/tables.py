@@ -132,11 +132,13 @@ class ComputeTable(Table):
     """Table ``[compute]``: where trials run; no part of the fingerprint."""
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Trials at once; auto is as many as the machine's CPUs, or GPUs if trials use them, hold."""
+    """Trials at once; auto is one per accelerator where trials take one (as many as fit, if gpus is
+    given), else as many as the machine's CPUs hold."""
     cpus: Cpus | ByWidth[Cpus] = 1
     """CPUs of a trial, a number or one per width; it computes with as many threads."""
     gpus: Gpus | ByWidth[Gpus] = 0.0
-    """GPUs of a trial, a number or one per width; 0.5 lets two share one."""
+    """GPUs of a trial, a number or one per width; 0.5 lets two share one. At 0 each worker
+    of our own trainer reserves an even share of this machine's, if the device is one."""
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials of one width that train as one model. auto is 1 on a CPU, and on an accelerator as
     many as fit its memory, where a short probe says that it pays."""

@@ -80,7 +80,7 @@ def test_rooms_import_downward(room: str) -> None:
 LAYERS = [
     # below the rooms, bottom up; above them, bottom up
     *("errors", "records", "files", "catalog"),
-    *("tables", "spec", "prepare", "settle", "foreign", "checking"),
+    *("tables", "spec", "machine", "prepare", "settle", "foreign", "checking"),
     *("planning", "tokenizing", "answer", "sweep", "api", "tune", "cli"),
 ]
 

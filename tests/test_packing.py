@@ -18,14 +18,16 @@ from faults import answers, finish, run_real, start, stored
 from rich.console import Console
 
 from telescope import Spec
+from telescope.dispatch.folder import Folder
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.packing import Packer, choose_size
 from telescope.dispatch.queue import Pack, Queue
 from telescope.errors import SpecError, StoreError
-from telescope.prepare import pack_size
+from telescope.machine import pack_size
 from telescope.records import Point, Result, Status, Trial
 from telescope.report.live import View, make_view
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, Recorder, open_result, run
+from telescope.train.probe import PackProbe
 
 
 def trials(number: int, width: int = 32) -> list[Trial]:
@@ -53,7 +55,10 @@ def good(trial: Trial) -> Result:
 @dataclass
 class Probe:
     gain: float = 5.0
-    most: float = math.inf
+    room: float = math.inf
+
+    def most(self, share: float) -> float:
+        return self.room * share
 
 
 class Fake:
@@ -68,6 +73,7 @@ class Fake:
         probe: Probe | None = None,
     ) -> None:
         self.packs: list[int] = []
+        self.probed: list[int] = []
         self.alone: list[Trial] = []
         self.on_pack, self.bad, self.stops, self.probe = on_pack, bad, stops, probe
 
@@ -89,6 +95,7 @@ class Fake:
         return self.stops
 
     def probe_pack(self, members: Sequence[Trial]) -> Probe | None:
+        self.probed.append(len(members))
         return self.probe
 
 
@@ -171,9 +178,9 @@ def test_what_cannot_be_stacked_is_trained_one_by_one() -> None:
     _, packs = packed(trainer, trials(5))
     assert not trainer.packs
     assert len(trainer.alone) == 5
-    assert packs[0] == Pack(
-        tuple(trials(5)[:1]), tuple(trials(5)[1:]), most=1, why="it draws random numbers"
-    )
+    first = packs[0]
+    assert (first.trained, first.released) == (tuple(trials(5)[:1]), tuple(trials(5)[1:]))
+    assert (first.most, first.until, first.why) == (1, None, "it draws random numbers")
 
 
 def test_a_trainer_of_single_trials_gets_single_trials() -> None:
@@ -215,10 +222,10 @@ def test_what_the_store_raises_is_no_fault_of_the_pack() -> None:
         ("auto", Probe(gain=1.19), 1, "1.19x"),
         (6, Probe(gain=0.5), 6, ""),  # asked for
         ("auto", Probe(), math.inf, ""),
-        ("auto", Probe(most=10.0), 8, "memory holds 8"),
-        (6, Probe(most=10.0), 6, ""),
-        (6, Probe(most=5.0), 4, "memory holds 4"),
-        (6, Probe(most=0.9), 1, "memory holds 1"),
+        ("auto", Probe(room=10.0), 8, "memory holds 8"),
+        (6, Probe(room=10.0), 6, ""),
+        (6, Probe(room=5.0), 4, "memory holds 4"),
+        (6, Probe(room=0.9), 1, "memory holds 1"),
     ],
 )
 def test_how_many_go_together(size: Any, probe: Any, most: float, why: str) -> None:
@@ -238,11 +245,112 @@ def test_auto_asks_workers_only_where_there_may_be_an_accelerator(
     assert chosen(device="cpu") == chosen(is_cluster=True) == 1
     assert chosen(is_cluster=True, gpus=1) == chosen(device="cuda") == "auto"
     assert chosen(pack=3) == 3
-    monkeypatch.setattr("telescope.prepare.resolve_device", lambda device: "cuda")
+    monkeypatch.setattr("telescope.machine.resolve_device", lambda device: "cuda")
     assert chosen() == "auto"
     for wrong, allowed in ((0, ">= 1"), ("many", "an integer or 'auto'")):
         with pytest.raises(SpecError, match=rf"compute\.pack: got .*, must be .*{allowed}"):
             chosen(pack=wrong)
+
+
+def test_a_worker_that_shares_its_device_leaves_the_others_theirs() -> None:
+    assert choose_size("auto", 4, Probe(room=10.0), 0.5).most == 4  # of 80 % of its half
+    trainer = Fake(probe=Probe(room=10.0))
+    packs = [Packer(lambda: trainer, "auto", share=s)(trials(9), lambda r: None) for s in (1, 0.5)]
+    assert [len(pack.trained) for pack in packs] == [8, 4]
+
+
+def test_a_probe_counts_the_share_even_where_more_is_free_just_now() -> None:
+    probe = PackProbe(2, 1.0, 1.0, bytes_used=20, bytes_free=90, bytes_total=100)
+    assert [probe.most(share) for share in (1.0, 0.5, 0.1)] == [9.0, 5.0, 1.0]
+    late = PackProbe(2, 1.0, 1.0, bytes_used=20, bytes_free=30, bytes_total=100)
+    assert late.most(0.5) == 3.0
+
+
+def word(worker: str, done: Sequence[Trial], **limit: Any) -> Pack:
+    return Pack(tuple(done[:1]), tuple(done[1:]), worker=worker, **limit)
+
+
+def test_one_workers_limit_is_not_the_others() -> None:
+    queue = Queue(Source(trials(40)), pack=None, workers=2)
+    queue.settle(word("late", queue.take_pack(), most=1))
+    taken = queue.take_pack()
+    assert len(taken) == 20  # the other one has not spoken
+    queue.settle(word("early", taken, most=8))
+    assert len(queue.take_pack()) == 8
+    queue.settle(word("early", taken, most=4))  # out of memory since
+    assert len(queue.take_pack()) == 4
+
+
+def test_what_a_small_pack_did_not_gain_a_large_one_may() -> None:
+    class Gaining(Fake):
+        def probe_pack(self, members: Sequence[Trial]) -> Probe:
+            super().probe_pack(members)
+            return Probe(gain=0.55 * len(members))
+
+    class Rounds(Source):
+        """Two trials first, then three, then forty."""
+
+        def ask(self) -> Sequence[Trial]:
+            for end in (2, 5, 45):
+                if open_ones := [t for t in self.wanted[:end] if t not in self.told]:
+                    return open_ones
+            return []
+
+    source, trainer, packs = Rounds(trials(45)), Gaining(), list[Pack]()
+    run_inline(source, trainer, pack="auto", on_pack=packs.append)
+    assert len(source.told) == 45
+    assert trainer.probed == [2, 40]
+    assert trainer.packs == [40]
+    assert (packs[0].most, packs[0].until) == (1, 4)
+
+
+def test_a_size_without_memory_is_not_probed_at_every_hand_out() -> None:
+    class Narrow(Fake):
+        def probe_pack(self, members: Sequence[Trial]) -> Probe:
+            super().probe_pack(members)
+            if len(members) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return Probe(gain=1.0)
+
+    trainer = Narrow()
+    packed(trainer, trials(12), pack="auto")
+    assert trainer.probed == [12, 6, 3]
+    assert len(trainer.alone) == 12
+
+
+def test_a_pack_is_noted_when_it_is_handed_out(tmp_path: Path) -> None:
+    """What a kill leaves is the start; a pack that fails keeps its members, ended or not."""
+    folder, wanted = Folder(tmp_path), trials(6)
+    view = quiet()
+    recorder = Recorder(
+        ladder=None,  # type: ignore[arg-type]
+        store=None,  # type: ignore[arg-type]
+        folder=folder,
+        view=view,
+        name="tiny",
+        workers={},
+        planned={},
+        known=[],
+    )
+    seen: list[int] = []
+
+    def look(members: Sequence[Trial]) -> None:
+        seen.append(len((tmp_path / "packs.jsonl").read_text().splitlines()))
+
+    run_inline(
+        Source(wanted),
+        Fake(look, bad=wanted[1]),
+        pack=8,
+        on_hand_out=recorder.on_hand_out,
+        on_pack=recorder.on_pack,
+    )
+    rows = [json.loads(line) for line in (tmp_path / "packs.jsonl").read_text().splitlines()]
+    names = [str(trial) for trial in wanted]
+    assert seen == [1]
+    assert rows[0] == {"started": names}
+    assert (rows[1]["trials"], rows[1]["ended"]) == (names, names[:1])
+    assert "this point's fault" in rows[1]["why"]
+    assert len(rows) == 2  # those trained alone are no pack
 
 
 def quiet() -> View:
@@ -277,8 +385,11 @@ def test_a_fused_sweep_makes_the_same_choices(tmp_path: Path, corpus_file: Path)
         for name in ("alone", "fused")
     ]
     assert losses[0] == {trial: pytest.approx(loss, rel=1e-4) for trial, loss in losses[1].items()}
-    rows = [json.loads(line) for line in (folder.path / "packs.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder.path / "packs.jsonl").read_text().splitlines()]
+    rows = [line for line in lines if "trials" in line]
     assert [len(row["trials"]) for row in rows] == [4, 4, 3]  # 4 × 2 points, then 3 × 1
+    assert all(row["ended"] == row["trials"] for row in rows)
+    assert [line["started"] for line in lines if "started" in line] == [r["trials"] for r in rows]
     assert {name for row in rows for name in row["trials"]} == {str(trial) for trial in losses[1]}
     assert not (folder.path / "checkpoints").exists()
 

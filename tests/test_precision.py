@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_spec, trial_config
+from conftest import as_toml, tiny_spec, trial_config
 from rich.console import Console
 from torch import nn
 
+from telescope.cli import main
+from telescope.dispatch.folder import Folder
 from telescope.errors import ResumeError, SpecError
 from telescope.planning import make_plan
 from telescope.prepare import prepare
@@ -28,6 +30,7 @@ from telescope.sweep import Options, open_result, run
 from telescope.train import choose
 from telescope.train.choose import Measured
 from telescope.train.config import OptimizerConfig, TrialConfig
+from telescope.train.coordcheck import Extent
 from telescope.train.loop import held_out_loss_of, set_up, take_step, train
 
 TRIAL = Trial(16, Point.of(lr=0.05, weight_decay=0.1), 0)
@@ -150,6 +153,75 @@ def test_a_plan_says_what_is_open(corpus_file: Path, clock: dict[str, float]) ->
     plan, _ = make_plan(spec, probe=False)
     assert plan["auto"]["optimizer.ns_dtype"] == "decided by the first run"
     assert make_plan(Spec.from_dict(tiny_spec(corpus_file)), probe=False)[0]["auto"] == {}
+
+
+def test_a_run_takes_what_the_check_has_settled(
+    corpus_file: Path,
+    tmp_path: Path,
+    clock: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And its verdict with it, which is on that very arithmetic; on another device neither."""
+    one = Extent(width_factors=(1, 2), steps=(1,), seeds=(0,))
+    monkeypatch.setattr("telescope.checking.Extent", lambda: one)
+    data = tiny_spec(corpus_file, **AUTO)
+    (tmp_path / "tiny.toml").write_text(as_toml(data))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["telescope", "check", "tiny.toml"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code in (0, 1)  # so short a check may say anything
+    kept = json.loads((tmp_path / "results" / "tiny" / "coordcheck.json").read_text())
+    assert kept["settled"] == {"train.precision": "bf16", "optimizer.ns_dtype": "bf16"}
+    clock.clear()
+    spec, folder = Spec.from_dict(data), Folder(tmp_path / "results" / "tiny")
+    assert (
+        "bf16 as kept in"
+        in make_plan(spec, probe=True, folder=folder)[0]["auto"]["train.precision"]
+    )
+    capsys.readouterr()
+    record = sweep(corpus_file, tmp_path / "results", **AUTO)
+    assert "bf16, as the check has measured" in " ".join(capsys.readouterr().out.split())
+    assert (record["fingerprint"], record["measured"]) == (kept["fingerprint"], kept["measured"])
+    clock.update(fp32=1.0, bf16=2.0)
+    monkeypatch.setitem(kept["measured"]["train.precision"], "device", "cuda")
+    prepared, _ = settled(prepare(spec), None, check=kept, say=print)
+    assert prepared.trial_config.train.precision == "fp32"
+
+
+def test_a_plan_reads_what_a_sweep_has_settled(
+    corpus_file: Path, tmp_path: Path, clock: dict[str, float]
+) -> None:
+    sweep(corpus_file, tmp_path, **AUTO)
+    clock.clear()
+    spec, folder = Spec.from_dict(tiny_spec(corpus_file, **AUTO)), Folder(tmp_path / "tiny")
+    for probe in (True, False):
+        plan, _ = make_plan(spec, probe=probe, folder=folder)
+        assert plan["auto"]["optimizer.ns_dtype"] == f"bf16 as kept in {tmp_path / 'tiny'}"
+    other = Spec.from_dict(tiny_spec(corpus_file, **AUTO, target={"width": 64}, name="tiny"))
+    longer = other.model_copy(update={"train": replace(other.train, steps=5)})  # type: ignore[type-var]
+    plan, _ = make_plan(longer, probe=False, folder=folder)
+    assert plan["auto"]["optimizer.ns_dtype"] == "decided by the first run"
+
+
+def test_the_folder_of_another_trainers_sweep_is_refused_in_words(
+    corpus_file: Path, tmp_path: Path, clock: dict[str, float]
+) -> None:
+    data = tiny_spec(corpus_file, **AUTO)
+    foreign = {key: data[key] for key in ("name", "target", "budget")} | {
+        "ladder": {"widths": [16]},
+        "axes": {"lr": {"low": 0.01, "high": 0.1, "points": 2}},
+        "trainer": {"command": ["echo", '{{"loss": 1.0}}', "{width}", "{lr}", "{seed}"]},
+        "cost": {"parameters": {"16": 1, "64": 8}},
+    }
+    run(
+        Spec.from_dict(foreign),
+        Options(tmp_path, dispatcher="inline", check=False),
+        lambda: PlainView(Console()),
+    )
+    with pytest.raises(ResumeError, match="not comparable with this spec"):
+        sweep(corpus_file, tmp_path, **AUTO)
 
 
 @pytest.mark.parametrize("key", ["precision", "ns_dtype"])

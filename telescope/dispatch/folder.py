@@ -8,7 +8,7 @@ Standard library only, because `status` and `ls` read it and must start at once.
         trials.db      every result (Optuna on SQLite), unless --storage names another place
         trials.csv     the same as a table
         curves/        one CSV per trial
-        packs.jsonl    which trials were trained as one, if any were
+        packs.jsonl    which trials were begun as one, and which of them ended, if any were
         logs/          what each trial of a foreign trainer printed
         trials/        folders of the trials' own, where a foreign trainer asks for them
         checkpoints/   of the trials that are running, where the spec asks for them
@@ -153,7 +153,7 @@ class Folder:
         write_atomic(self.path / "curves" / f"{result.trial}.csv", text.getvalue(), durable=False)
 
     def note_pack(self, pack: Mapping[str, Any]) -> None:
-        """Keep which trials were trained as one, on a line of its own."""
+        """Keep a pack's start or its end, on a line of its own; a lost worker has no end."""
         with (self.path / PACKS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(pack) + "\n")
 

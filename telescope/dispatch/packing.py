@@ -7,14 +7,14 @@ only as a pack, such as a point whose forward raises, is trained alone, as it wo
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
+from telescope.dispatch.device import check_device
 from telescope.dispatch.queue import (
     Pack,
     Trainer,
@@ -23,6 +23,7 @@ from telescope.dispatch.queue import (
     clean,
     message,
     named_worker,
+    this_worker,
     time_limit,
 )
 from telescope.records import Result, Trial
@@ -34,7 +35,7 @@ MIN_GAIN = 1.2
 assumption: what is gained must pay for the noise of a probe of a few steps, and for results that
 come later."""
 MEMORY_SHARE = 0.8
-"""How much of the free memory a pack may take: allocators fragment, and others may come."""
+"""How much of a worker's memory a pack may take: allocators fragment, and others may come."""
 
 
 def largest(size: PackSize) -> int | None:
@@ -50,9 +51,8 @@ class Measured(Protocol):
         """Trials per second as a pack over one after the other."""
         ...
 
-    @property
-    def most(self) -> float:
-        """How many trials the free memory holds; infinite where that is not known."""
+    def most(self, share: float, /) -> float:
+        """How many trials a share of the device's memory holds; infinite if that is not known."""
         ...
 
 
@@ -72,6 +72,17 @@ class PackTrainer(Trainer, Protocol):
         ...
 
 
+class Limit(NamedTuple):
+    """How many trials of a width go together."""
+
+    most: float
+    """Infinite where nothing limits it."""
+    why: str = ""
+    """What limits it; "" if nothing does."""
+    until: float = math.inf
+    """From how many trials on that is to be found out anew: a larger pack gains more."""
+
+
 @dataclass(frozen=True)
 class _Problem:
     """What a pack has failed of."""
@@ -88,6 +99,7 @@ class Packer:
         size: the largest pack.
         timeout: seconds after which a trial counts as hung, see `attempt`; a pack of K trials may
             take K times as long, as they would one after the other.
+        share: of its device, what this worker may take: others may have the rest.
         guard: a context for all that may take so many seconds.
     """
 
@@ -97,6 +109,7 @@ class Packer:
         size: PackSize,
         *,
         timeout: float = 0.0,
+        share: float = 1.0,
         guard: Callable[[float], AbstractContextManager[None]] = lambda seconds: nullcontext(),
     ) -> None:
         """Know nothing yet."""
@@ -104,8 +117,9 @@ class Packer:
         self._trainer: Trainer | None = None
         self._size = size
         self._timeout = timeout
+        self._share = share
         self._guard = guard
-        self._known: dict[int, tuple[float, str]] = {}  # width → largest pack, and why no larger
+        self._known: dict[int, Limit] = {}
 
     def __call__(self, trials: Sequence[Trial], answer: Callable[[Result], None]) -> Pack:
         """Train the first of the trials, as many as go together, telling each result at once.
@@ -113,27 +127,33 @@ class Packer:
         Args:
             trials: of one width, one or more.
             answer: takes each result as soon as it is there; what it raises passes.
+
+        Raises:
+            LostError: this process can no longer use its device.
         """
         width = trials[0].width
-        if len(trials) > 1 and width not in self._known:
+        if len(trials) > 1 and (
+            width not in self._known or len(trials) >= self._known[width].until
+        ):
             with self._guard(self._timeout * len(trials)):
                 self._known[width] = self._look(trials)
-        most, why = self._known.get(width, (math.inf, ""))
-        if min(most, len(trials)) == 1:
+        limit = self._known.get(width, Limit(math.inf))
+        members = trials[: int(min(limit.most, len(trials)))]
+        if len(members) == 1:
             with self._guard(self._timeout):
                 answer(attempt(self._train_alone, trials[0], timeout=self._timeout))
-            return self._pack(trials, [trials[0]], why)
-        members = trials[: int(min(most, len(trials)))]
+            return self._pack(trials, members, members, limit)
         with self._guard(self._timeout * len(members)):
             ended, problem = self._train(members, answer)
         if problem is None:
-            return self._pack(trials, ended, why)
+            return self._pack(trials, members, ended, limit)
         if problem.is_memory:
             why = f"{len(members)} trials of width {width} need more memory than there is"
-            self._known[width] = (-(-len(members) // 2), why)
-            return self._pack(trials, ended, why)
+            limit = self._known[width] = Limit(-(-len(members) // 2), why)
+            return self._pack(trials, members, ended, limit)
         alone = tuple(trial for trial in members if trial not in ended)
-        return replace(self._pack(trials, ended, problem.text), alone=alone)
+        failed = self._pack(trials, members, ended, limit)
+        return replace(failed, alone=alone, why=problem.text)
 
     def _train_alone(self, trial: Trial) -> Result:
         return self._pack_trainer()(trial)
@@ -143,36 +163,49 @@ class Packer:
             self._trainer = self._load()
         return cast(PackTrainer, self._trainer)
 
-    def _pack(self, trials: Sequence[Trial], ended: Sequence[Trial], why: str) -> Pack:
-        most = self._known.get(trials[0].width, (math.inf, ""))[0]
+    def _pack(
+        self,
+        trials: Sequence[Trial],
+        members: Sequence[Trial],
+        ended: Sequence[Trial],
+        known: Limit,
+    ) -> Pack:
         return Pack(
             trained=tuple(ended),
             released=tuple(trial for trial in trials if trial not in ended),
-            most=None if math.isinf(most) else int(most),
-            why=why,
+            most=None if math.isinf(known.most) else int(known.most),
+            until=None if math.isinf(known.until) else int(known.until),
+            why=known.why,
+            members=tuple(members),
+            worker=this_worker(),
         )
 
-    def _look(self, trials: Sequence[Trial]) -> tuple[float, str]:
+    def _look(self, trials: Sequence[Trial]) -> Limit:
         """How many trials of this width go together, and why no more."""
-        number = len(trials) if self._size == "auto" else min(len(trials), self._size)
+        wanted = len(trials) if self._size == "auto" else min(len(trials), self._size)
+        number = wanted
         while number > 1:
             try:
                 with time_limit(self._timeout * number):
                     trainer = self._pack_trainer()
                     if not hasattr(trainer, "train_pack"):
-                        return 1, "its trainer trains one trial at a time"
+                        return Limit(1, "its trainer trains one trial at a time")
                     if why := trainer.obstacle(trials[0]):
-                        return 1, why
-                    return choose_size(self._size, number, trainer.probe_pack(trials[:number]))
+                        return Limit(1, why)
+                    measured = trainer.probe_pack(trials[:number])
+                limit = choose_size(self._size, number, measured, self._share)
+                # A larger one than memory held just now need not be tried again.
+                return limit if number == wanted else limit._replace(until=math.inf)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
+                check_device(error)
                 problem = _problem(error)
             if not problem.is_memory:
-                return 1, problem.text
+                return Limit(1, problem.text)
             _free_memory()
             number = (number + 1) // 2 if number > 2 else 1
-        return 1, "two trials need more memory than there is"
+        return Limit(1, "two trials need more memory than there is")
 
     def _train(
         self, trials: Sequence[Trial], answer: Callable[[Result], None]
@@ -194,6 +227,7 @@ class Packer:
             except StopIteration:
                 return ended, _Problem("the pack ended before its trials did", is_memory=False)
             except BaseException as error:
+                check_device(error)
                 problem = _problem(error)
             else:
                 ended.append(result.trial)
@@ -205,22 +239,27 @@ class Packer:
         return ended, None
 
 
-def choose_size(size: PackSize, number: int, measured: Measured | None) -> tuple[float, str]:
-    """How many trials go together, and why no more; infinite where nothing limits it.
+def choose_size(
+    size: PackSize, number: int, measured: Measured | None, share: float = 1.0
+) -> Limit:
+    """How many trials go together, and why no more.
 
     Args:
         size: what the spec says.
         number: how many trials were measured together.
         measured: what was found; None on a CPU.
+        share: what the worker may take of its device.
     """
     if measured is None:
-        return (1, "on a CPU a pack gains next to nothing") if size == "auto" else (size, "")
+        on_cpu = Limit(1, "on a CPU auto is 1: runs stay bit-equal, and workers share the cores")
+        return on_cpu if size == "auto" else Limit(size)
     if size == "auto" and measured.gain < MIN_GAIN:
-        return 1, f"{number} trials as one are {measured.gain:.2f}x as fast as one after the other"
+        why = f"{number} trials as one are {measured.gain:.2f}x as fast as one after the other"
+        return Limit(1, why, 2 * number)
     wanted = math.inf if size == "auto" else size
-    most = max(1.0, measured.most * MEMORY_SHARE)
+    most = max(1.0, measured.most(share) * MEMORY_SHARE)
     most = most if math.isinf(most) else math.floor(most)
-    return (most, f"memory holds {most:g} trials at once") if most < wanted else (wanted, "")
+    return Limit(most, f"memory holds {most:g} trials at once") if most < wanted else Limit(wanted)
 
 
 def _problem(error: BaseException) -> _Problem:
@@ -231,9 +270,7 @@ def _problem(error: BaseException) -> _Problem:
 
 
 def _free_memory() -> None:
-    """Give back what a failed pack held: its cycles, and what the allocator keeps of them."""
-    import torch
+    """Give back what a failed pack held."""
+    from telescope.train.probe import free_memory
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Protocol
 
+from telescope.dispatch.device import check_device
 from telescope.errors import TrialError
 from telescope.records import CurvePoint, Result, Status, Trial, TrialSource
 
@@ -43,15 +44,26 @@ class Pack:
     """What a worker has done with the trials it was handed."""
 
     trained: tuple[Trial, ...]
-    """Those that have ended; several were trained as one."""
+    """Those that have ended."""
     released: tuple[Trial, ...] = ()
     """Those that have not, for whoever is free."""
     alone: tuple[Trial, ...] = ()
     """Those of the released that failed as a pack: each has to be trained alone."""
     most: int | None = None
-    """How many of this width can be trained as one, where something is known to limit it."""
+    """How many of this width it can train as one, where something is known to limit it."""
+    until: int | None = None
+    """From how many trials on `most` is to be found out anew; None: never."""
     why: str = ""
     """What limits it, or why a pack failed; "" if nothing did."""
+    members: tuple[Trial, ...] = ()
+    """Those that were begun, as one if several; they end or are released."""
+    worker: str = ""
+    """Whose work it is, and whose limit: ``host:pid``."""
+
+    @property
+    def handed(self) -> tuple[Trial, ...]:
+        """All that the worker was handed."""
+        return (*self.trained, *self.released)
 
 
 class Queue:
@@ -61,6 +73,8 @@ class Queue:
         source: asked for trials, told of results.
         retries: how often a failed trial is tried again.
         on_start: called whenever a worker takes a trial.
+        on_hand_out: called with the trials of a worker that takes several, to train them as one as
+            far as they go together.
         pack: how many trials of one width a worker may take at once; None: as many as there are.
         workers: among whom a stage's trials are shared out evenly, if they are taken in packs.
     """
@@ -71,6 +85,7 @@ class Queue:
         *,
         retries: int = RETRIES,
         on_start: Callable[[Trial], None] | None = None,
+        on_hand_out: Callable[[Sequence[Trial]], None] | None = None,
         pack: int | None = 1,
         workers: int = 1,
     ) -> None:
@@ -78,9 +93,10 @@ class Queue:
         self._source = source
         self._retries = retries
         self._on_start = on_start
+        self._on_hand_out = on_hand_out
         self._pack = pack
         self._workers = workers
-        self._limits: dict[int, int] = {}  # width → largest pack that is known to work
+        self._limits: dict[int, dict[str, Pack]] = {}  # width → worker → its last word
         self._alone: set[Trial] = set()
         self._in_flight: set[Trial] = set()
         self._failures: Counter[Trial] = Counter()
@@ -97,7 +113,10 @@ class Queue:
         """
         asked = self._source.ask()
         share = math.ceil(len(asked) / self._workers) if asked else 1
-        return self._take(share if self._pack is None else min(share, self._pack))
+        taken = self._take(share if self._pack is None else min(share, self._pack))
+        if len(taken) > 1 and self._on_hand_out:
+            self._on_hand_out(taken)
+        return taken
 
     def _take(self, most: int) -> list[Trial]:
         taken: list[Trial] = []
@@ -105,7 +124,7 @@ class Queue:
             is_alone = trial in self._alone or trial in self._failures
             if trial in self._in_flight or (taken and (is_alone or trial.width != taken[0].width)):
                 continue
-            if len(taken) == min(most, self._limits.get(trial.width, most)):
+            if len(taken) == self._limit(trial.width, most):
                 break
             taken.append(trial)
             if is_alone:
@@ -116,13 +135,25 @@ class Queue:
                 self._on_start(trial)
         return taken
 
+    def _limit(self, width: int, most: int) -> int:
+        """How many of `most` trials a worker may be handed: what the ablest can train as one.
+
+        Each worker sees its own device and its own memory, so one's limit is none of the others'.
+        """
+        words = self._limits.get(width, {}).values()
+        if len(words) < self._workers:
+            return most
+        limits = [
+            most if w.most is None or (w.until is not None and most >= w.until) else w.most
+            for w in words
+        ]
+        return min(most, max(limits))
+
     def settle(self, pack: Pack) -> None:
         """Take back what a worker has not trained, which is no failure of theirs, and learn."""
         self._in_flight.difference_update(pack.released)
         self._alone.update(pack.alone)
-        if pack.most is not None:
-            width = (*pack.trained, *pack.released)[0].width
-            self._limits[width] = min(pack.most, self._limits.get(width, pack.most))
+        self._limits.setdefault(pack.handed[0].width, {})[pack.worker] = pack
 
     def answer(self, result: Result) -> None:
         """Give back a trial: its result goes to the source, or it is tried again."""
@@ -151,7 +182,7 @@ class Hung(BaseException):
 
 
 def attempt(trainer: Trainer, trial: Trial, *, timeout: float = 0.0) -> Result:
-    """Train one trial; a crash becomes a failed result with its reason, never an exception.
+    """Train one trial; a crash becomes a failed result with its reason, not an exception.
 
     The one broad `except` of the program: whatever a model file or a library throws is the
     trial's failure, and must not take the sweep with it. KeyboardInterrupt passes.
@@ -161,6 +192,9 @@ def attempt(trainer: Trainer, trial: Trial, *, timeout: float = 0.0) -> Result:
         trial: the trial.
         timeout: seconds after which the trial counts as hung; 0: never. Interrupts Python code in
             the main thread alone: a call that never comes back from C needs its process ended.
+
+    Raises:
+        LostError: this process can no longer use its device: whatever it trains next would fail.
     """
     start = time.perf_counter()
     try:
@@ -169,6 +203,7 @@ def attempt(trainer: Trainer, trial: Trial, *, timeout: float = 0.0) -> Result:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        check_device(error)
         tail = traceback.format_exc().strip().splitlines()[-LOG_TAIL_LINES:]
         result = Result(
             trial,
@@ -181,7 +216,12 @@ def attempt(trainer: Trainer, trial: Trial, *, timeout: float = 0.0) -> Result:
 
 def named_worker(result: Result) -> Result:
     """A result that says which process it comes from."""
-    return replace(result, worker=f"{socket.gethostname()}:{os.getpid()}")
+    return replace(result, worker=this_worker())
+
+
+def this_worker() -> str:
+    """The name of this process, ``host:pid``."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 @contextmanager

@@ -65,9 +65,11 @@ def run_ray(
     pack: PackSize = 1,
     owner: str | None = None,
     on_start: Callable[[Trial], None] | None = None,
+    on_hand_out: Callable[[Sequence[Trial]], None] | None = None,
     on_pack: Callable[[Pack], None] | None = None,
     by_width: Mapping[int, Size] | None = None,
     logs: Path | None = None,
+    takes_any_gpu: bool = False,
 ) -> None:
     """Run every trial that `source` asks for, `workers` at once; returns when it asks for no more.
 
@@ -87,13 +89,17 @@ def run_ray(
         owner: a name that only one run at a time may use; what an earlier run of that name, now
             dead, left behind of its own Ray is ended first.
         on_start: called when a worker takes a trial.
-        on_pack: called when a worker has ended what it was handed.
+        on_hand_out: called when a worker is given several trials, to train as one if they go.
+        on_pack: called when a worker has ended what it was handed; never if it was lost.
         by_width: width → another size than workers, cpus and gpus say; of so many at once as many
             run as there is room for. What widths of one size ask for must come together.
         logs: where each trial's output is kept as ``TRIAL.log``; left out, nowhere.
+        takes_any_gpu: whether a trial computes on the first GPU that it sees, even if it has
+            reserved none; refused where there are GPUs.
 
     Raises:
-        SpecError: no cluster at `address`, or no room for `workers` trials at once.
+        SpecError: no cluster at `address`, no room for `workers` trials at once, or GPUs that all
+            would share unplanned.
         LostError: Ray's head or this machine's raylet has died. Where a call into Ray cannot be
             interrupted, the process ends with that message instead, as Ray itself ends it later.
         KeyboardInterrupt: Ctrl-C; what ran is killed, what had finished is told.
@@ -114,6 +120,8 @@ def run_ray(
             sizes = {width: _fitting(size, where) for width, size in sizes.items()}
             if not sizes:
                 _check_room(default, where)
+            if takes_any_gpu:
+                _check_reserved(sizes.values() or [default], where)
             driver.gate = ray.remote(Gate).options(num_cpus=0).remote()
             given = {
                 **{"trainer": cloudpickle.dumps(trainer), "gate": driver.gate},
@@ -124,7 +132,13 @@ def run_ray(
                     size = sizes.get(asked[0].width, default)
                     widths = [width for width, other in sizes.items() if other == size]
                     part = _Part(source, widths) if widths else source
-                    queue = Queue(part, on_start=on_start, pack=largest(pack), workers=size.workers)
+                    queue = Queue(
+                        part,
+                        on_start=on_start,
+                        on_hand_out=on_hand_out,
+                        pack=largest(pack),
+                        workers=size.workers,
+                    )
                     _run_experiment(queue, driver, given, size, folder)
             finally:
                 ray.kill(driver.gate)
@@ -134,7 +148,9 @@ def _run_experiment(
     queue: Queue, driver: _Driver, given: Mapping[str, Any], size: Size, folder: Path
 ) -> None:
     """Run what a queue has, on workers of one size."""
-    worker = tune.with_parameters(Worker, **given, threads=max(1, int(size.cpus)))
+    # Of its device: GPUs that are reserved in fractions are shared, and so is one that nobody does.
+    share = min(1.0, size.gpus) if size.gpus else 1.0 / size.workers
+    worker = tune.with_parameters(Worker, **given, threads=max(1, int(size.cpus)), share=share)
     worker = tune.with_resources(worker, {"cpu": size.cpus, "gpu": size.gpus})
     driver.serve(queue)
     with suppress(_Leave):
@@ -381,6 +397,16 @@ def _check_room(size: Size, where: str) -> None:
                 f"compute.{key}: got {amount:g} for each of {size.workers} trials at once, "
                 f"{where} has {have:g}; lower compute.{key} or compute.workers"
             )
+
+
+def _check_reserved(sizes: Iterable[Size], where: str) -> None:
+    """Refuse trials that would all find the same GPU: Ray hides none from who reserves none."""
+    there = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+    if there and not all(size.gpus for size in sizes):
+        raise SpecError(
+            f"compute.gpus: got 0, {where} has {there:g}, and all trials of a machine would "
+            "compute on its first; set compute.gpus = 1 (or 0.5), or compute.device = 'cpu'"
+        )
 
 
 def _fitting(size: Size, where: str) -> Size:

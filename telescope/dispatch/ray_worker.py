@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray import cloudpickle, tune
 
 from telescope.dispatch.packing import Packer, PackSize
 from telescope.dispatch.queue import LOG_TAIL_LINES, Trainer
+from telescope.errors import LostError
 from telescope.records import Result, Trial
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -39,12 +40,13 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         timeout: float,
         logs: str,
         pack: PackSize,
+        share: float,
     ) -> None:
         """Size the thread pools, before the trainer brings in torch."""
         self._order = config
         self._pickled = trainer
         # Loaded when it is first needed: a trainer that cannot load is a trial's failure.
-        self._packer = Packer(self._load, pack, timeout=timeout, guard=_ended_if_hung)
+        self._packer = Packer(self._load, pack, timeout=timeout, share=share, guard=_ended_if_hung)
         self._gate = gate
         self._threads = threads
         self._logs = Path(logs)
@@ -60,7 +62,10 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         if trials := self._order.get("trials"):
             results: list[Result] = []
             with _logged(self._logs, trials[0]):
-                pack = self._packer(trials, results.append)
+                try:
+                    pack = self._packer(trials, results.append)
+                except LostError as error:
+                    _leave(error)
             return {"done": True, "results": results, "pack": pack}
         ray.get(self._gate.wait_beyond.remote(self._order["turn"]))
         return {"done": True}
@@ -90,6 +95,16 @@ class Gate:
         """Return as soon as the gate has been opened since `turn`."""
         async with self._opened:
             await self._opened.wait_for(lambda: self._turn > turn)
+
+
+def _leave(error: LostError) -> NoReturn:
+    """End this process, whose device is lost to it: the next one starts with it anew.
+
+    At once, because to tidy up would call the device. The driver finds the reason in the log.
+    """
+    sys.stderr.write(f"{error}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -69,16 +70,24 @@ class PackProbe:
     """Most accelerator memory at once, one trial's own model included; 0 where it is not known."""
     bytes_free: int
     """Accelerator memory that was free before; 0 where it is not known."""
+    bytes_total: int = 0
+    """Accelerator memory of the device; 0 where it is not known."""
 
     @property
     def gain(self) -> float:
         """Trials per second as a pack over one after the other."""
         return self.size * self.alone_seconds / self.pack_seconds
 
-    @property
-    def most(self) -> float:
-        """How many trials the free memory holds."""
-        return self.bytes_free * self.size / self.bytes_used if self.bytes_used else math.inf
+    def most(self, share: float) -> float:
+        """How many trials the free memory holds, or a share of the device's if that is less.
+
+        Args:
+            share: of the device, above 0 and at most 1: workers beside this one have the rest,
+                whether they have taken it yet or not.
+        """
+        if not self.bytes_used:
+            return math.inf
+        return min(self.bytes_free, share * self.bytes_total) * self.size / self.bytes_used
 
 
 def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
@@ -98,7 +107,7 @@ def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
     use_threads(config, trials[0].width)
     alone = _seconds_per_step(set_up(probed, tame[0]), train)
     device = torch.device(resolve_device(config.device))
-    before, free = _memory(device)
+    before, free, total = _memory(device)
     pack, start = Pack(probed, tame), 0.0
     for step in range(steps):
         if step == WARM_UP_STEPS:
@@ -107,13 +116,20 @@ def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
     pack.read()
     seconds = (time.perf_counter() - start) / TIMED_STEPS
     used = torch.cuda.max_memory_allocated(device) - before if free else 0
-    return PackProbe(len(trials), alone, seconds, used, free)
+    return PackProbe(len(trials), alone, seconds, used, free, total)
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes in use and bytes free on a CUDA device, its peak forgotten; zeros on others."""
+def free_memory() -> None:
+    """Give back what nobody uses any more: unreachable cycles, and the allocator's cache."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def _memory(device: torch.device) -> tuple[int, int, int]:
+    """Bytes in use, free and in all on a CUDA device, its peak forgotten; zeros on others."""
     if device.type != "cuda":
-        return 0, 0
+        return 0, 0, 0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.memory_allocated(device), *torch.cuda.mem_get_info(device)
