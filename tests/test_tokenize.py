@@ -159,6 +159,15 @@ def test_shards_that_are_there_stay_and_weights_are_not_lost(tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
+def test_no_tokenizer_is_trained_on_a_copy_of_what_is_held_out(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("".join(sentences(50)))
+    done = telescope("tokenize", "*.txt", "--vocab-size", "300", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "b.txt in source 1 is a copy of " in done.stderr
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
 def test_shards_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a disk that is full after the first thousand tokens."""
     (tmp_path / "a.txt").write_text("".join(sentences(200)))

@@ -104,10 +104,7 @@ def load_corpus(config: DataConfig) -> Corpus:
 def read_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
     """See `load_corpus`; `progress` is told how far the tokenizing of a source is."""
     files = [files_of(source) for source in config.parts]
-    try:
-        _check_distinct(config, files)
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+    check_distinct(config, files)
     name = config.tokenizer_name
     vocabulary = load_tokenizer(name).vocabulary if name else None
     parts = []
@@ -122,8 +119,24 @@ def read_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
     return Corpus(tuple(parts), vocabulary)
 
 
-def _check_distinct(config: DataConfig, files: Sequence[Sequence[Path]]) -> None:
+def check_distinct(config: DataConfig, files: Sequence[Sequence[Path]]) -> None:
     """Check that no file is there twice: held out once, it could be trained on the other time.
+
+    Args:
+        config: the sources.
+        files: what each names.
+
+    Raises:
+        DataError: naming a file and where it is again, or one that cannot be read.
+    """
+    try:
+        _check_distinct(config, files)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+
+
+def _check_distinct(config: DataConfig, files: Sequence[Sequence[Path]]) -> None:
+    """By inode, and by content.
 
     Copies are found by size first, then by their ends, so that only true ones are read whole.
     """
