@@ -269,8 +269,9 @@ def test_a_gradient_of_nothing_but_rounding_is_no_obstacle(
 ) -> None:
     """A bias of the keys moves all scores of a query alike, and softmax takes it away."""
     model = ModelConfig(name="keys.py", text=KEYS_WITH_BIAS, kwargs={"vocab_size": 256})
-    sizes = {"batch_size": 16, "sequence_length": 64}
-    config = trial_config(corpus_file, model=model, precision=precision, **sizes)
+    config = trial_config(
+        corpus_file, model=model, precision=precision, batch_size=16, sequence_length=64
+    )
     assert not obstacle(config, pack_of(width)[0])
 
 
