@@ -54,7 +54,8 @@ class Ladder:
         self.spec = spec
         ladder_spec = _with_costs(spec)
         if refusal := over_budget(ladder_spec, spec.budget.max_over_target):
-            raise RefusedError(f"{spec.name}: {refusal}")
+            squares = "" if spec.cost or spec.model else "; without [cost] a run costs its width²"
+            raise RefusedError(f"{spec.name}: {refusal}{squares}")
         self._ladder = replay(ladder_spec, results, retry_failures=True)
 
     @classmethod
@@ -150,11 +151,13 @@ class Ladder:
 
 
 def _with_costs(spec: Spec) -> LadderSpec:
-    """The ladder's spec, with costs as given, or FLOPs counted where it says what is trained."""
+    """The ladder's spec, with costs as given, counted where it says what is trained, or width²."""
     if spec.cost:
         return spec.ladder_spec_with(spec.costs, spec.target_cost)
     if spec.model is None or spec.train is None:
-        return spec.ladder_spec
+        squares = {width: float(width) ** 2 for width in spec.ladder.widths}
+        longer = spec.target.steps / spec.steps if spec.target.steps and spec.steps else 1.0
+        return spec.ladder_spec_with(squares, float(spec.target.width) ** 2 * longer)
     from telescope.prepare import count_costs
 
     return count_costs(spec).ladder_spec

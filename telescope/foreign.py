@@ -6,10 +6,10 @@ imported and takes what it will be called with. `plan` looks at nothing that wou
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,23 @@ from telescope.dispatch.loading import forget, load_function, module_file
 from telescope.dispatch.outcome import Prices
 from telescope.dispatch.placeholders import OWN, names_in
 from telescope.dispatch.queue import Trainer
-from telescope.dispatch.trainers import CommandTrainer, FunctionTrainer, Place, check_signature
+from telescope.dispatch.trainers import (
+    CommandTrainer,
+    FunctionTrainer,
+    Place,
+    check_signature,
+    digest,
+)
 from telescope.errors import SpecError
 from telescope.prepare import Priced
 from telescope.spec import Spec
 from telescope.tables import CostTable, TrainerTable
 
-LARGEST_SCRIPT = 1 << 20
-"""Bytes of a file named in a command up to which it counts as part of the trainer, not as data."""
+LARGEST_PROGRAM = 1 << 20
+"""Bytes of the program that a command names by a relative path up to which it counts as the user's
+own; a larger one is an interpreter in an environment, which differs between machines."""
+SCRIPT_SUFFIXES = {".py", ".sh", ".bash", ".zsh", ".jl", ".r", ".pl", ".rb", ".lua", ".js", ".ts"}
+"""Names of files that are scripts; so is a file that begins with #!."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +89,29 @@ class Foreign(Told):
         With the text of the script that a command names, or of a function's module; what those
         import or read is not seen.
         """
-        hashes = {f"trainer.{name} (hash)": _digest(path) for name, path in self._sources()}
+        hashes = {f"trainer.{name} (hash)": known for name, _, known in self._sources}
         return {**self.spec.strict_fields(""), **hashes}
 
-    def _sources(self) -> list[tuple[str, Path]]:
-        """The files whose text is part of the trainer."""
+    @cached_property
+    def _sources(self) -> list[tuple[str, Path, str]]:
+        """Name, place and digest of the files whose text is part of the trainer, read once."""
         if self.trainer.function:
-            path = module_file(self.trainer.function, self.directories)
-            return [("function", path)] if path else []
-        parts = [part for part in self.trainer.command or () if not names_in(part)]
-        files = {part: self.folder / part for part in parts}
-        return [(name, path) for name, path in files.items() if _is_script(path)]
+            module = module_file(self.trainer.function, self.directories)
+            files = {"function": module} if module else {}
+        else:
+            files = {part: self.folder / part for part in self._scripts()}
+        return [(name, path, digest(path)) for name, path in files.items()]
+
+    def _scripts(self) -> list[str]:
+        """The parts of the command that are the trainer: no file that it may read or write.
+
+        These are the program, if it is a script or given by a relative path, and the first script
+        after it, which an interpreter or a launcher runs.
+        """
+        program, *arguments = self.trainer.command or ("",)
+        found = [program] if not names_in(program) and _is_own(self.folder, program) else []
+        scripts = (p for p in arguments if not names_in(p) and _is_script(self.folder / p))
+        return [*found, *[script for script in scripts if script not in found][:1]]
 
     def make_trainer(self, results: Folder) -> Trainer:
         """The trainer, whose trials leave their logs and files in a sweep's results folder."""
@@ -104,8 +125,9 @@ class Foreign(Told):
                 parameters={} if is_flops else self.cost_per_trial,
             ),
         )
+        sources = {str(path): known for _, path, known in self._sources}
         if self.trainer.function:
-            return FunctionTrainer(self.trainer.function, self.directories, place)
+            return FunctionTrainer(self.trainer.function, self.directories, place, sources)
         assert self.trainer.command is not None
         return CommandTrainer(
             command=self.trainer.command,
@@ -116,6 +138,7 @@ class Foreign(Told):
             result=self.trainer.result,
             timeout=self.trainer.timeout,
             threads={width: self.spec.compute.cpus_at(width) for width in self.spec.ladder.widths},
+            sources=sources,
         )
 
     def check(self, *, is_cluster: bool) -> None:
@@ -155,23 +178,26 @@ class Foreign(Told):
         check_signature(name, function, needed, set(OWN) - mute)
 
 
+def _is_own(folder: Path, program: str) -> bool:
+    """Whether a program is part of the trainer, and no tool that is installed."""
+    path = folder / program
+    if "/" not in program:  # found on PATH
+        return False
+    try:
+        is_small = path.is_file() and path.stat().st_size <= LARGEST_PROGRAM
+    except (OSError, ValueError):
+        return False
+    return _is_script(path) or (is_small and not Path(program).is_absolute())
+
+
 def _is_script(path: Path) -> bool:
     try:
-        return path.is_file() and path.stat().st_size <= LARGEST_SCRIPT
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return path.suffix.lower() in SCRIPT_SUFFIXES or file.read(2) == b"#!"
     except (OSError, ValueError):  # too long a name, or one that cannot be
         return False
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file's text, 16 hex digits.
-
-    Raises:
-        SpecError: it cannot be read.
-    """
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise SpecError(f"trainer: cannot read {path}: {error.strerror}") from error
 
 
 def plan_foreign(foreign: Foreign) -> dict[str, Any]:

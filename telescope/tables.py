@@ -137,8 +137,9 @@ class ComputeTable(Table):
     cpus: Cpus | ByWidth[Cpus] = 1
     """CPUs of a trial, a number or one per width; it computes with as many threads."""
     gpus: Gpus | ByWidth[Gpus] = 0.0
-    """GPUs of a trial, a number or one per width; 0.5 lets two share one. At 0 each worker
-    of our own trainer reserves an even share of this machine's, if the device is one."""
+    """GPUs of a trial, a number or one per width; 0.5 lets two share one, above 1 it is whole. At 0
+    each worker of our own trainer reserves an even share of this machine's, if the device is
+    one."""
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials of one width that train as one model. auto is 1 on a CPU, and on an accelerator as
     many as fit its memory, where a short probe says that it pays."""
@@ -146,6 +147,16 @@ class ComputeTable(Table):
     """torch's name of the device; auto is the worker's accelerator if it has one, else the CPU."""
     flop_rate: Annotated[float, Field(gt=0)] | None = None
     """FLOP/s of one worker, for `plan`'s seconds; left out, a stated guess. `--probe` measures."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        gpus = self.gpus if isinstance(self.gpus, Mapping) else {None: self.gpus}
+        for width, number in gpus.items():
+            key = "gpus" if width is None else f"gpus.{width}"
+            require(
+                number <= 1 or number == int(number), key, number, "at most 1, or a whole number"
+            )
+        return self
 
     @property
     def is_by_width(self) -> bool:
@@ -226,7 +237,11 @@ class TrainerTable(Table):
             require(plain, "function", self.function, "package.module:name")
             for key in ("environment", "result"):
                 require(not getattr(self, key), key, getattr(self, key), "left out with function")
+        for name in self.environment:
+            plain = bool(name) and "=" not in name and "\0" not in name
+            require(plain, "environment", name, "names of variables, without = and NUL")
         for key, text in self.texts():
+            require("\0" not in text, key, text, "without NUL: no program can be given one")
             try:
                 names_in(text)
             except ValueError as error:

@@ -29,6 +29,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from telescope.api import Ladder
+from telescope.dispatch.ray_worker import Gate
 from telescope.errors import ResumeError, SpecError
 from telescope.files import write_json
 from telescope.records import Point, Result, Status, Trial
@@ -61,6 +62,9 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
     what `param_space` holds. It reports its loss as a metric, of which the last report counts; NaN,
     an infinite loss or ``{"status": "diverged"}`` mean that the point is at fault. ``{"status":
     "failed"}``, or an exception that Tune's FailureConfig has not healed, is the machine's fault.
+
+    Lower is better, always. Tune shows a search the Tuner's ``mode`` only if there is a
+    `param_space`: ``mode="max"`` is refused with one, and cannot be seen without.
 
     Give the Tuner ``num_samples=-1``: the ladder says when it is done. Leave the scheduler out: one
     that stops trials early makes losses that cannot be compared. `FailureConfig(max_failures=2)`
@@ -180,8 +184,7 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
         """
         if self._error:
             self._fail()
-        if self._results is not None and self._kept is None:
-            self._open(Path(self._results))
+        self._hold()
         trial = self._next()
         if trial:
             self._running[trial_id] = trial
@@ -204,10 +207,12 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
             self._kept.close()
             self._kept = None
 
-    def _open(self, results: Path) -> None:
-        """Hold the results folder, and go on with what it holds."""
+    def _hold(self) -> None:
+        """Hold the results folder if there is one, and go on with what it holds."""
+        if self._results is None or self._kept is not None:
+            return
         self._kept = ExitStack()
-        self._recorder = self._kept.enter_context(recorded(self.spec, results))
+        self._recorder = self._kept.enter_context(recorded(self.spec, Path(self._results)))
         self._ladder = Ladder.around(self.spec, self._recorder.ladder)
 
     def _fail(self) -> None:
@@ -241,6 +246,10 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
             self._gate.open()
 
     def _tell(self, trial: Trial, trial_id: str, report: Mapping[str, Any] | None) -> None:
+        # After `Tuner.restore` trials go on to their end before Tune asks for another.
+        self._hold()
+        if trial in {result.trial for result in self._ladder.results}:
+            return  # stored after Tune's last checkpoint, by which it has been run again
         if report is None:
             reason = f"Tune has given up on it; see error.txt of its trial {trial_id}"
             result = Result(trial, Status.FAILED, reason=reason)
@@ -326,8 +335,8 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResumeError(f"{checkpoint_path}: cannot be read: {error}") from error
         self._has_loss = any(result.loss is not None for result in results)
-        if self._results is None:  # else the store has them, and what was answered since
-            self._ladder = Ladder(self.spec, results)
+        # With a results folder its store, which also has what was answered since, takes the place.
+        self._ladder = Ladder(self.spec, results)
 
 
 def _again(
@@ -362,26 +371,13 @@ def _result(data: Mapping[str, Any]) -> Result:
     return Result(_trial(data), status, loss=data["loss"], reason=data["reason"])
 
 
-class _Gate:
-    """An actor on which idle workers sleep until there is something to hand out."""
-
-    def __init__(self) -> None:
-        self._turn = 0
-        self._opened = asyncio.Condition()
-
-    async def open(self, turn: int) -> None:
-        """Let go all who wait for this turn."""
-        async with self._opened:
-            self._turn = turn
-            self._opened.notify_all()
+class _Gate(Gate):
+    """The gate of a Tuner, at which nobody waits for longer than `GATE_SECONDS`."""
 
     async def wait_beyond(self, turn: int) -> None:
         """Return when the gate has been opened since `turn`, or after `GATE_SECONDS`."""
-        async with self._opened:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(
-                    self._opened.wait_for(lambda: self._turn > turn), GATE_SECONDS
-                )
+        with suppress(TimeoutError):
+            await asyncio.wait_for(super().wait_beyond(turn), GATE_SECONDS)
 
 
 class _GateKeeper:

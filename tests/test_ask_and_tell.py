@@ -77,10 +77,21 @@ def test_a_budget_below_the_least_is_refused() -> None:
     cost = {"parameters": {"16": 1.0, "32": 4.0, "64": 16.0}}
     with pytest.raises(RefusedError, match=r"mine: the sweep would cost at least .* target runs"):
         Ladder(spec(cost=cost, budget={"max_over_target": 0.1}))
-    dear = Ladder(spec(cost=cost, budget={"max_over_target": 3.0}))
+    with pytest.raises(RefusedError, match=r"would fit: .*without \[cost\] a run costs its width²"):
+        Ladder(spec(budget={"max_over_target": 0.1}))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"cost": {"parameters": {"16": 1.0, "32": 4.0, "64": 16.0}}}, {}],
+    ids=["cost", "width²"],
+)
+def test_a_budget_is_never_passed(given: dict[str, Any]) -> None:
+    cost = {"16": 1.0, "32": 4.0}
+    dear = Ladder(spec(**given, budget={"max_over_target": 3.0}))
     spent = 0.0
     while trials := dear.ask():
         for trial in trials:
-            spent += cost["parameters"][str(trial.width)]
+            spent += cost[str(trial.width)]
             dear.tell(trial, loss=1 + 0.3 * math.sin(50 * trial.point["alpha"]))
     assert spent <= 3.0 * 16

@@ -110,6 +110,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"compute": {"cpus": {"8": 1}}}, "compute.cpus: .*for width 16"),
     ({"compute": {"cpus": {"8": 1, "16": 0}}}, "compute.cpus.16: got 0, must be >= 1"),
     ({"compute": {"gpus": {"8": 0.5, "16": -1}}}, "compute.gpus.16: got -1, must be >= 0"),
+    ({"compute": {"gpus": 1.5}}, "compute.gpus: got 1.5, must be at most 1, or a whole number"),
+    ({"compute": {"gpus": {"8": 2, "16": 2.5}}}, "compute.gpus.16: got 2.5, must be at most 1"),
+    ({"trainer": {"environment": {"A=B": "1"}}}, "trainer.environment: got 'A=B', must be names"),
+    ({"trainer": {"environment": {"": "1"}}}, "trainer.environment: got '', must be names"),
+    (
+        {"trainer": {"environment": {"A": "1\0"}}},
+        "trainer.environment.A: got .*must be without NUL",
+    ),
 ]
 
 
@@ -189,6 +197,60 @@ def test_what_differs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bowl.py").write_text(BOWL + "\n")
     with pytest.raises(ResumeError, match=r"trainer\.bowl\.py \(hash\) was"):
         inline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "hashed"),
+    [
+        (["{python}", "-S", "bowl.py", "--log", "log.txt"], ["bowl.py"]),
+        (["torchrun", "--nproc=2", "bowl.py", "other.py"], ["bowl.py"]),
+        (["./run", "--log", "log.txt"], ["./run"]),
+        (["./run", "bowl.py"], ["./run", "bowl.py"]),
+        (["./compiled", "log.txt"], ["./compiled"]),
+        (["/bin/sh", "run"], ["run"]),
+        (["sh", "-c", "bowl.py"], ["bowl.py"]),
+        (["sh", "-c", "python bowl.py"], []),
+        (["bowl.py", "log.txt"], []),  # a program of that name on PATH
+        (["{python}", "-m", "module", "log.txt", "log.jsonl", "x\ty" * 2000], []),
+    ],
+)
+def test_only_the_script_of_a_command_is_the_trainer(
+    command: list[str], hashed: list[str], tmp_path: Path
+) -> None:
+    texts = {"run": "#!/bin/sh", "other.py": "", "log.txt": "a", "log.jsonl": "", "compiled": "x"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    told = {"command": [*command, "{width}", "{lr}", "{seed}"]}
+    comparable = Foreign.of(Spec.from_dict(bowl_spec(tmp_path, trainer=told))).comparable
+    found = [key for key in comparable if key.endswith("(hash)")]
+    assert found == [f"trainer.{name} (hash)" for name in hashed]
+
+
+def test_a_file_that_the_trainer_writes_refuses_no_resume(tmp_path: Path) -> None:
+    told = {"command": [*COMMAND, "runs.jsonl"]}  # which every run makes longer
+    (tmp_path / "runs.jsonl").touch()
+    for _ in range(2):
+        _, ladder = inline(tmp_path, trainer=told)
+        assert ladder.is_finished
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_script_edited_in_the_middle_makes_no_ladder_of_two_trainers(
+    after: int, tmp_path: Path
+) -> None:
+    """Before a trial starts, or while the fourth runs; the first text goes on with what it has."""
+    edit = f"if len(open('runs.jsonl').readlines()) == {after + 1}: open('bowl.py', 'a').write('#')"
+    (tmp_path / "bowl.py").write_text(f"{BOWL}{edit}\n")
+    text = (tmp_path / "bowl.py").read_text()
+    _, ladder = inline(tmp_path)
+    assert "bowl.py has changed since the sweep began; undo the change" in str(ladder.stuck)
+    kept = [r for r in open_result("bowl", tmp_path / "results").results if r.loss is not None]
+    assert len(kept) == after
+    (tmp_path / "bowl.py").write_text(text)
+    _, ladder = inline(tmp_path)
+    assert ladder.is_finished
+    results = open_result("bowl", tmp_path / "results").results
+    assert set(kept) <= set(results)
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,9 @@ def test_a_divergence_is_the_points_fault(script: str, reason: str, tmp_path: Pa
         ('echo \'{{"loss": "low"}}\'', "has loss 'low', must be a number"),
         ("echo '{{\"loss\": true}}'", "has loss True, must be a number"),
         ("echo '{{\"loss\": null}}'", "has loss None, must be a number"),
-        ('echo \'{{"status": "done"}}\'', "says status 'done'; expected"),
-        ('echo \'{{"loss": 1, "flops": -1}}\'', "has flops -1.0, must be >= 0"),
+        ('echo \'{{"status": "done"}}\'', "no result: stdout has JSON, but no line such as"),
+        ('echo \'{{"status": "failed", "reason": "GPU"}}\'', "says status 'failed' (GPU); expect"),
+        ('echo \'{{"loss": 1, "status": "failed"}}\'', "says status 'failed'; expected"),
         ("echo one >&2; echo two >&2; exit 1", "exit code 1\none\ntwo"),
         ("echo only here; exit 1", "exit code 1\nonly here"),
     ],
@@ -141,6 +142,64 @@ def test_a_failure_says_why_with_the_end_of_its_log(
     assert result.status is Status.FAILED
     assert reason in result.reason
     assert "Traceback" not in result.reason
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "note"),
+    [
+        (['{"loss": 1.5}', '{"event": "upload", "status": "ok"}'], Status.COMPLETE, ""),
+        (['{"loss": 1.5}', '{"status": ["a"]}', '{"status": null}'], Status.COMPLETE, ""),
+        (['{"loss": 1.5, "status": "complete"}'], Status.COMPLETE, ""),
+        (['{"loss": 1.5, "status": "completed"}'], Status.COMPLETE, "status 'completed', may be"),
+        (['{"loss": 1.5, "flops": "1e12"}'], Status.COMPLETE, "flops '1e12', must be a number"),
+        (['{"loss": 1.5, "flops": -1}'], Status.COMPLETE, "flops -1, must be a number >= 0"),
+        (['{"loss": 1.5, "tokens": NaN}'], Status.COMPLETE, "tokens nan, must be a number >= 0"),
+        (['{"loss": 1.5, "step": "last"}'], Status.COMPLETE, "step 'last', must be a whole"),
+        (['{"status": "diverged", "flops": NaN}'], Status.DIVERGED, "flops nan, must be a"),
+        ([f'{{"step": 1, "loss": 1{"0" * 400}}}', '{"loss": 1.5}'], Status.COMPLETE, ""),
+    ],
+)
+def test_a_log_line_or_a_wrong_extra_costs_no_result(
+    lines: list[str], status: Status, note: str, tmp_path: Path
+) -> None:
+    (tmp_path / "said").write_text("\n".join(lines))
+    prices = Prices(flops={32: 7.0}, parameters={32: 3.0})
+    result = command(tmp_path, "cat", "said", prices=prices)
+    assert (result.status, result.flops) == (status, 7.0), result.reason
+    assert result.loss == (1.5 if status is Status.COMPLETE else None)
+    log = (tmp_path / "logs" / f"{TRIAL}.err").read_text()
+    assert (note in log and log.count("\n") == 1) if note else log == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "steps", "is_final"),
+    [
+        ({"step": 10, "loss": 5.0}, 100, False),
+        ({"step": 98, "loss": 5.0}, 100, False),
+        ({"step": 99, "loss": 5.0}, 100, True),  # counted from 0
+        ({"step": 100, "loss": 5.0}, 100, True),
+        ({"step": 10, "loss": 5.0}, None, True),
+        ({"loss": 5.0}, 100, True),
+    ],
+)
+def test_a_loss_from_the_middle_of_a_training_is_no_result(
+    said: dict[str, Any], steps: int | None, is_final: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "said").write_text(json.dumps(said))
+    (tmp_path / "training.py").write_text(f"def train(**all): return {said!r}")
+    where = place(tmp_path, steps=steps)
+    for trainer in (
+        CommandTrainer(("cat", "said"), str(tmp_path), str(tmp_path / "logs"), where),
+        FunctionTrainer("training:train", (str(tmp_path),), where),
+    ):
+        result = attempt(trainer, TRIAL)
+        assert result.status is (Status.COMPLETE if is_final else Status.FAILED)
+        assert is_final or f"ended at step {said['step']} of 100" in result.reason
+
+
+def test_a_divergence_may_end_early(tmp_path: Path) -> None:
+    for said in ('{{"step": 1, "loss": NaN}}', '{{"step": 1, "status": "diverged"}}'):
+        assert command(tmp_path, f"echo '{said}'").status is Status.DIVERGED
 
 
 def test_what_cannot_be_started_is_a_failure(tmp_path: Path) -> None:
@@ -186,7 +245,7 @@ def test_the_curve_and_what_was_spent(tmp_path: Path) -> None:
         {"step": 2, "train_loss": 4.0, "val_loss": 4.5},
         {"step": 3, "train_loss": math.nan},
         {"lr": 0.1},
-        {"step": 4, "loss": 3.0, "tokens": 100},
+        {"step": 7, "loss": 3.0, "tokens": 100},
     ]
     text = "".join(f"{json.dumps(line)}\n" for line in lines).replace("{", "{{").replace("}", "}}")
     script = f"cat <<'E'\n{text}E"
@@ -194,7 +253,7 @@ def test_the_curve_and_what_was_spent(tmp_path: Path) -> None:
     assert result.curve == (
         CurvePoint(1, 5.0, None),
         CurvePoint(2, 4.0, 4.5),
-        CurvePoint(4, None, 3.0),
+        CurvePoint(7, None, 3.0),
     )
     assert result.flops == 6 * 10 * 100
     planned, said = Prices(flops={32: 7.0}), {"loss": 1.0, "flops": 5}
@@ -389,6 +448,27 @@ def test_a_function_that_does_not(text: str, status: Status, reason: str, tmp_pa
 def test_a_function_gives_its_curve(tmp_path: Path) -> None:
     text = "def train(**a): return dict(loss=1, step=9, curve=[dict(step=3, loss=2.0)])"
     assert function(tmp_path, text).curve == (CurvePoint(3, 2.0, None), CurvePoint(9, None, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("curve", "row", "note"),
+    [
+        ("[dict(step=3, loss=numpy.float32(2))]", CurvePoint(3, 2.0, None), ""),
+        ("[dict(step=numpy.int64(3), loss=torch.tensor(2.0))]", CurvePoint(3, 2.0, None), ""),
+        ("[dict(step=3, loss='low', val_loss=10**400), 7]", None, ""),
+        ("None", None, ""),
+        ("3.0", None, "curve is a float, must be a list"),
+    ],
+)
+def test_a_curve_of_any_librarys_numbers_or_none_that_can_be_read(
+    curve: str, row: CurvePoint | None, note: str, tmp_path: Path, capfd: Any
+) -> None:
+    text = f"import numpy, torch\ndef train(**a): return dict(loss=1, curve={curve})"
+    result = function(tmp_path, text)
+    assert result.status is Status.COMPLETE, result.reason
+    assert result.curve == ((row,) if row else ())
+    said = capfd.readouterr().err
+    assert note in said if note else not said
 
 
 @pytest.mark.parametrize(

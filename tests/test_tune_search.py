@@ -5,10 +5,12 @@ The answers are checked against the ladder asked and told by hand on the same lo
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
 import pickle
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from telescope import Ladder, Spec
 from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
 from telescope.records import Choice
 from telescope.sweep import open_result
-from telescope.tune import GATE, TelescopeSearch
+from telescope.tune import GATE, TelescopeSearch, _Gate
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray-tuner")]
 
@@ -351,6 +353,56 @@ def test_state_is_json_and_a_replay(tmp_path: Path) -> None:
     again.on_trial_complete("a", result={"loss": 1.25})
     assert again.ladder.results[0].loss == 1.25
     assert given["a"] is not None
+
+
+@pytest.mark.parametrize("answered", [2, 7])
+def test_what_ends_after_a_restore_before_tune_asks_is_kept(answered: int, tmp_path: Path) -> None:
+    """Two trials were running; one is answered in the store, but not in Tune's older state."""
+    results = tmp_path / "results"
+    first = TelescopeSearch(spec(), results=results)
+    for number in range(answered):
+        config = first.suggest(str(number))
+        assert isinstance(config, dict)
+        first.on_trial_complete(str(number), result={"loss": loss_at(config)})
+    one, two = first.suggest("one"), first.suggest("two")
+    assert isinstance(one, dict)
+    assert isinstance(two, dict)
+    assert two["width"] == (16 if answered == 2 else 32)
+    first.save(str(tmp_path / "state"))
+    first.on_trial_complete("one", result={"loss": loss_at(one)})
+    first.close()
+
+    second = pickle.loads(pickle.dumps(first))
+    second.restore(str(tmp_path / "state"))
+    assert len(second.ladder.results) == answered
+    for key, config in (("one", one), ("two", two)):
+        second.on_trial_complete(key, result={"loss": loss_at(config)})
+    assert len(second.ladder.results) == answered + 2
+    given = drive(second, lambda config: {"loss": loss_at(config)})
+    trials = [result.trial for result in open_result("tuner", results).results]
+    assert len(trials) == len(set(trials)) == answered + 2 + given
+    assert second.ladder.choices == by_hand(spec())
+
+
+def test_nobody_waits_at_the_gate_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("telescope.tune.GATE_SECONDS", 0.05)
+
+    async def wait() -> None:
+        gate = _Gate()
+        await asyncio.wait_for(gate.wait_beyond(0), 10)  # never opened
+        waiting = asyncio.create_task(gate.wait_beyond(1))
+        await gate.open(2)
+        await waiting
+
+    asyncio.run(wait())
+
+
+def test_an_import_leaves_the_users_ray_as_it_is() -> None:
+    """What the program sets for a Ray of its own is nothing for somebody else's."""
+    code = "import os, telescope.tune; print('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER' in os.environ)"
+    names = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", code], env=names, capture_output=True, check=True)
+    assert done.stdout == b"False\n"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """What a foreign trainer says of a trial, as JSON or as a mapping, turned into a result.
 
     {"loss": 2.31}                          complete; also NaN and Infinity, which are a divergence
-    {"status": "diverged"}                  with an optional "reason"
+    {"status": "diverged"}                  or "failed", with an optional "reason"
     {"step": 100, "train_loss": 2.9}        one row of the curve, on a line of its own
 
-A result may say "step", "tokens" and "flops" too.
+A result may say "step", "tokens" and "flops" too; what of these makes no sense is left out with a
+note, and costs no result. Another "status" is somebody's log, and no result.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -46,10 +48,10 @@ class Prices:
 
         Source: 6 per parameter and token is the usual count, arXiv 2001.08361; no attention.
         """
-        if said.get("flops") is not None:
-            return _amount(said, "flops")
-        if said.get("tokens") is not None and width in self.parameters:
-            return 6.0 * self.parameters[width] * _amount(said, "tokens")
+        if (flops := _amount(said, "flops")) is not None:
+            return flops
+        if width in self.parameters and (tokens := _amount(said, "tokens")) is not None:
+            return 6.0 * self.parameters[width] * tokens
         return self.flops.get(width, 0.0)
 
 
@@ -79,11 +81,11 @@ def curve_point(said: Mapping[str, Any]) -> CurvePoint | None:
     >>> curve_point({"step": 10, "loss": 2.5, "val_loss": 2.6, "lr": 0.1})
     CurvePoint(step=10, train_loss=2.5, held_out_loss=2.6)
     """
-    step = said.get("step")
-    if not isinstance(step, Integral) or isinstance(step, bool):
-        return None
+    step = _step(said)
     train, held_out = (_first(said, keys) for keys in (LOSS_KEYS, HELD_OUT_KEYS))
-    return None if train is None and held_out is None else CurvePoint(int(step), train, held_out)
+    if step is None or (train is None and held_out is None):
+        return None
+    return CurvePoint(step, train, held_out)
 
 
 def latest_row(path: Path) -> CurvePoint | None:
@@ -99,11 +101,14 @@ def latest_row(path: Path) -> CurvePoint | None:
 
 def _first(said: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
     """The first finite number under one of these keys."""
-    for key in keys:
-        value = said.get(key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    return None
+    values = (_float(said.get(key)) for key in keys)
+    return next((value for value in values if value is not None and math.isfinite(value)), None)
+
+
+def _step(said: Mapping[str, Any]) -> int | None:
+    """The step that is said; None where there is none, or what is no whole number."""
+    step = said.get("step")
+    return int(step) if isinstance(step, Integral) and not isinstance(step, bool) else None
 
 
 def parse_line(line: bytes | str) -> dict[str, Any] | None:
@@ -122,12 +127,36 @@ def parse_line(line: bytes | str) -> dict[str, Any] | None:
 
 
 def is_verdict(said: Mapping[str, Any]) -> bool:
-    """Whether a line says how the trial ended, as far as it knew."""
-    return "loss" in said or "status" in said
+    """Whether a line says how the trial ended: with a loss, or with a status that is an end.
+
+    >>> is_verdict({"loss": 2.3}), is_verdict({"event": "upload", "status": "ok"})
+    (True, False)
+    """
+    return "loss" in said or _ended_as(said) is not None
+
+
+def _ended_as(said: Mapping[str, Any]) -> Status | None:
+    """The status other than complete that is said; None for any other word."""
+    status = said.get("status")
+    if isinstance(status, str) and status in (Status.DIVERGED, Status.FAILED):
+        return Status(status)
+    return None
+
+
+def on_stderr(note: str) -> None:
+    """Where a note goes if nothing else is said: into what the process prints."""
+    print(note, file=sys.stderr)
 
 
 def as_result(
-    trial: Trial, said: Mapping[str, Any], prices: Prices, *, seconds: float, curve: Curve
+    trial: Trial,
+    said: Mapping[str, Any],
+    prices: Prices,
+    *,
+    seconds: float,
+    curve: Curve,
+    steps: int | None = None,
+    note: Callable[[str], None] = on_stderr,
 ) -> Result:
     """The result that a trainer's last word means.
 
@@ -137,23 +166,32 @@ def as_result(
         prices: what is known of its cost.
         seconds: how long it took.
         curve: what it reported on the way.
+        steps: how many steps it was to make; None where that is not known.
+        note: takes a line about each field that is left out.
 
     Raises:
-        TrialError: neither a loss nor a divergence, or a number that is none.
+        TrialError: neither a loss nor a divergence, a loss that is no number, or one of a trial
+            that ended before its last step.
     """
-    status = said.get("status", "complete" if "loss" in said else None)
-    if status not in ("complete", "diverged"):
-        problem = f"says status {status!r}" if "status" in said else "has neither loss nor status"
+    for problem in _faults(said):
+        note(f"telescope: {trial}: left out of the result: {problem}")
+    status = _ended_as(said)
+    if status is Status.FAILED or not ("loss" in said or status or _is_complete(said)):
+        problem = (
+            f"says status {said['status']!r}" if "status" in said else "has neither loss nor status"
+        )
         reason = f" ({said['reason']})" if said.get("reason") else ""
         raise TrialError(f"the result {_shown(said)} {problem}{reason}; expected {EXPECTED}")
     loss = None
     reason = str(said.get("reason") or "")
-    if status == "diverged":
+    if status is Status.DIVERGED:
         reason = reason or "the trainer says so"
     else:
-        loss = _number(said, "loss")
+        loss = _loss(said)
         if not math.isfinite(loss):
             loss, reason = None, f"loss {loss}"
+    if loss is not None:
+        _check_length(said, steps)
     last = curve_point({**said, "loss": said.get("train_loss"), "held_out_loss": loss})
     rows = list(curve.rows)
     if last and rows and rows[-1].step == last.step and last.train_loss is None:
@@ -169,23 +207,59 @@ def as_result(
     )
 
 
-def _number(said: Mapping[str, Any], key: str) -> float:
-    """A number, of whatever library; no text and no truth value, which Python would take too."""
-    value = said.get(key)
-    if value is not None and not isinstance(value, (str, bytes, bool)):
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            pass
-    raise TrialError(f"the result {_shown(said)} has {key} {value!r}, must be a number")
+def _check_length(said: Mapping[str, Any], steps: int | None) -> None:
+    """Check that a loss is the last step's: one from the middle of a training is not comparable."""
+    step = _step(said)
+    if steps is not None and step is not None and step < steps - 1:  # who counts from 0 ends there
+        raise TrialError(
+            f"ended at step {step} of {steps} (trainer.steps): the loss {_shown(said)} is not the "
+            "final one; call the losses on the way train_loss"
+        )
 
 
-def _amount(said: Mapping[str, Any], key: str) -> float:
-    """A number that counts something."""
-    value = _number(said, key)
-    if not (math.isfinite(value) and value >= 0):
-        raise TrialError(f"the result {_shown(said)} has {key} {value!r}, must be >= 0 and finite")
+def _is_complete(said: Mapping[str, Any]) -> bool:
+    status = said.get("status")
+    return isinstance(status, str) and status == Status.COMPLETE
+
+
+def _faults(said: Mapping[str, Any]) -> list[str]:
+    """What of a result is left out because it makes no sense, beside what does."""
+    faults = [
+        f"{key} {said[key]!r}, must be a number >= 0 and finite"
+        for key in ("flops", "tokens")
+        if said.get(key) is not None and _amount(said, key) is None
+    ]
+    if said.get("step") is not None and _step(said) is None:
+        faults.append(f"step {said['step']!r}, must be a whole number")
+    is_known = said.get("status") is None or _ended_as(said) is not None or _is_complete(said)
+    if "loss" in said and not is_known:
+        faults.append(f"status {said['status']!r}, may be complete, diverged or failed")
+    return faults
+
+
+def _loss(said: Mapping[str, Any]) -> float:
+    value = _float(said.get("loss"))
+    if value is None:
+        raise TrialError(
+            f"the result {_shown(said)} has loss {said.get('loss')!r}, must be a number"
+        )
     return value
+
+
+def _float(value: Any) -> float | None:
+    """A number, of whatever library; no text and no truth value, which Python would take too."""
+    if value is None or isinstance(value, (str, bytes, bool)):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _amount(said: Mapping[str, Any], key: str) -> float | None:
+    """A number that counts something; None where there is none, or what is none."""
+    value = _float(said.get(key))
+    return value if value is not None and math.isfinite(value) and value >= 0 else None
 
 
 def _shown(said: object) -> str:

@@ -6,6 +6,7 @@ know nothing of how a program trains: it is told a trial and says what came of i
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 import secrets
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from telescope.dispatch.outcome import (
     as_result,
     curve_point,
     is_verdict,
+    on_stderr,
     parse_line,
 )
 from telescope.dispatch.placeholders import filled, names_in
@@ -43,6 +45,39 @@ LONGEST_LINE = 1 << 20
 MARK = "TELESCOPE_TRIAL"
 """The environment variable by which all processes of a trial are known."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's text, 16 hex digits.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise SpecError(f"trainer: cannot read {path}: {error.strerror}") from error
+
+
+def check_unchanged(sources: Mapping[str, str]) -> None:
+    """Check that the trainer is still the one that the sweep began with.
+
+    Args:
+        sources: file → digest then.
+
+    Raises:
+        TrialError: it is not; losses of two programs are not one ladder.
+    """
+    for name, before in sources.items():
+        try:
+            is_same = digest(Path(name)) == before
+        except SpecError as error:
+            raise TrialError(str(error)) from error
+        if not is_same:
+            raise TrialError(
+                f"{name} has changed since the sweep began; undo the change and the same command "
+                "goes on, or start another sweep with --name"
+            )
 
 
 @dataclass(frozen=True)
@@ -82,16 +117,19 @@ class FunctionTrainer:
     directories: tuple[str, ...]
     """Where it is imported from, the first first."""
     place: Place
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """File → `digest` that it had when the sweep began."""
 
     def __call__(self, trial: Trial) -> Result:
         """Call it once.
 
         Raises:
             SpecError: it cannot be imported here.
-            TrialError: it returned what is no result.
+            TrialError: it returned what is no result, or its file has changed.
             Exception: whatever it raises.
         """
         start = time.perf_counter()
+        check_unchanged(self.sources)
         function = load_function(self.function, self.directories)
         values = self.place.values(trial)
         names = accepted(function, {"width", "seed", *trial.point}, set(values) - {"python"})
@@ -100,12 +138,22 @@ class FunctionTrainer:
         with seen_from(self.directories):
             returned = function(**{name: values[name] for name in values if name in names})
         said = returned if isinstance(returned, Mapping) else {"loss": returned}
-        curve = Curve()
-        for row in said.get("curve", ()):
+        curve = _curve(said.get("curve"))
+        seconds = time.perf_counter() - start
+        place = self.place
+        return as_result(trial, said, place.prices, seconds=seconds, curve=curve, steps=place.steps)
+
+
+def _curve(rows: object) -> Curve:
+    """The rows that a function returned; what is no row is left out."""
+    curve = Curve()
+    if isinstance(rows, Iterable):
+        for row in rows:
             if isinstance(row, Mapping):
                 curve.add(row)
-        seconds = time.perf_counter() - start
-        return as_result(trial, said, self.place.prices, seconds=seconds, curve=curve)
+    elif rows is not None:
+        on_stderr(f"telescope: curve is a {type(rows).__name__}, must be a list: left out")
+    return curve
 
 
 def accepted(function: Callable[..., Any], always: set[str], offered: set[str]) -> set[str]:
@@ -171,6 +219,8 @@ class CommandTrainer:
     timeout: float = 0.0
     threads: Mapping[int, int] = field(default_factory=dict)
     """Width → threads that numerical libraries are told to use; not said where it is not given."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """File → `digest` that it had when the sweep began; with another one a trial fails."""
 
     def __call__(self, trial: Trial) -> Result:
         """Run it to its end; whatever it does is a result, its own failures included."""
@@ -185,12 +235,23 @@ class CommandTrainer:
         start = time.perf_counter()
         try:
             with out.open("wb") as stdout, err.open("wb") as stderr:
+                check_unchanged(self.sources)
                 code = self._run(trial, values, stdout, stderr)
+            check_unchanged(self.sources)  # which of the two texts was read is not known
             seconds = time.perf_counter() - start
             if problem := _problem(code):
                 raise TrialError(problem)
             said, curve = _read(out, Path(file) if file else None)
-            return as_result(trial, said, self.place.prices, seconds=seconds, curve=curve)
+            with err.open("a", errors="backslashreplace") as log:
+                return as_result(
+                    trial,
+                    said,
+                    self.place.prices,
+                    seconds=seconds,
+                    curve=curve,
+                    steps=self.place.steps,
+                    note=lambda text: print(text, file=log),
+                )
         except TrialError as error:
             reason = clean([str(error), *(_tail(err) or _tail(out))])
             seconds = time.perf_counter() - start
