@@ -200,6 +200,7 @@ def bad_trainer(bad: list[Trial]) -> Trainer:
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("ray")
 def test_on_ray_what_is_fatal_to_a_process_is_not_to_the_sweep(
     monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:

@@ -39,6 +39,7 @@ def last_loss(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("ray")
 def test_a_tuner_with_a_tensorboard_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = ["--storage", str(tmp_path / "ray"), "--results", str(tmp_path)]
     done = subprocess.run(

@@ -364,6 +364,7 @@ def _is_marked(process: psutil.Process, mark: str) -> bool:
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("ray")
 def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Width 8 on one CPU each, two at once; width 16 on both; the same answer as inline."""
     pytest.importorskip("telescope.dispatch.ray_tune")
@@ -390,6 +391,7 @@ def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("ray")
 def test_ctrl_c_on_ray_leaves_no_command_running(tmp_path: Path) -> None:
     pytest.importorskip("telescope.dispatch.ray_tune")
     (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))

@@ -440,6 +440,7 @@ def test_killed_in_the_middle_of_a_pack_it_goes_on(tmp_path: Path, corpus_file: 
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("ray")
 def test_packs_on_ray_and_a_worker_that_dies_with_one() -> None:
     ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
     wanted = trials(8)

@@ -23,6 +23,7 @@ import pytest
 from faults import Tally, answers, finish, quiet, spec_of, start
 
 from telescope import Spec
+from telescope.dispatch import ray_session
 from telescope.dispatch.ray_session import marked
 from telescope.errors import LostError
 from telescope.records import Result, Trial
@@ -31,7 +32,7 @@ from telescope.train import loop
 
 pytest.importorskip("telescope.dispatch.ray_tune")
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 PARTS = {"worker": "ray::", "raylet": "raylet", "head": "gcs_server"}
 LOST = {LostError.exit_code, 1}
@@ -207,6 +208,19 @@ def test_a_checkpoint_is_gone_on_from_by_another_worker(tmp_path: Path) -> None:
     assert 16 <= second[0] <= first[-1] + 1
     assert answers(killed) == answers(plain)
     assert not kept.exists()
+
+
+def test_a_fork_of_the_raylet_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it runs its own program it is called raylet too; then it seemed to have died."""
+    names = {10: "gcs_server", 11: "raylet", 12: "raylet"}
+    monkeypatch.setattr(ray_session, "marked", lambda owner: [12, 10, 11])
+    monkeypatch.setattr(ray_session, "_name", names.get)
+    ray = ray_session.LocalRay("me")
+    assert ray.is_whole()
+    names[12] = "ray::IDLE"
+    assert ray.is_whole()
+    del names[11]
+    assert not ray.is_whole()
 
 
 def test_only_its_own_leftovers_are_reaped(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from telescope import Spec
 from telescope.report.live import make_view
 from telescope.sweep import Options, open_result, run
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 
 def test_ray_and_inline_agree(tmp_path: Path, corpus_file: Path) -> None:

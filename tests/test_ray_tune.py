@@ -32,7 +32,7 @@ ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
 ray = pytest.importorskip("ray")  # after ours, which decides where Ray may listen
 OBJECT_STORE_BYTES = pytest.importorskip("telescope.dispatch.ray_connect").OBJECT_STORE_BYTES
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 
 class Stages:
@@ -185,7 +185,8 @@ def test_interrupt_ends_all_within_seconds(tmp_path: Path) -> None:
         start_new_session=True,
     ) as sweep:
         assert sweep.stdout is not None
-        assert sweep.stdout.readline() == "told\n"
+        first = sweep.stdout.readline()
+        assert first == "told\n", first + sweep.stdout.read()
         time.sleep(0.5)
         start = time.monotonic()
         os.killpg(sweep.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the whole group

@@ -72,13 +72,20 @@ class LocalRay:
     def __init__(self, owner: str) -> None:
         """Look for the sessions of an owner."""
         self._owner = owner
-        self._seen: set[int] = set()
+        self._seen: dict[str, int] = {}  # name → process
 
     def is_whole(self) -> bool:
         """Whether all parts that have been seen are still there; at the start there are none."""
-        if len(self._seen) < len(VITAL):
-            self._seen |= {number for number in marked(self._owner) if _name(number) in VITAL}
-        return all(_name(number) in VITAL for number in self._seen)
+        if len(self._seen) < len(VITAL) or not self._are_alive():
+            # A process that the raylet has just forked is called as it is until it runs its own
+            # program: of several the first, which has the lowest number, is meant.
+            for number in sorted(marked(self._owner), reverse=True):
+                if (name := _name(number)) in VITAL:
+                    self._seen[str(name)] = number
+        return self._are_alive()
+
+    def _are_alive(self) -> bool:
+        return all(_name(number) == name for name, number in self._seen.items())
 
 
 def _name(number: int) -> str | None:
