@@ -27,6 +27,8 @@ RETRIES = 2
 """How often a failed trial is tried again before the failure is its answer."""
 LOG_TAIL_LINES = 8
 """How many lines of a crash's traceback are kept in the result's reason."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""What numerical libraries read, once, to size their thread pools."""
 LINE_LENGTH = 500
 """Characters of a line of a reason that are kept."""
 

@@ -15,12 +15,10 @@ import ray
 from ray import cloudpickle, tune
 
 from telescope.dispatch.packing import Packer, PackSize
-from telescope.dispatch.queue import LOG_TAIL_LINES, Trainer
+from telescope.dispatch.queue import LOG_TAIL_LINES, THREAD_VARIABLES, Trainer
 from telescope.errors import LostError
 from telescope.records import Result, Trial
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""What numerical libraries read, once, to size their thread pools."""
 HANG_GRACE = 10.0
 """Seconds that a hung trial has to be interrupted in, before its process is ended."""
 HANG_TITLE = "Timeout ("

@@ -34,7 +34,7 @@ from telescope.dispatch.outcome import (
     parse_line,
 )
 from telescope.dispatch.placeholders import filled, names_in
-from telescope.dispatch.queue import LOG_TAIL_LINES, clean
+from telescope.dispatch.queue import LOG_TAIL_LINES, THREAD_VARIABLES, clean
 from telescope.errors import SpecError, TrialError
 from telescope.records import Result, Status, Trial
 
@@ -44,7 +44,6 @@ LONGEST_LINE = 1 << 20
 """Bytes of a line that is looked at; a longer one is no result."""
 MARK = "TELESCOPE_TRIAL"
 """The environment variable by which all processes of a trial are known."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def digest(path: Path) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from telescope.errors import ModelError
-from telescope.train.rules import Role, Tag, check_growth, init_std, scaling
+from telescope.train.rules import Role, Tag, check_growth, init_std, owners_of, scaling
 
 
 def tag(
@@ -49,7 +49,7 @@ def tag(
     for name in shapes[0]:
         check_growth(name, [by_name[name] for by_name in shapes], widths)
     mup.set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
-    owners = _owners(model)
+    owners = owners_of(model)
     return {
         name: Tag(
             name,
@@ -60,15 +60,6 @@ def tag(
         )
         for name, p in model.named_parameters()
     }
-
-
-def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Parameter identity → the modules that hold it; more than one where weights are tied."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    return owners
 
 
 def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:

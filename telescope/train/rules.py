@@ -13,8 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from telescope.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 RMS_MATCH = 0.2
 """Muon's update has this RMS per unit of lr, as AdamW's has. Source: arXiv 2502.16982 §2.2."""
@@ -167,3 +171,12 @@ def check_growth(name: str, shapes: Sequence[tuple[int, ...]], widths: Sequence[
                 f"{name}: a side is {pairs}; a side must stay or be proportional to the width "
                 "(rounding aside)"
             )
+
+
+def owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Parameter identity → the modules that hold it; more than one where weights are tied."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return owners

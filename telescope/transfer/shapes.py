@@ -21,7 +21,7 @@ from telescope.files import write_atomic
 from telescope.records import Point
 from telescope.train.config import OptimizerConfig
 from telescope.train.groups import parameter_groups
-from telescope.train.rules import Role, Tag, check_growth
+from telescope.train.rules import Role, Tag, check_growth, owners_of
 from telescope.transfer.settings import group_settings
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def _roles(
     model: nn.Module, grows: Mapping[str, tuple[bool, ...]], given: Mapping[str, str]
 ) -> dict[str, Role]:
     """Name → role: as given, else by what grows and which module holds it."""
-    owners = _owners(model)
+    owners = owners_of(model)
     unused = {pattern for pattern in given if not any(fnmatchcase(n, pattern) for n in grows)}
     if unused:
         raise ModelError(f"roles: {sorted(unused)[0]!r} matches no parameter")
@@ -336,15 +336,6 @@ def _roles(
             "grow on both sides (key-value heads as a ratio, not a number)"
         )
     return roles
-
-
-def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Parameter identity → the modules that hold it; more than one where weights are tied."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    return owners
 
 
 def _role(name: str, grows: tuple[bool, ...], owners: list[nn.Module]) -> Role:
