@@ -18,11 +18,11 @@ from telescope.spec import Spec
 from telescope.tables import AxisTable
 from telescope.train.coordcheck import (
     SHORT,
-    CoordCheck,
     Extent,
     check_config,
     coordinate_check,
 )
+from telescope.train.coordcheck_verdict import CoordCheck
 from telescope.train.flops import step_cost
 from telescope.train.loop import resolve_device
 from telescope.train.probe import free_memory

@@ -122,6 +122,16 @@ def test_the_ladder_is_pure() -> None:
         assert {name.split(".")[0] for name in imports(path)} <= allowed, path
 
 
+def test_the_coordinate_checks_judge_is_pure() -> None:
+    """It judges sizes, whoever measured them."""
+    allowed = {"records", "train.coordcheck_verdict"}
+    for name in ("judge", "verdict"):
+        names = imports(PACKAGE / "train" / f"coordcheck_{name}.py")
+        own = {n.removeprefix("telescope.") for n in names if n.startswith("telescope.")}
+        assert own <= allowed, name
+        assert {n.split(".")[0] for n in names} & {"torch", "mup", "os", "pathlib"} == set(), name
+
+
 @pytest.mark.parametrize("name", STANDARD_ONLY)
 def test_what_starts_at_once_is_standard_library(name: str) -> None:
     allowed = {"telescope"} | set(sys.stdlib_module_names)

@@ -34,14 +34,13 @@ from telescope.train.config import (
 )
 from telescope.train.coordcheck import (
     SHORT,
-    THRESHOLD,
-    CoordCheck,
     Extent,
     check_config,
     check_trials,
     coordinate_check,
-    judge,
 )
+from telescope.train.coordcheck_judge import THRESHOLD, judge
+from telescope.train.coordcheck_verdict import CoordCheck
 from telescope.train.data import load_corpus
 from telescope.train.rules import Role, Scaling
 
@@ -402,12 +401,14 @@ def test_more_seeds_are_trained_where_a_slope_is_uncertain(
         off = trial.seed == 1 and trial.width == 64
         return {step: {"output change": 2.0 if off else 1.0} for step in steps}
 
-    monkeypatch.setattr(coordcheck, "_measure", measure)
+    monkeypatch.setattr(coordcheck, "measure_sizes", measure)
     checked = check(gpt_config())
     assert set(trained) == {0, 1, 2, 3}
     assert checked.seeds == (0, 1, 2, 3)
     assert checked.passed
-    monkeypatch.setattr(coordcheck, "_measure", lambda c, t, s: {x: {"a change": 1.0} for x in s})
+    monkeypatch.setattr(
+        coordcheck, "measure_sizes", lambda c, t, s: {x: {"a change": 1.0} for x in s}
+    )
     assert check(gpt_config()).seeds == (0, 1)
 
 

@@ -16,7 +16,7 @@ from telescope.ladder.ladder import Ladder
 from telescope.records import Choice, Result, Stage, Status
 
 if TYPE_CHECKING:
-    from telescope.train.coordcheck import CoordCheck
+    from telescope.train.coordcheck_verdict import CoordCheck
 
 AXIS_LABELS = {
     "lr": "learning rate (base-width units)",

@@ -14,7 +14,7 @@ from telescope.report.live import describe_seconds
 
 if TYPE_CHECKING:
     from telescope.sweep import Finished
-    from telescope.train.coordcheck import CoordCheck
+    from telescope.train.coordcheck_verdict import CoordCheck
     from telescope.transfer.settings import Transfer
 
 
