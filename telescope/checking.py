@@ -10,10 +10,11 @@ from typing import Any
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError, SpecError
 from telescope.foreign import Told
-from telescope.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_usable
+from telescope.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_usable, prepare
 from telescope.records import Point
 from telescope.report.figures import write_check_figure
 from telescope.report.live import describe_seconds
+from telescope.settle import settled, settlement
 from telescope.spec import Spec
 from telescope.tables import AxisTable
 from telescope.train.coordcheck import (
@@ -70,6 +71,37 @@ def run_check(
     check = coordinate_check(config, point, extent)
     free_memory()  # which the workers need
     return check
+
+
+def check_in_full(
+    spec: Spec, folder: Folder, say: Callable[[str], None]
+) -> tuple[CoordCheck, bool]:
+    """Make the full check, and keep its verdict in the results folder.
+
+    Args:
+        spec: the sweep; one that telescope trains itself.
+        folder: its results folder, made where there is none.
+        say: takes what there is to say, a line each.
+
+    Returns:
+        The check, and whether it was kept; see `write_check`.
+
+    Raises:
+        ResumeError: the folder's files cannot be read.
+        TelescopeError: the sweep cannot be checked; see `run_check`, `prepare` and `settled`.
+    """
+    record = folder.read_spec() if folder.exists else None
+    given = prepare(spec)
+    prepared, figures = settled(given, record, check=folder.read_check(), say=say)
+    check = run_check(prepared, say)
+    folder.create()
+    is_kept = write_check(folder, check, prepared, settlement(given, prepared, figures))
+    if not is_kept:
+        say(
+            f"{spec.name}: verdict not kept: {folder.path} holds a sweep of other training; "
+            "--name keeps it elsewhere"
+        )
+    return check, is_kept
 
 
 def check_point(spec: Spec) -> Point:

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,33 +125,18 @@ def check(
             f"{loaded.name}: no coordinate check: [trainer] trains it, so there is no model of "
             "ours to check"
         )
-    console = _console()
-    from telescope.checking import check_title, describe_verdict, run_check, write_check
-    from telescope.dispatch.folder import Folder
-    from telescope.prepare import prepare
-    from telescope.report.tables import print_check
-    from telescope.settle import settled, settlement
-
-    def say(text: str) -> None:
-        typer.echo(text, err=True)
-
     _make_tokens(loaded)
+    from telescope.checking import check_in_full, check_title, describe_verdict
+    from telescope.dispatch.folder import Folder
+
     folder = Folder(results / loaded.name)
-    record = folder.read_spec() if folder.exists else None
-    given = prepare(loaded)
-    prepared, figures = settled(given, record, check=folder.read_check(), say=say)
-    measured = run_check(prepared, say)
-    folder.create()
-    kept = write_check(folder, measured, prepared, settlement(given, prepared, figures))
-    if not kept:
-        typer.echo(
-            f"{loaded.name}: verdict not kept: {folder.path} holds a sweep of other training; "
-            "--name keeps it elsewhere",
-            err=True,
-        )
+    measured, kept = check_in_full(loaded, folder, lambda line: typer.echo(line, err=True))
     if as_json:
         _print_json(measured.as_dict())
     else:
+        from telescope.report.tables import print_check
+
+        console = _console()
         print_check(console, measured, check_title(loaded))
         console.print(f"verdict  {measured.verdict}: {describe_verdict(measured)}", soft_wrap=True)
         if kept:
@@ -329,12 +315,7 @@ def transfer(
         fold_readout=fold_readout,
     )
     if out:
-        from telescope.files import write_json
-
-        try:
-            write_json(out, settings.as_dict())
-        except OSError as error:
-            raise SpecError(f"--out {out}: cannot be written: {error.strerror}") from error
+        _write_json(out, settings.as_dict())
     if as_json:
         _print_json(settings.as_dict())
     elif out:
@@ -407,6 +388,15 @@ def _open(sweep: str, results: Path) -> Finished:
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _write_json(out: Path, data: Mapping[str, Any]) -> None:
+    from telescope.files import write_json
+
+    try:
+        write_json(out, data)
+    except OSError as error:
+        raise SpecError(f"--out {out}: cannot be written: {error.strerror}") from error
 
 
 def _console() -> Any:

@@ -27,9 +27,34 @@ def _table(*columns: str) -> Table:
 
 
 def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -> None:
-    """Print what a sweep will cost."""
+    """Print what a sweep will cost.
+
+    Args:
+        console: where to.
+        plan: the keys of `plan --json`.
+        warning: why `run` would refuse it, or None.
+    """
+    console.print(_stages_table(plan["stages"]))
+    target, seconds = plan["target"], plan["seconds"]
+    console.print(f"target   width {target['width']}, {_target_facts(target)}", highlight=False)
+    _print_planned_cost(console, plan)
+    about = "" if seconds["estimate"] is None else "about "
+    console.print(
+        f"time     {about}{describe_seconds(seconds['estimate'])} ({seconds['basis']})",
+        highlight=False,
+    )
+    for key, value in plan.get("auto", {}).items():
+        console.print(f"auto     {key}: {value}", highlight=False)
+    if note := plan.get("data", {}).get("note"):
+        console.print(f"data     {note}", style="yellow", soft_wrap=True)
+    if warning:
+        console.print(f"`run` would refuse: {warning}", style="yellow")
+
+
+def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per width that the plan trains."""
     table = _table("width", "parameters", "grid", "trials", "tokens", "FLOPs", "of which optimizer")
-    for stage in plan["stages"]:
+    for stage in stages:
         flops = stage["flops"]
         table.add_row(
             str(stage["width"]),
@@ -41,15 +66,21 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
             _number(flops["total"]),
             f"{flops['optimizer'] / flops['total']:.0%}" if flops["optimizer"] else "–",
         )
-    console.print(table)
-    target = plan["target"]
+    return table
+
+
+def _target_facts(target: Mapping[str, Any]) -> str:
+    """What is known of the target run: parameters, tokens, FLOPs."""
     known = [
         _number(target["parameters"], ",.0f", " parameters"),
         _number(target["tokens"], unit=" tokens"),
         _number(target["flops"], unit=" FLOPs"),
     ]
-    facts = ", ".join(fact for fact in known if fact != "–")
-    console.print(f"target   width {target['width']}, {facts}", highlight=False)
+    return ", ".join(fact for fact in known if fact != "–")
+
+
+def _print_planned_cost(console: Console, plan: Mapping[str, Any]) -> None:
+    """Print the sweep's cost next to the target run's, and between what it may lie."""
     adaptive = plan["policy"] == "adaptive"
     flops = _number(plan["sweep_flops"], unit=" FLOPs: ") if plan["sweep_flops"] else ""
     console.print(
@@ -62,18 +93,6 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
             f"         {low:.2f} at best, {high:.2f} at worst; what is expected assumes a plain "
             "bowl and little noise"
         )
-    seconds = plan["seconds"]
-    console.print(
-        f"time     {'about ' if seconds['estimate'] is not None else ''}"
-        f"{describe_seconds(seconds['estimate'])} ({seconds['basis']})",
-        highlight=False,
-    )
-    for key, value in plan.get("auto", {}).items():
-        console.print(f"auto     {key}: {value}", highlight=False)
-    if note := plan.get("data", {}).get("note"):
-        console.print(f"data     {note}", style="yellow", soft_wrap=True)
-    if warning:
-        console.print(f"`run` would refuse: {warning}", style="yellow")
 
 
 def _number(value: float | None, form: str = ".3g", unit: str = "") -> str:

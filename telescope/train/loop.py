@@ -18,7 +18,7 @@ from telescope.errors import DataError
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.train.checkpoint import Position, checkpoints_of
 from telescope.train.config import TrainConfig, TrialConfig, require
-from telescope.train.data import Batches, held_out_batch, load_corpus
+from telescope.train.data import Batches, Corpus, held_out_batch, load_corpus
 from telescope.train.groups import parameter_groups
 from telescope.train.model import build_model
 from telescope.train.optim import build_optimizers, schedule, set_lr
@@ -141,18 +141,8 @@ class Setup:
 def set_up(config: TrialConfig, trial: Trial) -> Setup:
     """Build what a trial steps over; see `TelescopeTrainer` for what it raises."""
     device = resolve_device(config.device)
-    corpus = load_corpus(config.data)
-    if corpus.digest != config.corpus_digest:
-        raise DataError(
-            f"data.source: this worker reads a corpus with hash {corpus.digest[:12]}, the driver's "
-            f"is {config.corpus_digest[:12]}; use the same files, and for python-stdlib the same "
-            "Python version, on every machine"
-        )
-    for key, value in (
-        ("precision", config.train.precision),
-        ("ns_dtype", config.optimizer.ns_dtype),
-    ):
-        require(value != "auto", key, value, "settled before a trial: fp32 or bf16")
+    corpus = _drivers_corpus(config)
+    _require_settled(config)
     if config.train.precision == "bf16":
         # Autocast leaves a norm's gain in fp32, which torch takes for an oversight.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
@@ -184,6 +174,31 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
         ),
         device=device,
     )
+
+
+def _drivers_corpus(config: TrialConfig) -> Corpus:
+    """The corpus, as this machine reads it.
+
+    Raises:
+        DataError: it is not the one that the driver has read.
+    """
+    corpus = load_corpus(config.data)
+    if corpus.digest != config.corpus_digest:
+        raise DataError(
+            f"data.source: this worker reads a corpus with hash {corpus.digest[:12]}, the driver's "
+            f"is {config.corpus_digest[:12]}; use the same files, and for python-stdlib the same "
+            "Python version, on every machine"
+        )
+    return corpus
+
+
+def _require_settled(config: TrialConfig) -> None:
+    """Refuse an arithmetic that is still "auto": a trial must not decide it for itself."""
+    for key, value in (
+        ("precision", config.train.precision),
+        ("ns_dtype", config.optimizer.ns_dtype),
+    ):
+        require(value != "auto", key, value, "settled before a trial: fp32 or bf16")
 
 
 def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> str:
