@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from telescope.errors import TelescopeError
 from telescope.train.config import (
     DataConfig,
     ModelConfig,
@@ -102,3 +104,22 @@ def trial_config(
         base_width=16,
         corpus_digest=load_corpus(data).digest,
     )
+
+
+def one_line(error: TelescopeError) -> None:
+    """Fail unless an error says something, in one line."""
+    assert str(error)
+    assert "\n" not in str(error)
+
+
+def left_over(mark: str, patience: float = 0.0) -> list[psutil.Process]:
+    """The processes that inherited TELESCOPE_TEST_MARK, after some seconds to end in."""
+
+    def is_marked(process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("TELESCOPE_TEST_MARK") == mark
+        except psutil.Error:
+            return False
+
+    found = list(filter(is_marked, psutil.process_iter()))
+    return psutil.wait_procs(found, timeout=patience)[1]

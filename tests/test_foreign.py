@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import as_toml
+from conftest import as_toml, left_over
 from rich.console import Console
 from test_cli import telescope as in_process
 
@@ -346,21 +345,13 @@ def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(tmp_path: P
             time.sleep(0.05)
         time.sleep(0.2)  # in the middle of the fourth
         one.kill()
-    left = [p for p in psutil.process_iter() if _is_marked(p, str(tmp_path))]
-    assert not psutil.wait_procs(left, timeout=20)[1]
+    assert not left_over(str(tmp_path), patience=20)
     before = len(runs.read_text().splitlines())
     telescope(tmp_path, *command[3:])
     trials = open_result("bowl", tmp_path / "results").results
     assert all(result.status is Status.COMPLETE for result in trials)
     assert len(runs.read_text().splitlines()) in (len(trials), len(trials) + 1)
     assert before >= 3
-
-
-def _is_marked(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.environ().get("TELESCOPE_TEST_MARK") == mark
-    except psutil.Error:
-        return False
 
 
 @pytest.mark.ray
@@ -414,5 +405,4 @@ def test_ctrl_c_on_ray_leaves_no_command_running(tmp_path: Path) -> None:
         assert sweep.stderr is not None
         assert "interrupted; the same command goes on" in sweep.stderr.read()
     assert sweep.returncode == 130
-    left = [p for p in psutil.process_iter() if _is_marked(p, mark)]
-    assert not psutil.wait_procs(left, timeout=20)[1]
+    assert not left_over(mark, patience=20)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import as_toml
+from conftest import as_toml, one_line
 from faults import run_fast, spec_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -44,11 +44,6 @@ def refused(done: Done) -> None:
     assert done.stderr.count("\n") == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "a bug in telescope" not in done.stderr, done.stderr
-
-
-def one_line(error: TelescopeError) -> None:
-    assert str(error)
-    assert "\n" not in str(error)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import left_over
 
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.queue import Queue, Trainer
@@ -193,20 +194,7 @@ def test_interrupt_ends_all_within_seconds(tmp_path: Path) -> None:
         assert sweep.stdout.read() == "interrupted\n"
     assert sweep.wait() == 0
     assert time.monotonic() - start < 6
-    assert not left_over(mark)
-
-
-def left_over(mark: str) -> list[psutil.Process]:
-    """The processes that inherited `mark`, after a moment to end in."""
-
-    def is_marked(process: psutil.Process) -> bool:
-        try:
-            return process.environ().get("TELESCOPE_TEST_MARK") == mark
-        except psutil.Error:
-            return False
-
-    _, alive = psutil.wait_procs(filter(is_marked, psutil.process_iter()), timeout=3)
-    return alive
+    assert not left_over(mark, patience=3)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -36,11 +37,6 @@ settings.register_profile("telescope", derandomize=True, database=None)
 settings.load_profile("telescope")
 IDS = np.random.default_rng(0).integers(0, 1000, 5000)
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota été naïve 数 🙂".split()  # noqa: SIM905
-
-
-def one_line(error: TelescopeError) -> None:
-    assert str(error)
-    assert "\n" not in str(error)
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from conftest import left_over
 
 from telescope.dispatch import guard, trainers
 from telescope.dispatch.loading import load_function
@@ -62,19 +62,6 @@ def command(folder: Path, *parts: str, prices: Prices | None = None, **options: 
         **options,
     )
     return attempt(trainer, TRIAL)
-
-
-def marked(mark: str, patience: float = 0.0) -> list[psutil.Process]:
-    """The processes that inherited a mark, after some seconds to end in."""
-
-    def is_marked(process: psutil.Process) -> bool:
-        try:
-            return process.environ().get("TELESCOPE_TEST_MARK") == mark
-        except psutil.Error:
-            return False
-
-    found = list(filter(is_marked, psutil.process_iter()))
-    return psutil.wait_procs(found, timeout=patience)[1]
 
 
 @pytest.fixture
@@ -306,7 +293,7 @@ def test_a_timeout_ends_the_whole_family(
     result = command(tmp_path, f"{FAMILY} sleep 60; sleep 60", timeout=0.7)
     assert result.status is Status.FAILED
     assert result.reason == "no end after 0.7 s (trainer.timeout)"
-    assert not marked(mark)
+    assert not left_over(mark)
 
 
 def test_what_a_finished_trial_leaves_running_is_ended(
@@ -314,7 +301,7 @@ def test_what_a_finished_trial_leaves_running_is_ended(
 ) -> None:
     monkeypatch.setattr(trainers, "GRACE", 0.3)
     assert command(tmp_path, f"{FAMILY} {SAYS}").loss == 1.5
-    assert not marked(mark)
+    assert not left_over(mark)
 
 
 def test_where_processes_cannot_be_looked_at_the_group_is_ended(
@@ -328,7 +315,7 @@ def test_where_processes_cannot_be_looked_at_the_group_is_ended(
     monkeypatch.setattr(guard, "__file__", str(blind))
     monkeypatch.setattr(trainers, "GRACE", 0.3)
     assert command(tmp_path, f"(trap '' TERM; sleep 60; sleep 60) & {SAYS}").loss == 1.5
-    assert not marked(mark)
+    assert not left_over(mark)
 
 
 def test_sigterm_lets_a_launcher_clean_up(tmp_path: Path) -> None:
@@ -368,7 +355,7 @@ def test_a_driver_that_ends_leaves_nothing_running(number: signal.Signals, tmp_p
             time.sleep(0.02)
         os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
         assert process.wait(timeout=30) != 0
-    assert not marked(str(tmp_path), patience=20)
+    assert not left_over(str(tmp_path), patience=20)
 
 
 # Functions.
