@@ -450,8 +450,19 @@ DROPOUT = "        x_BTD = F.dropout(self.embedding(tokens_BT), 0.1, self.traini
 
 
 def test_killed_in_the_middle_of_a_pack_it_goes_on(tmp_path: Path, corpus_file: Path) -> None:
-    """kill -9 as soon as some results are stored, and a checkpoint of others lies there."""
-    tables = {**CLEAR, "compute": {"pack": 3}}
+    """kill -9 as soon as some results are stored, and a checkpoint of others lies there.
+
+    The answer is the same to the last digit, though nothing keeps choices from hanging on one.
+    """
+    tables = {
+        "ladder": {"policy": "adaptive"},
+        "train": {"steps": 20, "checkpoint_every": 3},
+        "axes": {
+            "lr": {"low": 0.002, "high": 60.0, "points": 9},
+            "weight_decay": {"low": 0.05, "high": 4.0, "points": 3},
+        },
+        "compute": {"pack": 4},
+    }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for place in (whole, killed):
         place.mkdir()
@@ -469,10 +480,8 @@ def test_killed_in_the_middle_of_a_pack_it_goes_on(tmp_path: Path, corpus_file: 
     assert finish(start(run_real, killed, tables)) == 0
     after = stored(killed)
     assert all(after[key] == row for key, row in before.items())  # none was trained again
-    mine, theirs = (json.loads(answers(place)["show"]) for place in (killed, whole))
-    for one, other in zip(mine["choices"], theirs["choices"], strict=True):
-        assert (one["width"], one["point"]) == (other["width"], other["point"])
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert answers(killed) == answers(whole)
+    assert "diverged" in answers(whole)["trials.csv"]
     assert not checkpoints.exists()
 
 
