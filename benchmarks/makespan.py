@@ -44,11 +44,12 @@ class Stages:
                 return unanswered
         return []
 
-    def tell(self, result: Result) -> None:
+    def tell(self, *results: Result) -> None:
         """Note the span, which the trainer returns as end and duration."""
-        assert result.loss is not None, result.reason
-        self.spans[result.trial] = (result.loss - result.seconds, result.loss)
-        self.workers.add(result.worker)
+        for result in results:
+            assert result.loss is not None, result.reason
+            self.spans[result.trial] = (result.loss - result.seconds, result.loss)
+            self.workers.add(result.worker)
 
 
 def make_trainer(scale: float, spin: bool) -> Trainer:

@@ -25,7 +25,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ import torch
 from machine import describe, in_child
 from ray import tune
 
+from telescope.dispatch.packs import Packs
 from telescope.dispatch.ray_tune import run_ray
 from telescope.prepare import prepare
 from telescope.records import Point, Result, Trial
@@ -90,10 +91,11 @@ class Stage:
         """Those without a result."""
         return [trial for trial in self.trials if trial not in self.results]
 
-    def tell(self, result: Result) -> None:
-        """Take a result."""
-        assert result.loss is not None, result.reason
-        self.results[result.trial] = result
+    def tell(self, *results: Result) -> None:
+        """Take results."""
+        for result in results:
+            assert result.loss is not None, result.reason
+            self.results[result.trial] = result
         self.last = time.time()
 
     def on_start(self, trial: Trial) -> None:
@@ -113,9 +115,14 @@ def ours(config: TrialConfig, trials: Sequence[Trial], options: argparse.Namespa
             return super().__call__(trial)
 
         def obstacle(self, trial: Trial) -> str:
-            """Look at a pack's first trial; the first thing that is done with it."""
+            """Look at a pack's first trial."""
             note(folder)
             return super().obstacle(trial)
+
+        def train_pack(self, trials: Sequence[Trial]) -> Iterator[Result]:
+            """Train a pack."""
+            note(folder)
+            return super().train_pack(trials)
 
     def note(folder: str) -> None:
         begun = Path(folder) / f"{os.getpid()}.begun"
@@ -129,7 +136,7 @@ def ours(config: TrialConfig, trials: Sequence[Trial], options: argparse.Namespa
             Noting(config),
             workers=options.workers,
             gpus=options.gpus,
-            pack=options.pack,
+            packs=Packs(options.pack),
             on_start=stage.on_start,
         )
         begun = min(float(path.read_text()) for path in Path(folder).glob("*.begun"))

@@ -104,11 +104,12 @@ class Grid:
         last = self.trials_at(widest, self.widest_grid())
         return [trial for trial in last if trial not in self.known]
 
-    def tell(self, result: Result) -> None:
-        """Write the row."""
-        self.known[result.trial] = result
-        self.table.add(self.optimizer, self.rule, result)
-        print(f"{self.optimizer} {self.rule} {result.trial}: {result.loss or result.reason}")
+    def tell(self, *results: Result) -> None:
+        """Write the rows."""
+        for result in results:
+            self.known[result.trial] = result
+            self.table.add(self.optimizer, self.rule, result)
+            print(f"{self.optimizer} {self.rule} {result.trial}: {result.loss or result.reason}")
 
     def trials_at(self, width: int, grid: Mapping[str, Sequence[float]]) -> Sequence[Trial]:
         """The trials of one width."""

@@ -93,6 +93,15 @@ class Trial:
         """The point's weight decay."""
         return self.point.weight_decay
 
+    def as_dict(self) -> dict[str, Any]:
+        """The form that JSON takes."""
+        return {"width": self.width, "point": dict(self.point), "seed": self.seed}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trial:
+        """What `as_dict` was of."""
+        return cls(int(data["width"]), Point.of(data["point"]), int(data["seed"]))
+
     def __str__(self) -> str:
         """The form that logs and file names use: ``width=32_lr=0.05_weight_decay=0.1_seed=0``."""
         axes = "_".join(f"{name}={value:.6g}" for name, value in self.point.items())
@@ -138,6 +147,27 @@ class Result:
                 f"a {self.status} result has loss {self.loss!r}; a complete one needs a finite "
                 "loss, a diverged or failed one none"
             )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that JSON takes, without the curve."""
+        return {
+            **self.trial.as_dict(),
+            **{"status": str(self.status), "loss": self.loss, "reason": self.reason},
+            **{"flops": self.flops, "seconds": self.seconds, "worker": self.worker},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Result:
+        """What `as_dict` was of."""
+        return cls(
+            Trial.from_dict(data),
+            Status(data["status"]),
+            loss=data["loss"],
+            reason=data["reason"],
+            flops=data.get("flops", 0.0),
+            seconds=data.get("seconds", 0.0),
+            worker=data.get("worker", ""),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,8 +309,8 @@ class TrialSource(Protocol):
         """The open stage's trials that have no result yet; empty when there is nothing left."""
         ...
 
-    def tell(self, result: Result, /) -> None:
-        """Take the final result of one trial; may open the next stage."""
+    def tell(self, *results: Result) -> None:
+        """Take final results, those of a pack together; may open the next stage."""
         ...
 
 

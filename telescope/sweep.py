@@ -25,7 +25,8 @@ from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.dispatch.folder import Folder
 from telescope.dispatch.outcome import latest_row
-from telescope.dispatch.queue import Pack, Trainer
+from telescope.dispatch.packs import Packs
+from telescope.dispatch.queue import Trainer
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError, StoreError
 from telescope.foreign import Foreign, Told
@@ -103,13 +104,23 @@ class Recorder:
         self.running.add(trial)
         self.view.update(self.beat("running"))
 
-    def tell(self, result: Result) -> None:
-        """Keep a result, then let the ladder decide."""
+    def tell(self, *results: Result) -> None:
+        """Keep results, then let the ladder decide; of a pack all are kept, or none."""
+        for result in results:
+            if result.curve:
+                self.folder.write_curve(result)
+        if len(results) > 1:
+            self.folder.write_unstored(results)
+        for result in results:
+            self.store.add(result)
+            self.folder.remove_checkpoints(result.trial)
+            self._tell(result)
+        if len(results) > 1:
+            self.folder.remove_unstored()
+
+    def _tell(self, result: Result) -> None:
+        """Let the ladder decide, and show what it does."""
         self.running.discard(result.trial)
-        if result.curve:
-            self.folder.write_curve(result)
-        self.store.add(result)
-        self.folder.remove_checkpoints(result.trial)
         self.known.append(result)
         self._note_seconds(result)
         closed = len(self.ladder.choices)
@@ -120,19 +131,17 @@ class Recorder:
         if len(self.ladder.choices) > closed:
             self.write_table()
 
-    def on_hand_out(self, trials: Sequence[Trial]) -> None:
-        """Note that a worker begins a pack: what ends in it is stored before its end is noted."""
-        self.folder.note_pack({"started": [str(trial) for trial in trials]})
+    def on_release(self, trials: Sequence[Trial]) -> None:
+        """Note that a worker has given trials back."""
+        self.running.difference_update(trials)
 
-    def on_pack(self, pack: Pack) -> None:
-        """Note which trials were trained as one, and say once why others were not."""
-        self.running.difference_update(pack.released)
-        if len(pack.handed) > 1:
-            members, ended = ([str(t) for t in some] for some in (pack.members, pack.trained))
-            self.folder.note_pack({"trials": members, "ended": ended, "why": pack.why})
-        if pack.why and pack.why not in self.unpacked:
-            self.unpacked.add(pack.why)
-            self.view.note(f"pack of width {pack.handed[0].width}: {pack.why}")
+    def note_pack(self, line: Mapping[str, Any]) -> None:
+        """Keep what was decided about packs, and say once why they are not larger."""
+        self.folder.note_pack(line)
+        why = line.get("why", "")
+        if why and why not in self.unpacked:
+            self.unpacked.add(why)
+            self.view.note(f"pack of width {line['width']}: {why}")
 
     def latest(self) -> str:
         """Where the running trials are that print their steps; empty where none does."""
@@ -353,6 +362,11 @@ def _recording(
     write_verdict = check_before_run(prepared, folder, wanted=options.check, say=view.note)
     with open_store() as store:
         known = store.results()
+        for result in folder.unstored():
+            if result not in known:
+                store.add(result)
+                known.append(result)
+        folder.remove_unstored()
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.tidy(_ended(known))
         ours = prepared.trial_config if isinstance(prepared, Prepared) else None
@@ -396,7 +410,8 @@ def _dispatch(
         return
     trainer, timeout = _trainer(prepared, recorder.folder)
     is_cluster = options.ray_address is not None
-    pack = 1 if prepared.spec.trainer else pack_size(prepared.spec, is_cluster=is_cluster)
+    size = 1 if prepared.spec.trainer else pack_size(prepared.spec, is_cluster=is_cluster)
+    packs = Packs(size, lines=recorder.folder.packs(), note=recorder.note_pack)
     if options.dispatcher == "inline":
         from telescope.dispatch.inline import run_inline
 
@@ -404,10 +419,9 @@ def _dispatch(
             recorder,
             trainer,
             timeout=timeout,
-            pack=pack,
+            packs=packs,
             on_start=recorder.on_start,
-            on_hand_out=recorder.on_hand_out,
-            on_pack=recorder.on_pack,
+            on_release=recorder.on_release,
         )
         return
     from telescope.dispatch.ray_tune import Size, run_ray
@@ -428,11 +442,10 @@ def _dispatch(
         by_width=by_width if compute.is_by_width else None,
         address=options.ray_address,
         timeout=timeout,
-        pack=pack,
+        packs=packs,
         owner=str(recorder.folder.path.resolve()),
         on_start=recorder.on_start,
-        on_hand_out=recorder.on_hand_out,
-        on_pack=recorder.on_pack,
+        on_release=recorder.on_release,
         logs=recorder.folder.logs if _prints(prepared) else None,
         takes_any_gpu=is_cluster and takes_any_gpu(prepared.spec),
     )

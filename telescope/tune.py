@@ -32,7 +32,7 @@ from telescope.api import Ladder
 from telescope.dispatch.ray_worker import Gate
 from telescope.errors import ResumeError, SpecError
 from telescope.files import write_json
-from telescope.records import Point, Result, Status, Trial
+from telescope.records import Result, Status, Trial
 from telescope.spec import Spec
 from telescope.sweep import Recorder, recorded
 
@@ -311,8 +311,8 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
 
     def save(self, checkpoint_path: str) -> None:
         """Write what has been answered and what runs, as JSON: the ladder is a replay of it."""
-        running = {key: _as_dict(trial) for key, trial in self._running.items() if trial}
-        results = [_as_dict(result.trial, result) for result in self._ladder.results]
+        running = {key: trial.as_dict() for key, trial in self._running.items() if trial}
+        results = [result.as_dict() for result in self._ladder.results]
         state = {"format": FORMAT, "sweep": self.spec.name, "results": results, "running": running}
         write_json(Path(checkpoint_path), state)
 
@@ -330,8 +330,8 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
                     f"is format {found[0]} of sweep {found[1]!r}, must be {FORMAT} of "
                     f"{self.spec.name!r}"
                 )
-            results = [_result(item) for item in state["results"]]
-            self._running = {key: _trial(item) for key, item in state["running"].items()}
+            results = [Result.from_dict(item) for item in state["results"]]
+            self._running = {key: Trial.from_dict(item) for key, item in state["running"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResumeError(f"{checkpoint_path}: cannot be read: {error}") from error
         self._has_loss = any(result.loss is not None for result in results)
@@ -352,23 +352,6 @@ def _flops(spec: Spec, width: int) -> float:
     """FLOPs of a trial, where the spec gives them."""
     table = spec.cost and spec.cost.flops
     return table[width] if table else 0.0
-
-
-def _as_dict(trial: Trial, result: Result | None = None) -> dict[str, Any]:
-    """A trial, and what came of it, as JSON."""
-    data: dict[str, Any] = {"width": trial.width, "point": dict(trial.point), "seed": trial.seed}
-    if result:
-        data |= {"status": str(result.status), "loss": result.loss, "reason": result.reason}
-    return data
-
-
-def _trial(data: Mapping[str, Any]) -> Trial:
-    return Trial(int(data["width"]), Point.of(data["point"]), int(data["seed"]))
-
-
-def _result(data: Mapping[str, Any]) -> Result:
-    status = Status(data["status"])
-    return Result(_trial(data), status, loss=data["loss"], reason=data["reason"])
 
 
 class _Gate(Gate):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 from conftest import gpt_config, trial_config
 from torch.nn import functional
 
-from telescope.records import Point, Result, Status, Trial
-from telescope.train import muon
-from telescope.train.config import ModelConfig, OptimizerConfig, TrialConfig
+from telescope.records import CurvePoint, Point, Result, Status, Trial
+from telescope.train import checkpoint, fused, loop, muon
+from telescope.train.checkpoint import Position, checkpoints_of
+from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig, TrialConfig
 from telescope.train.folding import Folded
 from telescope.train.fused import Pack, is_out_of_memory, obstacle, train_pack
 from telescope.train.loop import TelescopeTrainer, train
 from telescope.train.probe import pack_probe
+from telescope.train.stack import Stack
 
 AXES = {
     # lr, weight decay, warm-up, init scale, AdamW's share, seed: no two of a pack agree in any
@@ -385,6 +388,75 @@ def test_checkpoints_are_those_of_a_trial_alone(corpus_file: Path, tmp_path: Pat
         results += pack.step()
     assert [result.trial for result in results] == trials  # each ends when it is done
     check_alike(results, whole, 1e-11)
+
+
+class Killed(BaseException):
+    """No `Exception`: nothing is to handle it."""
+
+
+def test_a_pack_killed_before_any_write_ends_as_it_would_have(
+    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun again from what lies there, to the last bit, although a step depends on who is in it.
+
+    On an accelerator its rounding does; here a step is made to.
+    """
+    take_step = Stack.update
+
+    def update(stack: Stack, *arguments: Any) -> None:
+        take_step(stack, *arguments)
+        for block in stack.blocks:
+            block.value.data.mul_(1 - 1e-4 * stack.size)
+
+    def note_step(position: Position, loss: float, table: TrainConfig, *rest: Any) -> str:
+        ends = table.warmup == AXES["warm"][2] and position.step == 4
+        return loop.note_step(position, math.nan if ends else loss, table, *rest)
+
+    writes, last = itertools.count(), 10**9
+
+    def counted(write: Callable[..., None]) -> Callable[..., None]:
+        def counting(*arguments: Any, **options: Any) -> None:
+            if next(writes) == last:
+                raise Killed
+            write(*arguments, **options)
+
+        return counting
+
+    monkeypatch.setattr(Stack, "update", update)
+    monkeypatch.setattr(fused, "note_step", note_step)
+    for name in ("write_atomic", "write_json"):
+        monkeypatch.setattr(checkpoint, name, counted(getattr(checkpoint, name)))
+    plain = trial_config(corpus_file, steps=10)
+    whole = {r.trial: r for r in train_pack(kept(plain, tmp_path / "whole", 2), pack_of())}
+    assert [r.status for r in whole.values()].count(Status.DIVERGED) == 1
+    for number in range(next(writes)):
+        config = kept(plain, tmp_path / str(number), 2)
+        writes, last = itertools.count(), number
+        with pytest.raises(Killed):
+            list(train_pack(config, pack_of()))
+        last = 10**9
+        results = list(train_pack(config, pack_of()))
+        assert len(results) == len(whole)
+        for result in results:
+            assert replace(result, seconds=0.0) == replace(whole[result.trial], seconds=0.0)
+            assert result.curve == whole[result.trial].curve
+
+
+def test_alone_too_a_trial_that_had_ended_is_not_trained_again(
+    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = replace(trial_config(corpus_file, steps=4), flops_per_step={16: 7.0})
+    config = kept(plain, tmp_path / "kept", 2)
+    trial, other = pack_of()[:2]
+    kept_by = checkpoints_of(config, trial)
+    assert kept_by
+    kept_by.save_end(Position(step=3, curve=[CurvePoint(3, None, None)], seconds=2.0), "by hand")
+    assert train(config, trial) == Result(
+        trial, Status.DIVERGED, reason="by hand", flops=21.0, seconds=2.0
+    )
+    assert train(config, other).status is Status.COMPLETE
+    changed = replace(config, train=replace(config.train, batch_size=2))
+    assert train(changed, trial).status is Status.COMPLETE  # another training's end is none of its
 
 
 def _resumed(config: TrialConfig, trial: Trial, step: int) -> Result:

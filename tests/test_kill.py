@@ -63,19 +63,20 @@ def test_killed_at_random_moments(
     record_property("kill -9 of an inline driver at random moments", str(tally))
 
 
+IN_PACKS = {**ONE_STAGE, "compute": {"pack": 2}}
 SPARE_WRITES = 8
 """By how many writes one run may fall short of another."""
 
 
-def disturbed_at(place: Path, number: int, tally: Tally) -> bool:
+def disturbed_at(place: Path, tables: dict[str, Any], number: int, tally: Tally) -> bool:
     """Kill a sweep before its write of this number, and let it go on; False if it has fewer."""
-    writes = kill_between_writes(place, ONE_STAGE, number)
+    writes = kill_between_writes(place, tables, number)
     if len(writes) < number:
         return False
     tally.faults += 1
     tally.new_sweep()
     tally.look(place)
-    assert finish(start(run_fast, place, ONE_STAGE)) == 0, writes[-1:]
+    assert finish(start(run_fast, place, tables)) == 0, writes[-1:]
     tally.look(place)
     return True
 
@@ -87,6 +88,7 @@ def kill_points(number_of_writes: int, points: int | None, part: int) -> list[in
     return random.Random(part).sample(range(number_of_writes), points)
 
 
+@pytest.mark.parametrize("tables", [ONE_STAGE, IN_PACKS], ids=["alone", "in packs"])
 @pytest.mark.parametrize(
     ("points", "part"),
     [
@@ -96,6 +98,7 @@ def kill_points(number_of_writes: int, points: int | None, part: int) -> list[in
     ],
 )
 def test_killed_between_two_writes(
+    tables: dict[str, Any],
     points: int | None,
     part: int,
     places: Iterator[Path],
@@ -104,16 +107,20 @@ def test_killed_between_two_writes(
     """A tracer stops the driver before each system call that changes the results folder."""
     if not can_trace():
         pytest.skip("needs x86-64 Linux that lets processes be traced")
-    expected = undisturbed(next(places), ONE_STAGE)
+    expected = undisturbed(next(places), tables)
     whole = next(places)
-    writes = kill_between_writes(whole, ONE_STAGE, 10**9)
+    writes = kill_between_writes(whole, tables, 10**9)
     assert answers(whole) == expected
-    for what in ("rename /tiny/.spec.json", "unlink /tiny/trials.db-journal", "fsync /tiny"):
+    of_packs = ("rename /tiny/.unstored.json", "unlink /tiny/unstored.json", "write /tiny/packs")
+    for what in (
+        *("rename /tiny/.spec.json", "unlink /tiny/trials.db-journal", "fsync /tiny"),
+        *(of_packs if tables is IN_PACKS else ()),
+    ):
         assert any(what.split()[0] in w and what.split()[1] in w for w in writes), what
     tally = Tally()
     for number in kill_points(len(writes), points, part):
         place = next(places)
-        if not disturbed_at(place, number, tally):
+        if not disturbed_at(place, tables, number, tally):
             # Runs differ by a few writes, as the sizes of what they write do.
             assert number > len(writes) - SPARE_WRITES, number
             continue

@@ -25,6 +25,7 @@ from telescope.train.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from telescope.train.fused import train_pack
 from telescope.train.loop import TelescopeTrainer, held_out_loss, set_up, train
 from telescope.train.probe import pack_probe, seconds_per_trial
 
@@ -109,6 +110,23 @@ def test_nan_is_divergence(corpus_file: Path) -> None:
     assert result.status is Status.DIVERGED
     assert "nan at step 1 " in result.reason
     assert result.curve[-1].train_loss is None
+
+
+def test_a_held_out_loss_of_nan_is_divergence_at_once(corpus_file: Path, tmp_path: Path) -> None:
+    """And not a failure: a checkpoint of the same step could not be written."""
+    out = "return self.readout(self.norm(x_BTD))"
+    text = gpt_config().text.replace(out, f"{out} * (1.0 if self.training else float('nan'))")
+    model = ModelConfig(name="nan.py", text=text, kwargs=gpt_config().kwargs)
+    plain = trial_config(corpus_file, model=model, steps=12, evals=3, checkpoint_every=4)
+    config = replace(plain, checkpoint_folder=str(tmp_path))
+    result = train(config, Trial(16, GOOD, 0))
+    assert (result.status, result.loss) == (Status.DIVERGED, None)
+    assert result.reason == "held-out loss nan after 4 steps"
+    assert result.curve[-1].step == 4
+    assert result.curve[-1].train_loss is not None
+    assert result.curve[-1].held_out_loss is None
+    (fused,) = train_pack(config, [Trial(16, GOOD, 0)])
+    assert fused.reason == result.reason
 
 
 def test_held_out_losses_are_measured_along_the_way(corpus_file: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from telescope.dispatch.device import check_device
 from telescope.dispatch.inline import run_inline
+from telescope.dispatch.packs import Packs
 from telescope.dispatch.queue import attempt
 from telescope.errors import LostError
 from telescope.records import Point, Result, Status, Trial
@@ -62,8 +63,8 @@ class Source:
     def ask(self) -> Sequence[Trial]:
         return [t for t in TRIALS if t not in {result.trial for result in self.told}]
 
-    def tell(self, result: Result) -> None:
-        self.told.append(result)
+    def tell(self, *results: Result) -> None:
+        self.told += results
 
 
 def test_inline_the_sweep_ends_and_no_failure_is_stored(card: dict[str, Any]) -> None:
@@ -76,7 +77,7 @@ def test_inline_the_sweep_ends_and_no_failure_is_stored(card: dict[str, Any]) ->
 
 
 def test_a_pack_that_loses_the_device_is_not_tried_one_by_one(card: dict[str, Any]) -> None:
-    class Packs:
+    class Fused:
         def __call__(self, trial: Trial) -> Result:
             raise AssertionError("trained alone")
 
@@ -93,15 +94,15 @@ def test_a_pack_that_loses_the_device_is_not_tried_one_by_one(card: dict[str, An
 
     source = Source()
     with pytest.raises(LostError):
-        run_inline(source, Packs(), pack=4)
-    assert [result.trial for result in source.told] == TRIALS[:1]
+        run_inline(source, Fused(), packs=Packs(4))
+    assert not source.told  # begun again, the pack is to be the same
 
-    class NoLook(Packs):
+    class NoLook(Fused):
         def obstacle(self, trial: Trial) -> str:
             raise card["error"]
 
     with pytest.raises(LostError):
-        run_inline(Source(), NoLook(), pack=4)
+        run_inline(Source(), NoLook(), packs=Packs(4))
 
 
 @pytest.mark.parametrize(

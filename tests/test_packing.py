@@ -21,12 +21,13 @@ from telescope import Spec
 from telescope.dispatch.folder import Folder
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.packing import Packer, choose_size
-from telescope.dispatch.queue import Pack, Queue
+from telescope.dispatch.packs import Limit, Pack, Packs
+from telescope.dispatch.queue import Order, Queue
 from telescope.errors import SpecError, StoreError
 from telescope.machine import pack_size
 from telescope.records import Point, Result, Status, Trial
 from telescope.report.live import View, make_view
-from telescope.sweep import Options, Recorder, open_result, run
+from telescope.sweep import Options, open_result, run
 from telescope.train.probe import PackProbe
 
 
@@ -43,9 +44,10 @@ class Source:
     def ask(self) -> Sequence[Trial]:
         return [trial for trial in self.wanted if trial not in self.told]
 
-    def tell(self, result: Result) -> None:
-        assert result.trial not in self.told
-        self.told[result.trial] = result
+    def tell(self, *results: Result) -> None:
+        for result in results:
+            assert result.trial not in self.told
+            self.told[result.trial] = result
 
 
 def good(trial: Trial) -> Result:
@@ -99,34 +101,80 @@ class Fake:
         return self.probe
 
 
-def packed(trainer: Any, wanted: Sequence[Trial], **options: Any) -> tuple[Source, list[Pack]]:
-    source, packs = Source(wanted), list[Pack]()
-    run_inline(source, trainer, on_pack=packs.append, **{"pack": 8, **options})
+def packed(
+    trainer: Any, wanted: Sequence[Trial], *, pack: Any = 8, **options: Any
+) -> tuple[Source, list[Any]]:
+    """What became of the trials, and what was said about packs."""
+    source, lines = Source(wanted), list[Any]()
+    run_inline(source, trainer, packs=Packs(pack, note=lines.append), **options)
     assert set(source.told) == set(wanted)
-    return source, packs
+    return source, lines
+
+
+def queue_of(source: Source, size: Any, *, workers: int = 1, **packs: Any) -> Queue:
+    """A queue that knows that nothing limits the packs of widths 32 and 64."""
+    free = [{"width": w, "asked": size, "most": None, "why": "", "until": None} for w in (32, 64)]
+    known = Packs(size, lines=[*free, *packs.pop("lines", ())], **packs)
+    return Queue(source, packs=known, workers=workers)
+
+
+def taken(queue: Queue, number: int) -> list[tuple[Trial, ...]]:
+    """So many orders; none of them a look."""
+    orders = [queue.take() for _ in range(number)]
+    assert not any(order and order.look for order in orders)
+    return [order.trials if order else () for order in orders]
 
 
 def test_workers_share_a_stage_evenly() -> None:
-    queue = Queue(Source(trials(20)), pack=None, workers=4)
-    taken = [queue.take_pack() for _ in range(5)]
-    assert [len(pack) for pack in taken] == [5, 5, 5, 5, 0]
-    assert len({trial for pack in taken for trial in pack}) == 20
-    queue = Queue(Source(trials(9)), pack=4, workers=2)
-    assert [len(queue.take_pack()) for _ in range(4)] == [4, 4, 1, 0]
+    packs = taken(queue_of(Source(trials(20)), "auto", workers=4), 5)
+    assert [len(pack) for pack in packs] == [5, 5, 5, 5, 0]
+    assert len({trial for pack in packs for trial in pack}) == 20
+    packs = taken(queue_of(Source(trials(9)), 4, workers=2), 4)
+    assert [len(pack) for pack in packs] == [4, 4, 1, 0]
 
 
 def test_a_pack_is_of_one_width() -> None:
-    queue = Queue(Source([*trials(2, 32), *trials(3, 64), *trials(1, 32)]), pack=None)
-    assert [{t.width for t in queue.take_pack()} for _ in range(3)] == [{32}, {64}, set()]
+    source = Source([*trials(2, 32), *trials(3, 64), *trials(1, 32)])
+    packs = taken(queue_of(source, "auto"), 3)
+    assert [{trial.width for trial in pack} for pack in packs] == [{32}, {64}, set()]
 
 
 def test_what_failed_is_tried_again_alone() -> None:
-    source = Source(trials(4))
-    queue = Queue(source, pack=None)
-    for trial in queue.take_pack():  # a worker has died with all of them
-        queue.answer(Result(trial, Status.FAILED, reason="killed"))
-    assert [len(queue.take_pack()) for _ in range(5)] == [1, 1, 1, 1, 0]
+    source, lines = Source(trials(4)), list[Any]()
+    queue = queue_of(source, 4, note=lines.append)
+    order = queue.take()
+    assert order
+    queue.lose(order, "killed\nby whom")
+    assert [len(pack) for pack in taken(queue, 5)] == [1, 1, 1, 1, 0]
     assert not source.told
+    names = [str(trial) for trial in trials(4)]
+    assert lines[1:] == [
+        {"width": 32, "trials": names, "ended": [], "alone": names, "why": "killed"}
+    ]
+
+
+def test_one_worker_looks_and_the_others_wait_for_what_it_finds() -> None:
+    queue = Queue(Source(trials(12)), packs=Packs("auto"), workers=3)
+    look = queue.take()
+    assert look == Order(tuple(trials(12)[:4]), look=True)
+    assert queue.take() is None
+    assert not queue.is_done
+    assert not queue.has_work
+    queue.settle(look, Limit(2, "memory holds 2 trials at once"))
+    assert queue.has_work
+    assert [len(pack) for pack in taken(queue, 7)] == [2, 2, 2, 2, 2, 2, 0]
+
+
+def test_a_worker_that_dies_in_a_look_costs_the_packs_and_no_trial() -> None:
+    queue = Queue(Source(trials(3)), packs=Packs(3))
+    look = queue.take()
+    assert look
+    assert look.look
+    queue.lose(look, "killed")
+    assert [len(pack) for pack in taken(queue, 4)] == [1, 1, 1, 0]
+    for trial in trials(3):
+        queue.answer(Result(trial, Status.FAILED, reason="once"))
+    assert queue.has_work  # the loss before was no failure of theirs
 
 
 def test_without_room_a_pack_is_halved_and_the_size_remembered() -> None:
@@ -135,10 +183,12 @@ def test_without_room_a_pack_is_halved_and_the_size_remembered() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     trainer = Fake(needs_memory)
-    source, packs = packed(trainer, trials(12))
-    assert trainer.packs == [8, 4, 2, 2, 2, 2, 2, 2]
+    source, lines = packed(trainer, trials(20))
+    assert trainer.packs == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
     assert all(result.loss == trial.lr for trial, result in source.told.items())
-    assert "8 trials of width 32 need more memory" in packs[0].why
+    found = [(line["most"], line["why"]) for line in lines if "most" in line]
+    assert [most for most, _ in found] == [None, 4, 2]
+    assert "8 trials of width 32 need more memory" in found[1][1]
     assert not trainer.alone
 
 
@@ -155,38 +205,39 @@ def test_memory_of_a_cpu_counts_too_and_other_errors_do_not() -> None:
 def test_a_fault_of_one_costs_the_others_nothing() -> None:
     wanted = trials(6)
     trainer = Fake(bad=wanted[2])
-    source, packs = packed(trainer, wanted)
+    source, lines = packed(trainer, wanted)
     assert source.told[wanted[2]].reason.startswith("failed 3 times; last: ValueError: this point")
     assert all(source.told[t].loss == t.lr for t in wanted if t != wanted[2])
     assert trainer.packs == [6]
     assert Counter(trainer.alone) == Counter({**dict.fromkeys(wanted[3:], 1), wanted[2]: 3})
-    assert packs[0].trained == tuple(wanted[:2])  # results that came before it are kept
-    assert "this point's fault" in packs[0].why
+    names = [str(trial) for trial in wanted]
+    assert lines[-1]["ended"] == names[:2]  # results that came before it are kept
+    assert lines[-1]["alone"] == names[2:]
+    assert "this point's fault" in lines[-1]["why"]
 
 
 def test_a_pack_that_hangs_is_trained_one_by_one() -> None:
     trainer = Fake(lambda members: time.sleep(30))
     start = time.monotonic()
-    source, packs = packed(trainer, trials(3), timeout=0.1)
+    source, lines = packed(trainer, trials(3), timeout=0.1)
     assert 0.3 <= time.monotonic() - start < 10  # three times one trial's
-    assert "no end after" in packs[0].why
+    assert "no end after" in lines[-1]["why"]
     assert {result.status for result in source.told.values()} == {Status.COMPLETE}
 
 
 def test_what_cannot_be_stacked_is_trained_one_by_one() -> None:
     trainer = Fake(stops="it draws random numbers")
-    _, packs = packed(trainer, trials(5))
+    _, lines = packed(trainer, trials(5))
     assert not trainer.packs
     assert len(trainer.alone) == 5
-    first = packs[0]
-    assert (first.trained, first.released) == (tuple(trials(5)[:1]), tuple(trials(5)[1:]))
-    assert (first.most, first.until, first.why) == (1, None, "it draws random numbers")
+    why = {"most": 1, "why": "it draws random numbers", "until": None}
+    assert lines == [{"width": 32, "asked": 8, **why}]
 
 
 def test_a_trainer_of_single_trials_gets_single_trials() -> None:
-    _, packs = packed(good, trials(3))
-    assert [len(pack.trained) for pack in packs] == [1, 1, 1]
-    assert "one trial at a time" in packs[0].why
+    _, lines = packed(good, trials(3))
+    assert [line["most"] for line in lines] == [1]
+    assert "one trial at a time" in lines[0]["why"]
 
 
 def test_results_of_others_or_too_few_are_the_packs_fault() -> None:
@@ -199,17 +250,19 @@ def test_results_of_others_or_too_few_are_the_packs_fault() -> None:
             return iter([good(members[0])])
 
     for trainer, why in ((Short(), "returned a result of"), (Shorter(), "before its trials")):
-        _, packs = packed(trainer, trials(3))
-        assert why in packs[0].why
+        _, lines = packed(trainer, trials(3))
+        assert why in lines[-1]["why"]
         assert trainer.alone == trials(3)[1:]
 
 
 def test_what_the_store_raises_is_no_fault_of_the_pack() -> None:
-    def full(result: Result) -> None:
-        raise StoreError("disk full")
+    class Full(Source):
+        def tell(self, *results: Result) -> None:
+            assert len(results) == 4  # a pack's at once
+            raise StoreError("disk full")
 
     with pytest.raises(StoreError, match="disk full"):
-        Packer(lambda: Fake(), 4)(trials(4), full)
+        run_inline(Full(trials(4)), Fake(), packs=Packs(4))
     with pytest.raises(KeyboardInterrupt):
         packed(Fake(lambda members: (_ for _ in ()).throw(KeyboardInterrupt)), trials(3))
 
@@ -218,17 +271,17 @@ def test_what_the_store_raises_is_no_fault_of_the_pack() -> None:
     ("size", "probe", "most", "why"),
     [
         ("auto", None, 1, "on a CPU"),
-        (6, None, 6, ""),
+        (6, None, None, ""),
         ("auto", Probe(gain=1.19), 1, "1.19x"),
-        (6, Probe(gain=0.5), 6, ""),  # asked for
-        ("auto", Probe(), math.inf, ""),
+        (6, Probe(gain=0.5), None, ""),  # asked for
+        ("auto", Probe(), None, ""),
         ("auto", Probe(room=10.0), 8, "memory holds 8"),
-        (6, Probe(room=10.0), 6, ""),
+        (6, Probe(room=10.0), None, ""),
         (6, Probe(room=5.0), 4, "memory holds 4"),
         (6, Probe(room=0.9), 1, "memory holds 1"),
     ],
 )
-def test_how_many_go_together(size: Any, probe: Any, most: float, why: str) -> None:
+def test_how_many_go_together(size: Any, probe: Any, most: int | None, why: str) -> None:
     chosen = choose_size(size, 4, probe)
     assert chosen[0] == most
     assert why in chosen[1]
@@ -254,9 +307,10 @@ def test_auto_asks_workers_only_where_there_may_be_an_accelerator(
 
 def test_a_worker_that_shares_its_device_leaves_the_others_theirs() -> None:
     assert choose_size("auto", 4, Probe(room=10.0), 0.5).most == 4  # of 80 % of its half
-    trainer = Fake(probe=Probe(room=10.0))
-    packs = [Packer(lambda: trainer, "auto", share=s)(trials(9), lambda r: None) for s in (1, 0.5)]
-    assert [len(pack.trained) for pack in packs] == [8, 4]
+    trainer, look = Fake(probe=Probe(room=10.0)), Order(tuple(trials(9)), look=True)
+    found = [Packer(lambda: trainer, "auto", share=share)(look) for share in (1, 0.5)]
+    why = "memory holds {} trials at once"
+    assert found == [Limit(8, why.format(8)), Limit(4, why.format(4))]
 
 
 def test_a_probe_counts_the_share_even_where_more_is_free_just_now() -> None:
@@ -264,21 +318,6 @@ def test_a_probe_counts_the_share_even_where_more_is_free_just_now() -> None:
     assert [probe.most(share) for share in (1.0, 0.5, 0.1)] == [9.0, 5.0, 1.0]
     late = PackProbe(2, 1.0, 1.0, bytes_used=20, bytes_free=30, bytes_total=100)
     assert late.most(0.5) == 3.0
-
-
-def word(worker: str, done: Sequence[Trial], **limit: Any) -> Pack:
-    return Pack(tuple(done[:1]), tuple(done[1:]), worker=worker, **limit)
-
-
-def test_one_workers_limit_is_not_the_others() -> None:
-    queue = Queue(Source(trials(40)), pack=None, workers=2)
-    queue.settle(word("late", queue.take_pack(), most=1))
-    taken = queue.take_pack()
-    assert len(taken) == 20  # the other one has not spoken
-    queue.settle(word("early", taken, most=8))
-    assert len(queue.take_pack()) == 8
-    queue.settle(word("early", taken, most=4))  # out of memory since
-    assert len(queue.take_pack()) == 4
 
 
 def test_what_a_small_pack_did_not_gain_a_large_one_may() -> None:
@@ -296,12 +335,12 @@ def test_what_a_small_pack_did_not_gain_a_large_one_may() -> None:
                     return open_ones
             return []
 
-    source, trainer, packs = Rounds(trials(45)), Gaining(), list[Pack]()
-    run_inline(source, trainer, pack="auto", on_pack=packs.append)
+    source, trainer, lines = Rounds(trials(45)), Gaining(), list[Any]()
+    run_inline(source, trainer, packs=Packs("auto", note=lines.append))
     assert len(source.told) == 45
     assert trainer.probed == [2, 40]
     assert trainer.packs == [40]
-    assert (packs[0].most, packs[0].until) == (1, 4)
+    assert (lines[0]["most"], lines[0]["until"]) == (1, 4)
 
 
 def test_a_size_without_memory_is_not_probed_at_every_hand_out() -> None:
@@ -318,39 +357,36 @@ def test_a_size_without_memory_is_not_probed_at_every_hand_out() -> None:
     assert len(trainer.alone) == 12
 
 
-def test_a_pack_is_noted_when_it_is_handed_out(tmp_path: Path) -> None:
-    """What a kill leaves is the start; a pack that fails keeps its members, ended or not."""
-    folder, wanted = Folder(tmp_path), trials(6)
-    view = quiet()
-    recorder = Recorder(
-        ladder=None,  # type: ignore[arg-type]
-        store=None,  # type: ignore[arg-type]
-        folder=folder,
-        view=view,
-        name="tiny",
-        workers={},
-        planned={},
-        known=[],
-    )
-    seen: list[int] = []
+def test_a_cut_off_line_costs_that_line_alone(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    assert folder.packs() == []
+    folder.note_pack({"width": 32, "packs": [["a", "b"]]})
+    with (tmp_path / "packs.jsonl").open("a") as file:
+        file.write('{"width": 32, "tri')
+    folder.note_pack({"width": 64, "packs": [["c", "d"]]})
+    assert [line["width"] for line in folder.packs()] == [32, 64]
 
-    def look(members: Sequence[Trial]) -> None:
-        seen.append(len((tmp_path / "packs.jsonl").read_text().splitlines()))
 
-    run_inline(
-        Source(wanted),
-        Fake(look, bad=wanted[1]),
-        pack=8,
-        on_hand_out=recorder.on_hand_out,
-        on_pack=recorder.on_pack,
-    )
-    rows = [json.loads(line) for line in (tmp_path / "packs.jsonl").read_text().splitlines()]
-    names = [str(trial) for trial in wanted]
-    assert seen == [1]
-    assert rows[0] == {"started": names}
-    assert (rows[1]["trials"], rows[1]["ended"]) == (names, names[:1])
-    assert "this point's fault" in rows[1]["why"]
-    assert len(rows) == 2  # those trained alone are no pack
+def test_a_resume_forms_the_packs_that_had_not_ended_and_no_others() -> None:
+    """Whoever had ended when it was killed: what is left goes together as it was to."""
+    wanted, lines = trials(10), list[Any]()
+    queue = queue_of(Source(wanted), 4, workers=2, note=lines.append)
+    first = taken(queue, 3)
+    assert first == [tuple(wanted[:4]), tuple(wanted[4:8]), tuple(wanted[8:])]
+    queue.settle(Order(first[1]), Pack(first[1], tuple(map(good, first[1]))))
+    left = Source([*first[0], *first[2]])
+    assert taken(queue_of(left, 4, workers=2, lines=lines), 3) == [first[0], first[2], ()]
+    # Without the lines they would be shared out anew.
+    assert [len(pack) for pack in taken(queue_of(left, 4, workers=2), 3)] == [3, 3, 0]
+    # One of them was stored, and its pack's end was not noted: it failed as a pack.
+    left = Source([*wanted[1:4], *first[2]])
+    singles = [(trial,) for trial in wanted[1:4]]
+    assert taken(queue_of(left, 4, workers=2, lines=lines), 4) == [*singles, first[2]]
+    # Another size is asked for by now: a larger pack is divided anew, a smaller one stands.
+    left = Source([*first[0], *first[2]])
+    assert [len(pack) for pack in taken(queue_of(left, 3, lines=lines), 3)] == [3, 1, 2]
+    assert taken(queue_of(left, 8, lines=lines), 2) == [first[0], first[2]]
+    assert [len(pack) for pack in taken(Queue(left, packs=Packs(1, lines=lines)), 2)] == [1, 1]
 
 
 def quiet() -> View:
@@ -388,8 +424,9 @@ def test_a_fused_sweep_makes_the_same_choices(tmp_path: Path, corpus_file: Path)
     lines = [json.loads(line) for line in (folder.path / "packs.jsonl").read_text().splitlines()]
     rows = [line for line in lines if "trials" in line]
     assert [len(row["trials"]) for row in rows] == [4, 4, 3]  # 4 × 2 points, then 3 × 1
-    assert all(row["ended"] == row["trials"] for row in rows)
-    assert [line["started"] for line in lines if "started" in line] == [r["trials"] for r in rows]
+    assert all(row.keys() == {"width", "trials"} for row in rows)  # each has ended whole
+    formed = [pack for line in lines for pack in line.get("packs", ())]
+    assert formed == [row["trials"] for row in rows]
     assert {name for row in rows for name in row["trials"]} == {str(trial) for trial in losses[1]}
     assert not (folder.path / "checkpoints").exists()
 
@@ -413,8 +450,19 @@ DROPOUT = "        x_BTD = F.dropout(self.embedding(tokens_BT), 0.1, self.traini
 
 
 def test_killed_in_the_middle_of_a_pack_it_goes_on(tmp_path: Path, corpus_file: Path) -> None:
-    """kill -9 as soon as some results are stored, and a checkpoint of others lies there."""
-    tables = {**CLEAR, "compute": {"pack": 3}}
+    """kill -9 as soon as some results are stored, and a checkpoint of others lies there.
+
+    The answer is the same to the last digit, though nothing keeps choices from hanging on one.
+    """
+    tables = {
+        "ladder": {"policy": "adaptive"},
+        "train": {"steps": 20, "checkpoint_every": 3},
+        "axes": {
+            "lr": {"low": 0.002, "high": 60.0, "points": 9},
+            "weight_decay": {"low": 0.05, "high": 4.0, "points": 3},
+        },
+        "compute": {"pack": 4},
+    }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for place in (whole, killed):
         place.mkdir()
@@ -432,10 +480,8 @@ def test_killed_in_the_middle_of_a_pack_it_goes_on(tmp_path: Path, corpus_file: 
     assert finish(start(run_real, killed, tables)) == 0
     after = stored(killed)
     assert all(after[key] == row for key, row in before.items())  # none was trained again
-    mine, theirs = (json.loads(answers(place)["show"]) for place in (killed, whole))
-    for one, other in zip(mine["choices"], theirs["choices"], strict=True):
-        assert (one["width"], one["point"]) == (other["width"], other["point"])
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert answers(killed) == answers(whole)
+    assert "diverged" in answers(whole)["trials.csv"]
     assert not checkpoints.exists()
 
 
@@ -467,9 +513,11 @@ def test_packs_on_ray_and_a_worker_that_dies_with_one() -> None:
 
         return Mortal()
 
-    source, packs = Source(wanted), list[Pack]()
-    ray_tune.run_ray(source, make(), workers=2, pack=4, on_pack=packs.append)
+    source, lines = Source(wanted), list[Any]()
+    ray_tune.run_ray(source, make(), workers=2, packs=Packs(4, note=lines.append))
     died, lived = wanted[:4], wanted[4:]
     assert {source.told[t].status for t in died} == {Status.COMPLETE}  # each alone
     assert {source.told[t].reason for t in lived} == {"as one of 4"}
-    assert sorted(len(pack.trained) for pack in packs) == [1, 1, 1, 1, 4]
+    names = [[str(trial) for trial in some] for some in (died, lived)]
+    assert lines[1] == {"width": 32, "packs": names}
+    assert [line["alone"] for line in lines if "alone" in line] == names[:1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from telescope.dispatch.inline import run_inline
-from telescope.dispatch.queue import Queue, attempt
+from telescope.dispatch.queue import Order, Queue, attempt
 from telescope.records import Point, Result, Status, Trial
 
 TRIALS = [Trial(32, Point.of(lr=lr), 0) for lr in (0.1, 0.2, 0.3)]
@@ -20,8 +20,8 @@ class Source:
     def ask(self) -> Sequence[Trial]:
         return [t for t in TRIALS if t not in {result.trial for result in self.told}]
 
-    def tell(self, result: Result) -> None:
-        self.told.append(result)
+    def tell(self, *results: Result) -> None:
+        self.told += results
 
 
 def good(trial: Trial) -> Result:
@@ -30,7 +30,7 @@ def good(trial: Trial) -> Result:
 
 def test_a_trial_is_handed_out_once() -> None:
     queue = Queue(Source())
-    assert [queue.take() for _ in range(4)] == [*TRIALS, None]
+    assert [queue.take() for _ in range(4)] == [*(Order((trial,)) for trial in TRIALS), None]
     queue.answer(good(TRIALS[1]))
     assert queue.take() is None
     assert not queue.is_done

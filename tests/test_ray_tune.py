@@ -51,9 +51,10 @@ class Stages:
                 return unanswered
         return []
 
-    def tell(self, result: Result) -> None:
-        assert result.trial not in self.results
-        self.results[result.trial] = result
+    def tell(self, *results: Result) -> None:
+        for result in results:
+            assert result.trial not in self.results
+            self.results[result.trial] = result
 
     def workers(self, stage: int) -> set[str]:
         return {self.results[trial].worker for trial in self.stages[stage]}
@@ -108,8 +109,8 @@ def test_a_sweep_with_mishaps_on_our_own_ray(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Watched(Stages):
-        def tell(self, result: Result) -> None:
-            super().tell(result)
+        def tell(self, *results: Result) -> None:
+            super().tell(*results)
             addresses.update(listening_addresses())
             folders.update(own_folders())
 
@@ -220,10 +221,10 @@ def test_on_a_ray_of_somebody_else() -> None:
     """Threads, a store that fails and too few GPUs; in the end all that was lent is free again."""
 
     class Full(Stages):
-        def tell(self, result: Result) -> None:
+        def tell(self, *results: Result) -> None:
             if self.results:
                 raise OSError("disk full")
-            super().tell(result)
+            super().tell(*results)
 
     def train(trial: Trial) -> Result:
         import torch

@@ -8,7 +8,8 @@ Standard library only, because `status` and `ls` read it and must start at once.
         trials.db      every result (Optuna on SQLite), unless --storage names another place
         trials.csv     the same as a table
         curves/        one CSV per trial
-        packs.jsonl    which trials were begun as one, and which of them ended, if any were
+        packs.jsonl    which trials are trained as one, if any are, and how that was decided
+        unstored.json  results of a pack, while they are stored one by one
         logs/          what each trial of a foreign trainer printed
         trials/        folders of the trials' own, where a foreign trainer asks for them
         checkpoints/   of the trials that are running, where the spec asks for them
@@ -52,6 +53,7 @@ RECORD: dict[str, Any] = {
 CHECK_FILE = "coordcheck.json"
 STATUS_FILE = "status.json"
 PACKS_FILE = "packs.jsonl"
+UNSTORED_FILE = "unstored.json"
 LOCK_FILE = "lock"
 LOCK_TRIES = 25
 """Tries, 20 ms apart, before a lock counts as another driver's."""
@@ -152,10 +154,53 @@ class Folder:
         rows.writerows((row.step, row.train_loss, row.held_out_loss) for row in result.curve)
         write_atomic(self.path / "curves" / f"{result.trial}.csv", text.getvalue(), durable=False)
 
-    def note_pack(self, pack: Mapping[str, Any]) -> None:
-        """Keep a pack's start or its end, on a line of its own; a lost worker has no end."""
-        with (self.path / PACKS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(pack) + "\n")
+    def note_pack(self, line: Mapping[str, Any]) -> None:
+        """Keep what was decided about packs, before it is acted upon."""
+        data = json.dumps(line).encode()
+        with (self.path / PACKS_FILE).open("ab+") as file:
+            if size := file.tell():
+                file.seek(size - 1)
+                if file.read() != b"\n":  # the line before was cut off by a kill
+                    data = b"\n" + data
+            file.write(data + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def packs(self) -> list[dict[str, Any]]:
+        """What was decided about packs, in order, without what was cut off."""
+        try:
+            lines = (self.path / PACKS_FILE).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict)]
+
+    def write_unstored(self, results: Iterable[Result]) -> None:
+        """Keep the results of a pack while they are stored one by one."""
+        write_json(self.path / UNSTORED_FILE, [result.as_dict() for result in results])
+
+    def unstored(self) -> list[Result]:
+        """The results of a pack whose storing was cut off, those among them that were stored too.
+
+        Raises:
+            ResumeError: the file is damaged.
+        """
+        path = self.path / UNSTORED_FILE
+        try:
+            return [Result.from_dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ResumeError(
+                f"{path}: cannot be read: {error}; remove it, and its trials are trained again"
+            ) from error
+
+    def remove_unstored(self) -> None:
+        """Note that all are stored."""
+        (self.path / UNSTORED_FILE).unlink(missing_ok=True)
 
     def write_status(self, heartbeat: Mapping[str, Any]) -> None:
         """Say how far the sweep is, for `status` in another process."""

@@ -20,6 +20,7 @@ from numbers import Real
 from typing import Any, Protocol
 
 from telescope.dispatch.device import check_device
+from telescope.dispatch.packs import Limit, Pack, Packs
 from telescope.errors import TrialError
 from telescope.records import CurvePoint, Result, Status, Trial, TrialSource
 
@@ -42,30 +43,13 @@ class Trainer(Protocol):
 
 
 @dataclass(frozen=True)
-class Pack:
-    """What a worker has done with the trials it was handed."""
+class Order:
+    """What a free worker does next."""
 
-    trained: tuple[Trial, ...]
-    """Those that have ended."""
-    released: tuple[Trial, ...] = ()
-    """Those that have not, for whoever is free."""
-    alone: tuple[Trial, ...] = ()
-    """Those of the released that failed as a pack: each has to be trained alone."""
-    most: int | None = None
-    """How many of this width it can train as one, where something is known to limit it."""
-    until: int | None = None
-    """From how many trials on `most` is to be found out anew; None: never."""
-    why: str = ""
-    """What limits it, or why a pack failed; "" if nothing did."""
-    members: tuple[Trial, ...] = ()
-    """Those that were begun, as one if several; they end or are released."""
-    worker: str = ""
-    """Whose work it is, and whose limit: ``host:pid``."""
-
-    @property
-    def handed(self) -> tuple[Trial, ...]:
-        """All that the worker was handed."""
-        return (*self.trained, *self.released)
+    trials: tuple[Trial, ...]
+    """Of one width, to be trained as one."""
+    look: bool = False
+    """Whether only to find out how many of such trials can be trained as one."""
 
 
 class Queue:
@@ -75,10 +59,9 @@ class Queue:
         source: asked for trials, told of results.
         retries: how often a failed trial is tried again.
         on_start: called whenever a worker takes a trial.
-        on_hand_out: called with the trials of a worker that takes several, to train them as one as
-            far as they go together.
-        pack: how many trials of one width a worker may take at once; None: as many as there are.
-        workers: among whom a stage's trials are shared out evenly, if they are taken in packs.
+        on_release: called with trials that a worker has not trained, which is no failure of theirs.
+        packs: which trials go together.
+        workers: among whom the trials that are asked for together are shared out evenly.
     """
 
     def __init__(
@@ -87,96 +70,112 @@ class Queue:
         *,
         retries: int = RETRIES,
         on_start: Callable[[Trial], None] | None = None,
-        on_hand_out: Callable[[Sequence[Trial]], None] | None = None,
-        pack: int | None = 1,
+        on_release: Callable[[Sequence[Trial]], None] | None = None,
+        packs: Packs | None = None,
         workers: int = 1,
     ) -> None:
         """Nothing has been handed out yet."""
         self._source = source
         self._retries = retries
         self._on_start = on_start
-        self._on_hand_out = on_hand_out
-        self._pack = pack
+        self._on_release = on_release
+        self._packs = packs or Packs()
         self._workers = workers
-        self._limits: dict[int, dict[str, Pack]] = {}  # width → worker → its last word
-        self._alone: set[Trial] = set()
         self._in_flight: set[Trial] = set()
+        self._looked_at: set[int] = set()  # widths that a worker is looking at
         self._failures: Counter[Trial] = Counter()
 
-    def take(self) -> Trial | None:
-        """The next trial to run, or None when all that is asked for now is in flight."""
-        return next(iter(self._take(1)), None)
+    def take(self) -> Order | None:
+        """The next order for one worker, or None when all that is asked for now is in flight."""
+        for trial in self._free():
+            order = self._order(trial)
+            if order and order.look:
+                self._looked_at.add(trial.width)
+            elif order:
+                self._hand_out(order.trials)
+            if order:
+                return order
+        return None
 
-    def take_pack(self) -> list[Trial]:
-        """The next trials of one width for one worker; none when all is in flight.
+    def _free(self) -> list[Trial]:
+        """What is asked for and nobody has."""
+        return [trial for trial in self._source.ask() if trial not in self._in_flight]
 
-        As many as the worker's share of what is asked for now. A trial that has failed is alone:
-        what killed a worker may have been any of its pack.
-        """
-        asked = self._source.ask()
-        share = math.ceil(len(asked) / self._workers) if asked else 1
-        taken = self._take(share if self._pack is None else min(share, self._pack))
-        if len(taken) > 1 and self._on_hand_out:
-            self._on_hand_out(taken)
-        return taken
+    def _is_alone(self, trial: Trial) -> bool:
+        """A trial that has failed is: what killed a worker may have been any of its pack."""
+        return trial in self._failures or self._packs.is_alone(trial)
 
-    def _take(self, most: int) -> list[Trial]:
-        taken: list[Trial] = []
-        for trial in self._source.ask():
-            is_alone = trial in self._alone or trial in self._failures
-            if trial in self._in_flight or (taken and (is_alone or trial.width != taken[0].width)):
-                continue
-            if len(taken) == self._limit(trial.width, most):
-                break
-            taken.append(trial)
-            if is_alone:
-                break
-        for trial in taken:
+    def _order(self, trial: Trial) -> Order | None:
+        """What to do about a free trial; None if a look at its width has to be awaited."""
+        if self._is_alone(trial):
+            return Order((trial,))
+        free = [t for t in self._free() if t.width == trial.width and t not in self._failures]
+        if pack := self._packs.find(trial, free):
+            return Order(pack)
+        if trial.width in self._looked_at:
+            return None
+        new, number = self._packs.to_form(free, self._workers)
+        if not self._packs.knows(trial.width, number):
+            return Order(tuple(new[:number]), look=True)
+        self._packs.form(new, number)
+        return Order(self._packs.find(trial, free))
+
+    def _hand_out(self, trials: Sequence[Trial]) -> None:
+        for trial in trials:
             self._in_flight.add(trial)
             if self._on_start:
                 self._on_start(trial)
-        return taken
 
-    def _limit(self, width: int, most: int) -> int:
-        """How many of `most` trials a worker may be handed: what the ablest can train as one.
+    def settle(self, order: Order, done: Pack | Limit) -> None:
+        """Take what a worker has done: results, told all at once, or what its look has found."""
+        if isinstance(done, Limit):
+            self._looked_at.discard(order.trials[0].width)
+            self._packs.found(order.trials[0].width, done)
+            return
+        if done.results:
+            self.answer(*done.results)
+        self._in_flight.difference_update(done.released)
+        if done.released and self._on_release:
+            self._on_release(done.released)
+        self._packs.ended(done)
 
-        Each worker sees its own device and its own memory, so one's limit is none of the others'.
-        """
-        words = self._limits.get(width, {}).values()
-        if len(words) < self._workers:
-            return most
-        limits = [
-            most if w.most is None or (w.until is not None and most >= w.until) else w.most
-            for w in words
-        ]
-        return min(most, max(limits))
+    def lose(self, order: Order, reason: str) -> None:
+        """Take the loss of a worker: its trials have failed; a look is not worth another."""
+        if order.look:
+            self.settle(order, Limit(1, f"a worker was lost in trying: {reason.splitlines()[0]}"))
+            return
+        self._packs.ended(Pack(order.trials, (), why=reason.splitlines()[0]))
+        self.answer(*(Result(trial, Status.FAILED, reason=reason) for trial in order.trials))
 
-    def settle(self, pack: Pack) -> None:
-        """Take back what a worker has not trained, which is no failure of theirs, and learn."""
-        self._in_flight.difference_update(pack.released)
-        self._alone.update(pack.alone)
-        self._limits.setdefault(pack.handed[0].width, {})[pack.worker] = pack
-
-    def answer(self, result: Result) -> None:
-        """Give back a trial: its result goes to the source, or it is tried again."""
-        self._in_flight.discard(result.trial)
-        if result.status is Status.FAILED:
-            self._failures[result.trial] += 1
-            if self._failures[result.trial] <= self._retries:
-                return
-            times = self._failures[result.trial]
-            result = replace(result, reason=f"failed {times} times; last: {result.reason}")
-        self._source.tell(result)
+    def answer(self, *results: Result) -> None:
+        """Give back trials: their results go to the source together, or they are tried again."""
+        final = []
+        for result in results:
+            self._in_flight.discard(result.trial)
+            if result.status is Status.FAILED:
+                self._failures[result.trial] += 1
+                times = self._failures[result.trial]
+                if times <= self._retries:
+                    continue
+                result = replace(result, reason=f"failed {times} times; last: {result.reason}")
+            final.append(result)
+        if final:
+            self._source.tell(*final)
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether a free worker has to wait: all that is asked for now is in flight."""
-        return bool(self._in_flight) and self._in_flight.issuperset(self._source.ask())
+    def has_work(self) -> bool:
+        """Whether a free worker would get something to do."""
+        return any(
+            self._is_alone(trial)
+            or self._packs.is_formed(trial)
+            or trial.width not in self._looked_at
+            for trial in self._free()
+        )
 
     @property
     def is_done(self) -> bool:
         """Whether nothing is in flight and the source asks for nothing more."""
-        return not self._in_flight and not self._source.ask()
+        return not self._in_flight and not self._looked_at and not self._source.ask()
 
 
 class Hung(BaseException):

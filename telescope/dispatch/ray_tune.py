@@ -32,12 +32,12 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from telescope.dispatch.packing import PackSize, largest
-from telescope.dispatch.queue import Pack, Queue, Trainer, clean
+from telescope.dispatch.packs import Limit, Pack, Packs
+from telescope.dispatch.queue import Order, Queue, Trainer, clean
 from telescope.dispatch.ray_session import reap
 from telescope.dispatch.ray_worker import Gate, Worker, log_tail
 from telescope.errors import SpecError
-from telescope.records import Result, Status, Trial, TrialSource
+from telescope.records import Result, Trial, TrialSource
 
 START_PATIENCE = 15.0
 """Seconds a trial may wait for a worker before it gets one that waits at the gate: a process takes
@@ -62,11 +62,10 @@ def run_ray(
     gpus: float = 0,
     address: str | None = None,
     timeout: float = 0.0,
-    pack: PackSize = 1,
+    packs: Packs | None = None,
     owner: str | None = None,
     on_start: Callable[[Trial], None] | None = None,
-    on_hand_out: Callable[[Sequence[Trial]], None] | None = None,
-    on_pack: Callable[[Pack], None] | None = None,
+    on_release: Callable[[Sequence[Trial]], None] | None = None,
     by_width: Mapping[int, Size] | None = None,
     logs: Path | None = None,
     takes_any_gpu: bool = False,
@@ -85,12 +84,11 @@ def run_ray(
         address: ``host:port`` of a running cluster, or ``auto`` to look for one.
         timeout: seconds after which a trial counts as hung; 0: never. One that cannot be
             interrupted has its process ended `ray_worker.HANG_GRACE` later.
-        pack: how many trials of one width a worker may train as one; their results come together.
+        packs: which trials a worker trains as one; left out, none.
         owner: a name that only one run at a time may use; what an earlier run of that name, now
             dead, left behind of its own Ray is ended first.
         on_start: called when a worker takes a trial.
-        on_hand_out: called when a worker is given several trials, to train as one if they go.
-        on_pack: called when a worker has ended what it was handed; never if it was lost.
+        on_release: called with trials of a pack that have not been trained, for whoever is free.
         by_width: width → another size than workers, cpus and gpus say; of so many at once as many
             run as there is room for. What widths of one size ask for must come together.
         logs: where each trial's output is kept as ``TRIAL.log``; left out, nowhere.
@@ -106,14 +104,14 @@ def run_ray(
     """
     if not source.ask():
         return
-    owner = owner or f"process {os.getpid()}"
+    owner, packs = owner or f"process {os.getpid()}", packs or Packs()
     reap(owner)
     default, sizes = Size(workers, cpus, gpus), dict(by_width or {})
     with session_folder(owner) as folder:
         if logs:
             logs.mkdir(parents=True, exist_ok=True)
         logs = (logs or folder).absolute()
-        driver = _Driver(leave_at_once=not ray.is_initialized(), logs=logs, on_pack=on_pack)
+        driver = _Driver(leave_at_once=not ray.is_initialized(), logs=logs)
         room = _cpus([default, *sizes.values()])
         with connected(folder, owner=owner, address=address, cpus=room, on_loss=driver.stop):
             where = "the cluster" if address else "this machine"
@@ -125,7 +123,7 @@ def run_ray(
             driver.gate = ray.remote(Gate).options(num_cpus=0).remote()
             given = {
                 **{"trainer": cloudpickle.dumps(trainer), "gate": driver.gate},
-                **{"timeout": timeout, "logs": str(logs), "pack": pack},
+                **{"timeout": timeout, "logs": str(logs), "pack": packs.size},
             }
             try:
                 while asked := source.ask():
@@ -135,8 +133,8 @@ def run_ray(
                     queue = Queue(
                         part,
                         on_start=on_start,
-                        on_hand_out=on_hand_out,
-                        pack=largest(pack),
+                        on_release=on_release,
+                        packs=packs,
                         workers=size.workers,
                     )
                     _run_experiment(queue, driver, given, size, folder)
@@ -172,9 +170,9 @@ class _Part:
         """The trials of these widths, which are none when the source has gone on to others."""
         return [trial for trial in self._source.ask() if trial.width in self._widths]
 
-    def tell(self, result: Result) -> None:
-        """Pass it on."""
-        self._source.tell(result)
+    def tell(self, *results: Result) -> None:
+        """Pass them on."""
+        self._source.tell(*results)
 
 
 class _Leave(BaseException):
@@ -184,20 +182,13 @@ class _Leave(BaseException):
 class _Driver:
     """The driver's side: which worker does what, and the first error of the source."""
 
-    def __init__(
-        self,
-        *,
-        leave_at_once: bool,
-        logs: Path,
-        on_pack: Callable[[Pack], None] | None = None,
-    ) -> None:
+    def __init__(self, *, leave_at_once: bool, logs: Path) -> None:
         self.gate: Any = None
-        self._on_pack = on_pack
         self._logs = logs
         self.error: Exception | None = None
         self._queue: Queue
         self._leave_at_once = leave_at_once
-        self._running: dict[str, list[Trial]] = {}  # Tune's trial id → trials, none at the gate
+        self._running: dict[str, Order | None] = {}  # Tune's trial id → order, none at the gate
         self._turn = 0  # how often the gate was opened
         self._unstarted: dict[str, float] = {}  # Tune's trial id → when it was handed out
         self._opened = 0.0  # when the gate was opened for one of those
@@ -220,45 +211,45 @@ class _Driver:
         if self.error:
             return None
         try:
-            trials = self._queue.take_pack()
-            if not trials and not self._queue.is_waiting:
+            order = self._queue.take()
+            if not order and self._queue.is_done:
                 return None
-            if not trials and self._has_stranded():
+            if not order and self._has_stranded():
                 return {}
         except Exception as error:
             self.error = error
             return None
-        self._running[tune_id] = trials
-        if trials:
+        self._running[tune_id] = order
+        if order:
             self._unstarted[tune_id] = time.monotonic()
-        return {"trials": trials} if trials else {"turn": self._turn}
+        return {"order": order} if order else {"turn": self._turn}
 
-    def answer(self, tune_id: str, results: Sequence[Result], pack: Pack | None) -> None:
+    def answer(self, tune_id: str, done: Pack | Limit | None) -> None:
         """Take what a worker brought back; from the gate it brings nothing."""
-        trials = self._running.pop(tune_id)
+        order = self._end(tune_id)
+        if order and done is not None and not self.error:
+            self._tell(lambda: self._queue.settle(order, done))
+
+    def lose(self, tune_id: str, reason: str) -> None:
+        """Take the loss of a worker process: its trials have failed; a gate trial is forgotten."""
+        order = self._end(tune_id)
+        if order and not self.error:
+            reason = clean([reason, *log_tail(self._logs, order.trials[0])])
+            self._tell(lambda: self._queue.lose(order, reason))
+
+    def _end(self, tune_id: str) -> Order | None:
         self._unstarted.pop(tune_id, None)
-        if not trials or self.error:
-            return
+        return self._running.pop(tune_id)
+
+    def _tell(self, settle: Callable[[], None]) -> None:
+        """Tell the queue, and let go who waits at the gate if there is something to do now."""
         try:
-            for result in results:
-                self._queue.answer(result)
-            if pack:
-                self._queue.settle(pack)
-                if self._on_pack:
-                    self._on_pack(pack)
-            if [] in self._running.values() and not self._queue.is_waiting:
+            settle()
+            if None in self._running.values() and (self._queue.has_work or self._queue.is_done):
                 self._turn += 1
                 self.gate.open.remote(self._turn)
         except Exception as error:
             self.error = error
-
-    def lose(self, tune_id: str, reason: str) -> None:
-        """Take the loss of a worker process: its trials have failed; a gate trial is forgotten."""
-        trials = self._running[tune_id]
-        if trials:
-            reason = clean([reason, *log_tail(self._logs, trials[0])])
-        failed = [Result(trial, Status.FAILED, reason=reason) for trial in trials]
-        self.answer(tune_id, failed, None)
 
     def stop(self, error: Exception) -> None:
         """Give up for a reason that comes from outside."""
@@ -276,7 +267,7 @@ class _Driver:
     def _free_workers_for_stranded(self) -> None:
         """Let workers go that wait at the gate for the very trial that needs one of them."""
         is_due = time.monotonic() - self._opened > 1.0
-        if is_due and [] in self._running.values() and self._has_stranded():
+        if is_due and None in self._running.values() and self._has_stranded():
             self._opened = time.monotonic()
             self._turn += 1
             self.gate.open.remote(self._turn)
@@ -306,7 +297,7 @@ class _Asker(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
     ) -> None:
         """Pass on what a worker brought back; errors go another way, which knows their reason."""
         if result is not None and not error:
-            self._driver.answer(trial_id, result.get("results", ()), result.get("pack"))
+            self._driver.answer(trial_id, result.get("work"))
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the store is the state."""

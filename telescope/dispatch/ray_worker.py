@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 import ray
 from ray import cloudpickle, tune
 
-from telescope.dispatch.packing import Packer, PackSize
+from telescope.dispatch.packing import Packer
+from telescope.dispatch.packs import PackSize
 from telescope.dispatch.queue import LOG_TAIL_LINES, THREAD_VARIABLES, Trainer
 from telescope.errors import LostError
-from telescope.records import Result, Trial
+from telescope.records import Trial
 
 HANG_GRACE = 10.0
 """Seconds that a hung trial has to be interrupted in, before its process is ended."""
@@ -41,7 +42,6 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         share: float,
     ) -> None:
         """Size the thread pools, before the trainer brings in torch."""
-        self._order = config
         self._pickled = trainer
         # Loaded when it is first needed: a trainer that cannot load is a trial's failure.
         self._packer = Packer(self._load, pack, timeout=timeout, share=share, guard=_ended_if_hung)
@@ -51,21 +51,18 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next order in the same, warm process."""
-        self._order = new_config
+        """Take the next order, which `config` has, in the same, warm process."""
         return True
 
     def step(self) -> dict[str, Any]:
         """Train what was ordered, or wait at the gate."""
-        if trials := self._order.get("trials"):
-            results: list[Result] = []
-            with _logged(self._logs, trials[0]):
+        if order := self.config.get("order"):
+            with _logged(self._logs, order.trials[0]):
                 try:
-                    pack = self._packer(trials, results.append)
+                    return {"done": True, "work": self._packer(order)}
                 except LostError as error:
                     _leave(error)
-            return {"done": True, "results": results, "pack": pack}
-        ray.get(self._gate.wait_beyond.remote(self._order["turn"]))
+        ray.get(self._gate.wait_beyond.remote(self.config["turn"]))
         return {"done": True}
 
     def _load(self) -> Trainer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from telescope.files import remove_unfinished, write_atomic, write_json
 from telescope.records import CurvePoint, Trial
 from telescope.train.config import TrialConfig
 
+END_FILE = "end.json"
 KEPT = 2
 """How many checkpoints a trial keeps: the last one, and the one before should it be damaged."""
 
@@ -85,19 +87,57 @@ class Checkpoints:
         remove_unfinished(self._folder)
 
     def restore(
-        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: str
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        device: str,
+        *,
+        at_most: float = math.inf,
     ) -> Position:
         """Put model, optimizers and random state where the last whole checkpoint has them.
+
+        Args:
+            model: of the trial.
+            optimizers: of the trial.
+            device: where they are.
+            at_most: the last step that may be gone on from.
 
         Returns:
             How far it is; the start when there is no checkpoint.
         """
         for position, tensors in self._whole():
+            if position.step > at_most:
+                continue
             _put_model(model, tensors)
             _put_optimizers(optimizers, tensors)
             _put_random(device, tensors)
             return position
         return Position()
+
+    def newest(self) -> int:
+        """The step of the last whole checkpoint; 0 when there is none."""
+        return next((position.step for position, _ in self._whole()), 0)
+
+    def save_end(self, position: Position, reason: str) -> None:
+        """Keep how the trial has ended, for a pack that goes on without it.
+
+        Args:
+            position: where.
+            reason: why it diverged, or "".
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        end = {"identity": self._identity, "position": asdict(position), "reason": reason}
+        write_json(self._folder / END_FILE, end)
+
+    def end(self) -> tuple[Position, str] | None:
+        """What `save_end` kept; None if there is none of this training."""
+        try:
+            end = json.loads((self._folder / END_FILE).read_bytes())
+            if end["identity"] == self._identity:
+                return _position(end["position"]), str(end["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
 
     def _whole(self) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         """The checkpoints that are this training's and not damaged, the newest first."""

@@ -1,13 +1,15 @@
 """A pack: trials of one width that train as one stacked model, each as it would alone.
 
 Every trial keeps its own data, schedule, curve, checkpoints and end. One that ends or diverges
-leaves the pack, and its memory is freed. Trials may be at different steps, so a resumed pack takes
-each from its own last checkpoint, whoever wrote it.
+leaves the pack, and its memory is freed. A pack that is begun again goes on from the last step of
+which all have a checkpoint, without those that had ended by then, so that it rounds as before.
+Trials may be at different steps: those that were no pack before go on each from its own.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +71,7 @@ def train_pack(config: TrialConfig, trials: Sequence[Trial]) -> Iterator[Result]
         DataError, ModelError: as `loop.train`.
     """
     pack = Pack(config, trials)
+    yield from pack.ended
     while pack.members:
         yield from pack.step()
 
@@ -82,18 +85,36 @@ class Pack:
         self.members: list[Member] = []
         self._unread: list[Tensor] = []  # the losses of the last steps, (K,) each
         self._clock = 0.0
-        for trial in trials:
-            start = time.perf_counter()
-            setup = set_up(config, trial)
-            parts = (setup.model, setup.optimizers)
-            checkpoints = checkpoints_of(config, trial)
-            position = checkpoints.restore(*parts, setup.device) if checkpoints else Position()
-            if not self.members:
-                self._shell = setup  # whose module is called, and through which checkpoints go
-                self.stack = stack_of(setup, len(trials))
-            self.stack.load(len(self.members), *parts)
-            position.seconds += time.perf_counter() - start
-            self.members.append(Member(trial, setup.batches, setup.train, checkpoints, position))
+        kept = [checkpoints_of(config, trial) for trial in trials]
+        start = _common_start([each for each in kept if each], config.train.checkpoint_every)
+        ends = [each.end() if each else None for each in kept]
+        over = [end is not None and end[0].step <= start for end in ends]
+        self.ended = [
+            result_of(config, trial, *end)
+            for trial, end, is_over in zip(trials, ends, over, strict=True)
+            if end and is_over
+        ]
+        """Results of those that had ended before, if the pack is begun again."""
+        for trial, checkpoints, is_over in zip(trials, kept, over, strict=True):
+            if not is_over:
+                self._add(trial, checkpoints, start, len(trials) - len(self.ended))
+
+    def _add(
+        self, trial: Trial, checkpoints: Checkpoints | None, at_most: float, size: int
+    ) -> None:
+        """Set a trial up as a member of a pack of `size`, from a step that is at most so many."""
+        start = time.perf_counter()
+        setup = set_up(self._config, trial)
+        parts = (setup.model, setup.optimizers)
+        position = Position()
+        if checkpoints:
+            position = checkpoints.restore(*parts, setup.device, at_most=at_most)
+        if not self.members:
+            self._shell = setup  # whose module is called, and through which checkpoints go
+            self.stack = stack_of(setup, size)
+        self.stack.load(len(self.members), *parts)
+        position.seconds += time.perf_counter() - start
+        self.members.append(Member(trial, setup.batches, setup.train, checkpoints, position))
 
     def step(self) -> list[Result]:
         """Every trial's next step; returns the results of those that have ended, as far as read."""
@@ -120,16 +141,20 @@ class Pack:
         self._charge()
         self._save(reasons)
         self._charge()
-        left, results = [], []
+        left: list[int] = []
+        ended: list[tuple[Member, str]] = []
         for k, (member, reason) in enumerate(zip(self.members, reasons, strict=True)):
             if reason or member.position.step == member.train.steps:
-                results.append(result_of(self._config, member.trial, member.position, reason))
+                ended.append((member, reason))
             else:
                 left.append(k)
-        if left and results:
+        if left and ended:
             self.stack.keep(left)
+            for member, reason in ended:
+                if member.checkpoints:
+                    member.checkpoints.save_end(member.position, reason)
         self.members = [self.members[k] for k in left]
-        return results
+        return [result_of(self._config, m.trial, m.position, reason) for m, reason in ended]
 
     def _batches(self, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets (K, batch, sequence); one that several trials see is moved once."""
@@ -196,6 +221,18 @@ class Pack:
             if member.checkpoints and not is_last and step % every == 0:
                 self.stack.put(k, step, *parts)
                 member.checkpoints.save(*parts, self._shell.device, member.position)
+
+
+def _common_start(kept: Sequence[Checkpoints], every: int) -> float:
+    """The last step of which all trials that have not ended have a checkpoint.
+
+    Trials of a pack are never further apart than what lies between two checkpoints. Those that are
+    were trained otherwise, and have no step in common: infinity, for each its own.
+    """
+    newest = [each.newest() for each in kept if not each.end()]
+    if not newest or max(newest) - min(newest) > every:
+        return math.inf
+    return min(newest)
 
 
 def stack_of(setup: Setup, size: int) -> Stack:

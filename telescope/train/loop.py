@@ -85,10 +85,12 @@ def use_threads(config: TrialConfig, width: int) -> None:
 
 def train(config: TrialConfig, trial: Trial) -> Result:
     """Train `trial` as `config` says, from its last checkpoint on; see `TelescopeTrainer`."""
+    checkpoints = checkpoints_of(config, trial)
+    if checkpoints and (end := checkpoints.end()):
+        return result_of(config, trial, *end)  # as part of a pack that has not come to its own
     start = time.perf_counter()
     setup = set_up(config, trial)
     parts = (setup.model, setup.optimizers, setup.device)
-    checkpoints = checkpoints_of(config, trial)
     position = checkpoints.restore(*parts) if checkpoints else Position()
     start -= position.seconds
 
@@ -112,8 +114,6 @@ def result_of(config: TrialConfig, trial: Trial, position: Position, reason: str
         reason: why it diverged, or "".
     """
     loss = None if reason else position.curve[-1].held_out_loss
-    if loss is not None and not math.isfinite(loss):
-        loss, reason = None, f"held-out loss {loss} after {position.step} steps"
     return Result(
         trial,
         Status.DIVERGED if reason else Status.COMPLETE,
@@ -238,12 +238,14 @@ def note_step(
         return f"loss {loss:.4g} at step {position.step} of {train.steps}, from {first:.4g}"
     position.recent.append(loss)
     eval_steps = _evenly_spaced(train.steps, train.evals)
-    if position.step in eval_steps | _evenly_spaced(train.steps, CURVE_ROWS):
-        held_out = measure() if position.step in eval_steps else None
-        mean = sum(position.recent) / len(position.recent)
-        position.curve.append(CurvePoint(position.step, mean, held_out))
-        position.recent = []
-    return ""
+    if position.step not in eval_steps | _evenly_spaced(train.steps, CURVE_ROWS):
+        return ""
+    held_out = measure() if position.step in eval_steps else None
+    is_finite = held_out is None or math.isfinite(held_out)
+    mean = sum(position.recent) / len(position.recent)
+    position.curve.append(CurvePoint(position.step, mean, held_out if is_finite else None))
+    position.recent = []
+    return "" if is_finite else f"held-out loss {held_out} after {position.step} steps"
 
 
 @functools.lru_cache(maxsize=8)
