@@ -237,7 +237,7 @@ def run(
         raise typer.Exit(1)
     finished = open_result(folder.path, results)
     settings = transfer_ladder(
-        loaded, ladder, width=None, steps=None, rule_checked=finished.rule_checked
+        finished.spec, ladder, width=None, steps=None, rule_checked=finished.rule_checked
     )
     print_answer(console, finished, settings)
 

@@ -127,6 +127,28 @@ def test_auto_is_settled_once(corpus_file: Path, tmp_path: Path, clock: dict[str
         sweep(corpus_file, tmp_path / "a", train={"precision": "fp32"})
 
 
+def test_run_and_transfer_say_the_same_of_a_settled_sweep(
+    corpus_file: Path,
+    tmp_path: Path,
+    clock: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Settled on fp32, Newton–Schulz is none that torch.optim.Muon has."""
+    clock.update(fp32=1.0, bf16=2.0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    Path("tiny.toml").write_text(as_toml(tiny_spec(corpus_file, **AUTO)))
+    said = []
+    for command in ("run tiny.toml --dispatcher inline --no-check", "transfer tiny"):
+        monkeypatch.setattr("sys.argv", ["telescope", *command.split()])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        said.append(capsys.readouterr().out.count("see note"))
+    assert said[0] == said[1] > 0
+
+
 def test_an_older_sweep_goes_on_with_what_it_had(
     corpus_file: Path, tmp_path: Path, clock: dict[str, float]
 ) -> None:

@@ -297,12 +297,13 @@ def test_compute_reaches_ray(
     data = tiny_spec(corpus_file, compute=compute, train={"timeout": 7.5})
     spec = Spec.from_dict(data)
     run(spec, Options(tmp_path, ray_address="head:6379", check=False), quiet)
-    del given["on_start"], given["on_hand_out"], given["on_pack"]
+    del given["on_start"], given["on_release"]
+    assert given.pop("packs").size == 1  # on a CPU auto is one
     assert given.pop("owner") == str((tmp_path / "tiny").resolve())
     assert given == {
         **{"workers": 3, "cpus": 2, "gpus": 0.5, "address": "head:6379"},
         **{"threads": 2, "device": "cpu", "timeout": 7.5, "by_width": None, "logs": None},
-        **{"pack": 1, "takes_any_gpu": False},
+        **{"takes_any_gpu": False},
     }
 
 
