@@ -388,4 +388,7 @@ def string_at(pid: int, address: int) -> str:
     """A path in another process's memory."""
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         memory.seek(address)
-        return memory.read(4096 - address % 4096).split(b"\0")[0].decode(errors="replace")
+        text = memory.read(4096 - address % 4096)
+        while b"\0" not in text:  # it goes on in the next page
+            text += memory.read(4096)
+        return text.split(b"\0")[0].decode(errors="replace")
