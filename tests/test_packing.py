@@ -170,7 +170,7 @@ def test_a_worker_that_dies_in_a_look_costs_the_packs_and_no_trial() -> None:
     look = queue.take()
     assert look
     assert look.look
-    queue.lose(look, "killed")
+    queue.lose(look, "")  # Ray may have no account of it
     assert [len(pack) for pack in taken(queue, 4)] == [1, 1, 1, 0]
     for trial in trials(3):
         queue.answer(Result(trial, Status.FAILED, reason="once"))

@@ -169,11 +169,11 @@ class Folder:
     def packs(self) -> list[dict[str, Any]]:
         """What was decided about packs, in order, without what was cut off."""
         try:
-            lines = (self.path / PACKS_FILE).read_text(encoding="utf-8").splitlines()
+            text = (self.path / PACKS_FILE).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
         found = []
-        for line in lines:
+        for line in text.splitlines():
             with suppress(ValueError):
                 found.append(json.loads(line))
         return [line for line in found if isinstance(line, dict)]

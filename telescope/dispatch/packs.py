@@ -101,8 +101,7 @@ class Packs:
             free: all of its width that are asked for and that nobody has.
         """
         names = self._formed.get(str(trial), ())
-        limit = self._limits.get(trial.width, Limit(None))
-        if not names or len(names) > limit.cut(self._most(len(names))):
+        if not names or len(names) > self._cut(trial.width, self._most(len(names))):
             self._forget(names)
             return ()
         members = tuple(each for each in free if str(each) in names)
@@ -119,7 +118,7 @@ class Packs:
             free: asked for, and nobody has them.
             workers: among whom they are shared out evenly.
         """
-        new = [t for t in free if not (self.is_alone(t) or self._formed.get(str(t)))]
+        new = [t for t in free if not (self.is_alone(t) or self.is_formed(t))]
         return new, self._most(math.ceil(len(new) / workers))
 
     def knows(self, width: int, number: int) -> bool:
@@ -128,7 +127,7 @@ class Packs:
 
     def form(self, trials: Sequence[Trial], number: int) -> None:
         """Divide trials of one width, as many together as may be, at most `number`."""
-        size = self._limits.get(trials[0].width, Limit(None)).cut(number)
+        size = self._cut(trials[0].width, number)
         packs = [trials[n : n + size] for n in range(0, len(trials), size)]
         names = [[str(trial) for trial in pack] for pack in packs]
         line = {"width": trials[0].width, "packs": names}
@@ -154,6 +153,10 @@ class Packs:
         self._say(line)
         if pack.limit:
             self.found(pack.members[0].width, pack.limit)
+
+    def _cut(self, width: int, number: int) -> int:
+        """How many of so many trials of a width go together, as far as is known."""
+        return self._limits.get(width, Limit(None)).cut(number)
 
     def _most(self, number: int) -> int:
         return number if self.size == "auto" else min(number, self.size)

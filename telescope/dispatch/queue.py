@@ -88,12 +88,11 @@ class Queue:
     def take(self) -> Order | None:
         """The next order for one worker, or None when all that is asked for now is in flight."""
         for trial in self._free():
-            order = self._order(trial)
-            if order and order.look:
-                self._looked_at.add(trial.width)
-            elif order:
-                self._hand_out(order.trials)
-            if order:
+            if order := self._order(trial):
+                if order.look:
+                    self._looked_at.add(trial.width)
+                else:
+                    self._hand_out(order.trials)
                 return order
         return None
 
@@ -141,10 +140,11 @@ class Queue:
 
     def lose(self, order: Order, reason: str) -> None:
         """Take the loss of a worker: its trials have failed; a look is not worth another."""
+        why = reason.partition("\n")[0]
         if order.look:
-            self.settle(order, Limit(1, f"a worker was lost in trying: {reason.splitlines()[0]}"))
+            self.settle(order, Limit(1, f"a worker was lost in trying: {why}"))
             return
-        self._packs.ended(Pack(order.trials, (), why=reason.splitlines()[0]))
+        self._packs.ended(Pack(order.trials, (), why=why))
         self.answer(*(Result(trial, Status.FAILED, reason=reason) for trial in order.trials))
 
     def answer(self, *results: Result) -> None:

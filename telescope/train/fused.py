@@ -86,8 +86,9 @@ class Pack:
         self._unread: list[Tensor] = []  # the losses of the last steps, (K,) each
         self._clock = 0.0
         kept = [checkpoints_of(config, trial) for trial in trials]
-        start = _common_start([each for each in kept if each], config.train.checkpoint_every)
         ends = [each.end() if each else None for each in kept]
+        going_on = [each for each, end in zip(kept, ends, strict=True) if each and not end]
+        start = _common_start(going_on, config.train.checkpoint_every)
         over = [end is not None and end[0].step <= start for end in ends]
         self.ended = [
             result_of(config, trial, *end)
@@ -224,12 +225,12 @@ class Pack:
 
 
 def _common_start(kept: Sequence[Checkpoints], every: int) -> float:
-    """The last step of which all trials that have not ended have a checkpoint.
+    """The last step of which all that have not ended, whose checkpoints these are, have one.
 
     Trials of a pack are never further apart than what lies between two checkpoints. Those that are
     were trained otherwise, and have no step in common: infinity, for each its own.
     """
-    newest = [each.newest() for each in kept if not each.end()]
+    newest = [each.newest() for each in kept]
     if not newest or max(newest) - min(newest) > every:
         return math.inf
     return min(newest)
