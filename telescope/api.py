@@ -39,13 +39,20 @@ class Ladder:
     ([32, 64], 0.1)
     """
 
-    def __init__(self, spec: Spec, results: Iterable[Result] = ()) -> None:
+    def __init__(
+        self, spec: Spec, results: Iterable[Result] = (), *, given: Iterable[Result] = ()
+    ) -> None:
         """Start a ladder, or go on with one.
 
         Args:
             spec: the sweep.
-            results: results of an earlier ladder of the same spec; those asked for are reused,
-                and failures that left it stuck are asked for again.
+            results: results of an earlier ladder, of which none is asked for again; only failures
+                that left it stuck are. Where this ladder asks for all of them, as under the same
+                spec, it goes on as if they had been told. Where it does not, because the spec has
+                changed in its axes, widths, seeds, policy, tolerance, target or budget, all of them
+                are given: they count from the start.
+            given: those of `results`, or further ones, that count from the start in any case: the
+                attribute `given` of the earlier ladder, to go on exactly as it would have.
 
         Raises:
             RefusedError: the ladder must cost more than the budget allows.
@@ -56,7 +63,13 @@ class Ladder:
         if refusal := over_budget(ladder_spec, spec.budget.max_over_target):
             squares = "" if spec.cost or spec.model else "; without [cost] a run costs its width²"
             raise RefusedError(f"{spec.name}: {refusal}{squares}")
-        self._ladder = replay(ladder_spec, results, retry_failures=True)
+        given = tuple(given)
+        self._ladder = replay(
+            ladder_spec,
+            (*given, *results),
+            given=[result.trial for result in given],
+            retry_failures=True,
+        )
 
     @classmethod
     def around(cls, spec: Spec, ladder: ladder.Ladder) -> Ladder:
@@ -99,8 +112,12 @@ class Ladder:
     @property
     def results(self) -> tuple[Result, ...]:
         """Every answer so far, for a later `Ladder` to go on from."""
-        stages = self._ladder.stages
-        return tuple(result for stage in stages for result in self._ladder.results(stage))
+        return tuple(self._ladder.known)
+
+    @property
+    def given(self) -> tuple[Result, ...]:
+        """Those of the results that counted from the start, because the spec had changed."""
+        return self._ladder.given
 
     @property
     def choices(self) -> tuple[Choice, ...]:

@@ -224,12 +224,19 @@ class LadderSpec:
         return tuple(axis for axis in self.axes if not axis.is_fixed)
 
     def cost(self, width: int) -> float:
-        """Cost of one trial at a width.
+        """Cost of one trial at a width; of one without a price, the nearest's times width².
+
+        A width that the ladder had before its spec changed has none.
 
         >>> LadderSpec((), (32, 64)).cost(64), LadderSpec((), (32,), costs={32: 7.5}).cost(32)
         (4096.0, 7.5)
+        >>> LadderSpec((), (32,), costs={32: 7.5}).cost(64)
+        30.0
         """
-        return self.costs[width] if self.costs else float(width) ** 2
+        priced = min(self.costs, key=lambda known: (abs(known - width), known), default=None)
+        if priced is None:
+            return float(width) ** 2
+        return self.costs[priced] * (width / priced) ** 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,15 +88,21 @@ class Recorder:
     def __post_init__(self) -> None:
         """Prepare what progress needs, which is asked for twice per trial."""
         self._seconds: dict[int, list[float]] = {}
+        self._stored: dict[Trial, Result] = {}
         for result in self.known:
             self._note_seconds(result)
+            if result.status is not Status.FAILED:
+                self._stored.setdefault(result.trial, result)
 
     def _note_seconds(self, result: Result) -> None:
         if result.status is Status.COMPLETE:
             self._seconds.setdefault(result.trial.width, []).append(result.seconds)
 
     def ask(self) -> Sequence[Trial]:
-        """The open stage's trials without a result."""
+        """The open stage's trials without a result; what is stored is told, never trained again."""
+        while stored := [self._stored[t] for t in self.ladder.ask() if t in self._stored]:
+            for result in stored:
+                self.ladder.tell(result)
         return self.ladder.ask()
 
     def on_start(self, trial: Trial) -> None:
@@ -346,6 +352,7 @@ def _recording(
     spec = prepared.spec
     _check_comparable(folder, prepared)
     storage = _chosen_storage(folder, options.storage)
+    before = folder.read_spec() if folder.exists else {}
     record = _spec_record(prepared, storage) | {"measured": dict(measured or {})}
     url = storage or sqlite_url(folder.path)
     if folder.exists:
@@ -370,9 +377,12 @@ def _recording(
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.tidy(_ended(known))
         ours = prepared.trial_config if isinstance(prepared, Prepared) else None
+        given = given_trials(before)
+        ladder = replay(prepared.ladder_spec, known, given=given, retry_failures=True)
+        record["given"] = [result.trial.as_dict() for result in ladder.given]
         folder.write_spec(record, ours.model.text if ours else None)
         recorder = Recorder(
-            ladder=replay(prepared.ladder_spec, known, retry_failures=True),
+            ladder=ladder,
             store=store,
             folder=folder,
             view=view,
@@ -392,6 +402,11 @@ def _recording(
             raise
         ended = "finished" if recorder.ladder.is_finished else "interrupted"
         recorder.leave("stuck" if recorder.ladder.stuck else ended)
+
+
+def given_trials(record: Mapping[str, Any]) -> list[Trial]:
+    """The trials whose results were given to the ladder of a `spec.json`; none in older ones."""
+    return [Trial.from_dict(trial) for trial in record.get("given", ())]
 
 
 def _ended(results: Iterable[Result]) -> list[Trial]:
@@ -583,5 +598,5 @@ def open_result(sweep: str | Path, results: Path) -> Finished:
         known = store.results()
     costs = {int(width): cost for width, cost in record.get("costs", {}).items()}
     ladder_spec = spec.ladder_spec_with(costs, record["target_flops"])
-    ladder = replay(ladder_spec, known)
+    ladder = replay(ladder_spec, known, given=given_trials(record))
     return Finished(folder, spec, ladder, known, record["target_flops"], record.get("planned"))

@@ -17,6 +17,7 @@ import functools
 import json
 import logging
 import math
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -45,6 +46,11 @@ GATE = "telescope_gate"
 GATE_SECONDS = 60.0
 """A worker leaves the gate after so long and is asked anew: a trial whose machine was lost may wait
 for the very place that it holds."""
+IDLE_SECONDS, IDLE_ASKS = 0.9, 10
+"""Tune asks a searcher some ten times a second while trials run, and once a second when none does.
+After so many slow asks in a row, what a restored searcher believes to run is asked for again."""
+UNFINISHED = ("PENDING", "RUNNING", "PAUSED")
+"""Tune's words for a trial that a restored Tuner goes on with."""
 
 TUNES_OWN = {
     *("timestamp", "done", "training_iteration", "time_this_iter_s", "time_total_s", "pid"),
@@ -113,6 +119,8 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
         self._recorder: Recorder | None = None
         self._ladder = Ladder(spec)
         self._running: dict[str, Trial | None] = {}  # Tune's trial id → trial, None at the gate
+        self._believed: set[str] = set()  # those that ran before a restore, not heard of since
+        self._slow_asks, self._last_ask = 0, time.monotonic()
         self._gate: _GateKeeper | None = None
         self._has_loss = False
         self._error: Exception | None = None
@@ -197,6 +205,7 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
             self.close()
             return FINISHED
         if self._gate is None:
+            self._doubt()
             return None
         self._running[trial_id] = None
         return {GATE: self._gate.ticket()}
@@ -229,12 +238,38 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
     def _next(self) -> Trial | None:
         """The first trial that is asked for and does not run."""
         running = set(self._running.values())
-        return next((trial for trial in self._ladder.ask() if trial not in running), None)
+        asked = self._recorder.ask() if self._recorder else self._ladder.ask()
+        return next((trial for trial in asked if trial not in running), None)
+
+    def _doubt(self) -> None:
+        """Ask again for what was believed to run since a restore, if Tune turns out to be idle.
+
+        Such a trial may run after all, where Tune is that slow; its first result counts then.
+        """
+        now = time.monotonic()
+        is_slow = now - self._last_ask > IDLE_SECONDS
+        self._slow_asks, self._last_ask = self._slow_asks + 1 if is_slow else 0, now
+        if self._believed and self._slow_asks >= IDLE_ASKS:
+            self._forget(self._believed)
+
+    def _forget(self, ids: set[str]) -> None:
+        """Take trials for not running, so that they are asked for again."""
+        for trial_id in sorted(ids):
+            trial = self._running.pop(trial_id, None)
+            logger.warning(
+                "%s: Tune does not run %s any more: it is asked for again", self.spec.name, trial
+            )
+        self._believed = self._believed - ids
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Note that a trial runs; only its last report counts."""
+        self._believed.discard(trial_id)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tell the ladder; what goes wrong here is raised by the next `suggest`."""
+        self._believed.discard(trial_id)
         trial = self._running.pop(trial_id, None)
         if trial is None or (result is None and not error):
             return  # at the gate, another searcher's, or taken back before it ran
@@ -312,8 +347,13 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
     def save(self, checkpoint_path: str) -> None:
         """Write what has been answered and what runs, as JSON: the ladder is a replay of it."""
         running = {key: trial.as_dict() for key, trial in self._running.items() if trial}
-        results = [result.as_dict() for result in self._ladder.results]
-        state = {"format": FORMAT, "sweep": self.spec.name, "results": results, "running": running}
+        state = {
+            "format": FORMAT,
+            "sweep": self.spec.name,
+            "results": [result.as_dict() for result in self._ladder.results],
+            "given": [result.as_dict() for result in self._ladder.given],
+            "running": running,
+        }
         write_json(Path(checkpoint_path), state)
 
     def restore(self, checkpoint_path: str) -> None:
@@ -331,12 +371,42 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
                     f"{self.spec.name!r}"
                 )
             results = [Result.from_dict(item) for item in state["results"]]
+            given = [Result.from_dict(item) for item in state.get("given", ())]
             self._running = {key: Trial.from_dict(item) for key, item in state["running"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResumeError(f"{checkpoint_path}: cannot be read: {error}") from error
         self._has_loss = any(result.loss is not None for result in results)
         # With a results folder its store, which also has what was answered since, takes the place.
-        self._ladder = Ladder(self.spec, results)
+        self._ladder = Ladder(self.spec, results, given=given)
+        self._believed = set(self._running)
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        """Replay what `save` wrote, and ask again for what Tune itself does not know to run.
+
+        Tune writes its own state and the searcher's one after the other: after a kill between the
+        two, one of them knows of trials of which the other does not.
+
+        Raises:
+            ResumeError: as `restore`.
+        """
+        super().restore_from_dir(checkpoint_dir)
+        tunes = _trials_of_tune(checkpoint_dir)
+        if tunes is None:
+            return
+        for trial_id in sorted(self._running.keys() & tunes.keys()):
+            if tunes[trial_id].status == "TERMINATED" and tunes[trial_id].last_result:
+                self.on_trial_complete(trial_id, tunes[trial_id].last_result)
+        going = {trial_id for trial_id, trial in tunes.items() if trial.status in UNFINISHED}
+        self._forget(self._believed - going)
+
+
+def _trials_of_tune(folder: str) -> dict[str, Any] | None:
+    """Trial id → trial, as Tune's own state in a folder has them; None where it cannot be read."""
+    try:
+        return {trial.trial_id: trial for trial in tune.ExperimentAnalysis(folder).trials}
+    except Exception as error:  # of any kind: what is in a damaged folder is anybody's guess
+        logger.warning("%s: cannot be read: %s", folder, error)
+        return None
 
 
 def _again(

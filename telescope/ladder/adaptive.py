@@ -53,7 +53,7 @@ def next_move(state: State) -> Move | None:
         return paper.next_move(state)
     stage = state.open_stage
     if stage is None:
-        return _open_next(state) if state.stages else _open_first(state.spec)
+        return _open_next(state) if state.stages else _open_first(state)
     if stuck := _too_many_failures(state, stage):
         return Move(stuck=stuck)
     if not state.is_answered(stage):
@@ -63,12 +63,18 @@ def next_move(state: State) -> Move | None:
     return _decide(View(state, state.spec.target))
 
 
-def _open_first(spec: LadderSpec) -> Move:
+def _open_first(state: State) -> Move:
     """The base width's first round. It is asked for whatever the budget: `run` has checked."""
+    spec = state.spec
+    stage = Stage(spec.widths[0], base_grid(spec), ())
+    if state.given_at(stage.width):
+        stage = _taking_over(state, stage)
+        if _says_as_much_as_a_first_round(state):
+            return Move(stage=stage)
     reason = "first look: the middle of the lattice, and a third of the range up and down each axis"
-    stage = Stage(spec.widths[0], base_grid(spec), (), (reason,))
-    trials = tuple(t for point in star(spec) for t in _trials_of(spec, stage, point))
-    return Move(stage=replace(stage, trials=trials))
+    new = [trial for point in star(spec) for trial in _missing_seeds(spec, stage, point)]
+    trials, rounds = (*stage.trials, *new), (*stage.rounds, reason)
+    return Move(stage=replace(stage, trials=trials, rounds=rounds))
 
 
 def _open_next(state: State) -> Move:
@@ -77,6 +83,10 @@ def _open_next(state: State) -> Move:
     width = state.spec.widths[len(state.choices)]
     place = view.optimum(width).place
     stage = Stage(width, grid_around(state.spec, place, state.stages[0].grid), ())
+    if state.given_at(width):
+        stage = _taking_over(state, stage)
+        if width in view.surface.data.seen:
+            return Move(stage=stage)
     how = "the drift so far" if len(state.stages) > 1 else "one width, drift unknown"
     reason = f"around {view.point(width)}, predicted from {how}"
     points = _best(view, stage, view.candidates(width, stage.grid), round_size(state.spec))
@@ -84,6 +94,29 @@ def _open_next(state: State) -> Move:
         return Move(stage=grown)
     rest = state.spec.widths[len(state.choices) :]
     return Move(skipped=tuple(Skipped(left, ALL_WALLED) for left in rest))
+
+
+def _taking_over(state: State, stage: Stage) -> Stage:
+    """A new stage with the trials given at its width, and the spec's seeds of the best of them."""
+    given = state.given_at(stage.width)
+    stage = replace(
+        stage, trials=given, rounds=(f"{len(given)} trials of before the spec changed",)
+    )
+    best = _best_points(state, stage)[: round_size(state.spec)]
+    lacking = [t for point in best for t in _missing_seeds(state.spec, stage, point)]
+    if not lacking:
+        return stage
+    reason = "the spec's seeds that the best of these have not had"
+    return replace(stage, trials=(*given, *lacking), rounds=(*stage.rounds, reason))
+
+
+def _says_as_much_as_a_first_round(state: State) -> bool:
+    """Whether the given trials of the base width have as many losses, on three values per axis."""
+    results = [state.known[trial] for trial in state.given_at(state.spec.widths[0])]
+    diverged = diverged_points(results)
+    points = {r.trial.point for r in results if r.loss is not None} - diverged
+    values = [{point[axis.name] for point in points} for axis in state.spec.swept]
+    return len(points) >= len(star(state.spec)) and all(len(found) >= 3 for found in values)
 
 
 def _decide(view: View) -> Move:
@@ -98,9 +131,11 @@ def _decide(view: View) -> Move:
     if ending or widening or giving_up:
         if move := _grow(view, *_repeats(view)):
             return move
+        next_width = _next_width(view)
+        goes_on = next_width is not None and bool(view.state.given_at(next_width))
         if ending:
-            return _close(view, ending, ends=True)
-        return _close(view, widening or giving_up or "", ends=not widening)
+            return _close(view, ending, ends=not goes_on)
+        return _close(view, widening or giving_up or "", ends=not (widening or goes_on))
     best = _best(view, stage, view.candidates(stage.width, stage.grid), round_size(view.spec))
     if move := _grow(view, stage, best, "these say most about the optimum at the target"):
         return move
@@ -112,7 +147,7 @@ def _decide(view: View) -> Move:
 def _without_a_loss(view: View) -> Move:
     """No trial of this width has a loss: another round, or the ladder ends at the width before."""
     stage, rest = view.stage, view.spec.widths[len(view.state.choices) :]
-    points = [] if _is_full(view.spec, stage) else view.candidates(stage.width, stage.grid)
+    points = [] if _is_full(view.state, stage) else view.candidates(stage.width, stage.grid)
     best = _best(view, stage, points, round_size(view.spec))
     if move := _grow(view, stage, best, "no trial of this width has a loss yet"):
         return move
@@ -126,8 +161,10 @@ def _grow(view: View, stage: Stage, points: Sequence[Point], reason: str) -> Mov
     return Move(stage=grown) if grown else None
 
 
-def _is_full(spec: LadderSpec, stage: Stage) -> bool:
-    return len(stage.trials) >= MOST_TRIALS * len(spec.seeds)
+def _is_full(state: State, stage: Stage) -> bool:
+    """Whether a stage has asked for as many trials as it may, those that it was given apart."""
+    asked = len(stage.trials) - len(state.given_at(stage.width))
+    return asked >= MOST_TRIALS * len(state.spec.seeds)
 
 
 def _best(view: View, stage: Stage, points: Sequence[Point], count: int) -> list[Point]:
@@ -136,9 +173,11 @@ def _best(view: View, stage: Stage, points: Sequence[Point], count: int) -> list
 
 
 def _next_width(view: View) -> int | None:
-    """The width after this stage's, if there is one and the budget has room for a trial of it."""
+    """The width after this stage's, if the budget has room for a trial or some are given."""
     rest = view.spec.widths[len(view.state.stages) :]
-    return rest[0] if rest and _affordable(view.state, rest[0]) >= 1 else None
+    if rest and (_affordable(view.state, rest[0]) >= 1 or view.state.given_at(rest[0])):
+        return rest[0]
+    return None
 
 
 def _is_unproven(view: View) -> bool:
@@ -151,7 +190,7 @@ def _should_widen(view: View) -> str | None:
     stage = view.stage
     if _next_width(view) is None:
         return None
-    if _is_full(view.spec, stage):
+    if _is_full(view.state, stage):
         return f"{MOST_TRIALS} trials per seed are the most at one width"
     own, at_target = view.excess(stage.width), view.excess(view.target)
     if _is_unproven(view) and len(view.state.stages) > 1 and at_target <= view.tolerance:
@@ -169,7 +208,7 @@ def _should_widen(view: View) -> str | None:
 
 def _beyond_the_border(view: View) -> tuple[Stage, Sequence[Point], str]:
     """A trial next to what was measured, where the optimum lies at or beyond it, and the best."""
-    for number, upward in view.open_sides if not _is_full(view.spec, view.stage) else ():
+    for number, upward in view.open_sides if not _is_full(view.state, view.stage) else ():
         axis = view.spec.swept[number]
         sign, border = (1 if upward else -1), view.measured(number)[upward]
         side = "above" if upward else "below"
@@ -209,14 +248,19 @@ def _repeats(view: View) -> tuple[Stage, Sequence[Point], str]:
     seeds = {trial.seed for trial in stage.trials}
     if len(view.state.stages) > 1 or len(seeds) > 1:
         return stage, (), ""
-    results = view.state.results(stage)
+    best = _best_points(view.state, stage)[:REPEATS]
+    return stage, best, "a further seed at the best cells, to measure the noise"
+
+
+def _best_points(state: State, stage: Stage) -> list[Point]:
+    """A stage's points by the mean of their losses, those with a divergence left out."""
+    results = state.results(stage)
     diverged = diverged_points(results)
     losses: dict[Point, list[float]] = {}
     for result in results:
         if result.loss is not None and result.trial.point not in diverged:
             losses.setdefault(result.trial.point, []).append(result.loss)
-    best = sorted(losses, key=lambda point: (fmean(losses[point]), point.axes))[:REPEATS]
-    return stage, best, "a further seed at the best cells, to measure the noise"
+    return sorted(losses, key=lambda point: (fmean(losses[point]), point.axes))
 
 
 def _is_good_enough(view: View) -> str | None:
@@ -239,7 +283,7 @@ def _should_give_up(view: View) -> str | None:
     stage, state = view.stage, view.state
     if len(state.stages) < len(view.spec.widths):
         return None
-    if _is_full(view.spec, stage):
+    if _is_full(view.state, stage):
         return f"{MOST_TRIALS} trials per seed are the most at one width"
     points = view.candidates(stage.width, stage.grid)
     gain = sum(picked.gain for picked in view.picks({stage.width: points}, round_size(view.spec)))
@@ -288,10 +332,17 @@ def _say_axes(view: View) -> list[str]:
 
 def _trials_of(spec: LadderSpec, stage: Stage, point: Point) -> list[Trial]:
     """A point's trials: those of the spec's seeds that it has not, or one further seed."""
-    used = {trial.seed for trial in stage.trials if trial.point == point}
     # A budget may have cut a round in the middle of a point.
-    missing = [seed for seed in spec.seeds if seed not in used]
-    return [Trial(stage.width, point, s) for s in missing or [max(*used, *spec.seeds) + 1]]
+    if missing := _missing_seeds(spec, stage, point):
+        return missing
+    used = {trial.seed for trial in stage.trials if trial.point == point}
+    return [Trial(stage.width, point, max(*used, *spec.seeds) + 1)]
+
+
+def _missing_seeds(spec: LadderSpec, stage: Stage, point: Point) -> list[Trial]:
+    """A point's trials of those of the spec's seeds that the stage has not asked for."""
+    used = {trial.seed for trial in stage.trials if trial.point == point}
+    return [Trial(stage.width, point, seed) for seed in spec.seeds if seed not in used]
 
 
 def _grown(state: State, stage: Stage, points: Sequence[Point], reason: str) -> Stage | None:
@@ -350,7 +401,7 @@ def _ask_for_more(state: State, stage: Stage) -> Move:
     fresh = [point for point in cells(spec, stage.grid, middle) if point not in tried]
     fresh.sort(key=lambda point: float(abs(place_of(spec, point) - middle).sum()))
     survived = list(dict.fromkeys(r.trial.point for r in results if r.loss is not None))
-    chosen = [] if _is_full(spec, stage) else (fresh or survived)[: round_size(spec)]
+    chosen = [] if _is_full(state, stage) else (fresh or survived)[: round_size(spec)]
     if grown := _grown(state, stage, chosen, "too few losses to fit: look at more of the lattice"):
         return Move(stage=grown)
     failed = sum(result.status is Status.FAILED for result in results)

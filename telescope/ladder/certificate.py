@@ -70,7 +70,7 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
     """What is missing for PASS."""
     spec, state = view.spec, view.state
     problems = []
-    if len(state.stages) == 1 and view.target != spec.widths[0]:
+    if len(view.surface.data.seen) == 1 and view.target != spec.widths[0]:
         problems.append(
             "only one width was trained: nothing shows that its optimum transfers; append a width "
             "to ladder.widths"
@@ -164,8 +164,13 @@ def _prediction(view: View) -> tuple[Array, Array, Array] | None:
     state = view.state
     if len(state.stages) < 2:
         return None
-    before = replace(state, stages=state.stages[:-1], choices=state.choices[:-1])
     last = view.stage.width
+    before = replace(
+        state,
+        stages=state.stages[:-1],
+        choices=state.choices[:-1],
+        given=tuple(trial for trial in state.given if trial.width < last),
+    )
     predicted = View(before, last).surface.optimum(last).draws
     alone = view.surface.optimum(last).draws
     error = np.hypot(predicted.std(axis=0), alone.std(axis=0))
@@ -194,13 +199,17 @@ def _evidence(view: View, *, rule_checked: bool) -> list[str]:
     state, surface = view.state, view.surface
     trials = " + ".join(str(len(stage.trials)) for stage in state.stages)
     widths = ", ".join(str(stage.width) for stage in state.stages)
-    results = [result for stage in state.stages for result in state.results(stage)]
+    results = state.evidence
     ended = [
         f"{sum(r.status is status for r in results)} {status}"
         for status in (Status.DIVERGED, Status.FAILED)
         if any(r.status is status for r in results)
     ]
     evidence = [f"{trials} trials at width {widths}{''.join(f', {text}' for text in ended)}"]
+    if state.given:
+        ahead = sorted({result.trial.width for result in state.given_ahead})
+        others = f", of width {' and '.join(map(str, ahead))} too" if ahead else ""
+        evidence.append(f"{len(state.given)} trials were stored before the spec changed{others}")
     repeats = int(surface.data.same_shift.diagonal().sum())
     how = f"measured with {repeats} repeats and the fit" if repeats else "from the fit alone"
     evidence.append(f"noise between seeds {_percent(view.noise)} of loss, {how}")

@@ -1,13 +1,18 @@
 """The ladder: asks for trials stage by stage, is told their results, and decides.
 
-Its state is (spec, results) and nothing else: a fresh run, a resume, a dry run and `status` are the
-same replay, and the order in which a round's results arrive never changes a decision. What it
-decides is a policy's: `adaptive` or `paper`, each a function from a `State` to the next `Move`.
+Its state is (spec, results given at its start, results told since) and nothing else: a fresh run, a
+resume, a dry run and `status` are the same replay, and the order in which a round's results arrive
+never changes a decision. What it decides is a policy's: `adaptive` or `paper`, each a function from
+a `State` to the next `Move`.
+
+Results are given where the spec has changed since they were made: other widths, seeds, ranges,
+points, another policy, tolerance, target or budget. Each is evidence, and none is trained again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from telescope.errors import TrialError
 from telescope.ladder import adaptive, paper
@@ -17,6 +22,7 @@ from telescope.records import (
     Certificate,
     Choice,
     LadderSpec,
+    Point,
     Result,
     Skipped,
     Stage,
@@ -31,20 +37,28 @@ class Ladder:
     """A telescoping sweep as ask and tell.
 
     Attributes:
+        given: the results that counted from the start, of any width.
         stages: the stages opened so far, the last of them open unless the ladder is finished.
         choices: one per closed stage.
         skipped: the widths left out, each with the reason.
         stuck: why no choice can be made, or None.
     """
 
-    def __init__(self, spec: LadderSpec) -> None:
-        """Open the first stage."""
+    def __init__(self, spec: LadderSpec, given: Iterable[Result] = ()) -> None:
+        """Open the first stage.
+
+        Args:
+            spec: the ladder's spec.
+            given: results made before, in any order, one per trial. Failed ones say nothing, nor do
+                those of other axes or of another value of a fixed axis: they are left aside.
+        """
         self.spec = spec
+        self.given = tuple(sorted(_usable(spec, given), key=_by_content))
         self.stages: list[Stage] = []
         self.choices: list[Choice] = []
         self.skipped: tuple[Skipped, ...] = ()
         self.stuck: str | None = None
-        self._known: dict[Trial, Result] = {}
+        self._known: dict[Trial, Result] = {result.trial: result for result in self.given}
         self._asked: set[Trial] = set()
         self._advance()
 
@@ -67,13 +81,23 @@ class Ladder:
         Raises:
             TrialError: no stage so far has asked for this trial.
         """
-        if result.trial not in self._asked:
+        if not self.has_asked(result.trial) and result.trial not in self._known:
             raise TrialError(
                 f"{result.trial}: no stage has asked for this trial; tell what `ask` gave"
             )
         if result.trial not in self._known:
             self._known[result.trial] = result
             self._advance()
+
+    def has_asked(self, trial: Trial) -> bool:
+        """Whether a stage so far has asked for a trial, or has taken it over as given."""
+        return trial in self._asked
+
+    @property
+    def known(self) -> list[Result]:
+        """Every result so far: the stages' in the order of their trials, then what was given."""
+        ours = [result for stage in self.stages for result in self.results(stage)]
+        return ours + [result for result in self.given if not self.has_asked(result.trial)]
 
     def results(self, stage: Stage) -> list[Result]:
         """The results of a stage so far, in the order of its trials."""
@@ -98,7 +122,8 @@ class Ladder:
         return certify(self._state(), self.skipped, width, rule_checked=rule_checked)
 
     def _state(self) -> State:
-        return State(self.spec, tuple(self.stages), tuple(self.choices), self._known)
+        given = tuple(result.trial for result in self.given)
+        return State(self.spec, tuple(self.stages), tuple(self.choices), self._known, given)
 
     def _advance(self) -> None:
         """Make the policy's moves until it waits for results, is finished or stuck."""
@@ -115,19 +140,39 @@ class Ladder:
                 self._asked.update(move.stage.trials)
 
 
-def replay(spec: LadderSpec, results: Iterable[Result], *, retry_failures: bool = False) -> Ladder:
-    """Rebuild a ladder from what is known; results that it does not ask for are left aside.
+def replay(
+    spec: LadderSpec,
+    results: Iterable[Result],
+    *,
+    given: Iterable[Trial] = (),
+    retry_failures: bool = False,
+) -> Ladder:
+    """Rebuild a ladder from what is known; no result is left aside.
+
+    The given ones count from the start. The others are told as the ladder asks for them. Where it
+    does not ask for one of them, because its spec has changed since, all are given.
 
     Args:
         spec: the ladder's spec, which may have changed since the results were made.
         results: results in any order; of one trial's, the first that did not fail counts.
+        given: the trials among them whose results were given when the spec changed last.
         retry_failures: if failed trials leave the ladder stuck, ask for those again.
     """
     known: dict[Trial, Result] = {}
     for result in results:
         if result.trial not in known or known[result.trial].status is Status.FAILED:
             known[result.trial] = result
-    ladder = Ladder(spec)
+    ladder = _told(spec, known, given, retry_failures=retry_failures)
+    if all(ladder.has_asked(result.trial) for result in _usable(spec, known.values())):
+        return ladder
+    return _told(spec, known, known, retry_failures=retry_failures)
+
+
+def _told(
+    spec: LadderSpec, known: Mapping[Trial, Result], given: Iterable[Trial], *, retry_failures: bool
+) -> Ladder:
+    """A ladder that was given some of the known results, and told the others that it asks for."""
+    ladder = Ladder(spec, [known[trial] for trial in given if trial in known])
     while answered := [known[trial] for trial in ladder.ask() if trial in known]:
         for result in answered:
             ladder.tell(result)
@@ -135,5 +180,25 @@ def replay(spec: LadderSpec, results: Iterable[Result], *, retry_failures: bool 
         stuck_trials = set(ladder.stages[-1].trials)
         failed = {t for t in stuck_trials & known.keys() if known[t].status is Status.FAILED}
         if failed:
-            return replay(spec, [r for trial, r in known.items() if trial not in failed])
+            kept = {trial: result for trial, result in known.items() if trial not in failed}
+            return _told(spec, kept, given, retry_failures=True)
     return ladder
+
+
+def _usable(spec: LadderSpec, results: Iterable[Result]) -> list[Result]:
+    """The results that say something of the spec's axes, each point with its axes in that order."""
+    names = [axis.name for axis in spec.axes]
+    usable = []
+    for result in results:
+        point = result.trial.point
+        if result.status is Status.FAILED or set(point) != set(names):
+            continue
+        if all(point[axis.name] == axis.low for axis in spec.axes if axis.is_fixed):
+            ordered = Point.of({name: point[name] for name in names})
+            usable.append(replace(result, trial=replace(result.trial, point=ordered)))
+    return usable
+
+
+def _by_content(result: Result) -> tuple[int, tuple[tuple[str, float], ...], int]:
+    trial = result.trial
+    return trial.width, trial.point.axes, trial.seed

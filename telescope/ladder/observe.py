@@ -21,7 +21,8 @@ def frame_of(state: State, target: int) -> Frame:
         target: the width to predict, one of the ladder's or not.
     """
     spec = state.spec
-    widths = dict.fromkeys((*spec.widths, target))
+    ahead = sorted({result.trial.width for result in state.given_ahead})
+    widths = dict.fromkeys((*spec.widths, *ahead, target))
     steps = [octaves(axis) for axis in spec.swept]
     return Frame(
         widths=tuple(widths),
@@ -43,17 +44,18 @@ def diverged_points(results: Iterable[Result]) -> set[Point]:
 
 
 def observe(state: State, *, widths: Iterable[int] | None = None) -> Data:
-    """What all stages, or those of some widths, have measured; failed trials say nothing."""
+    """All that was measured, or at some widths alone; failed trials say nothing."""
     spec = state.spec
-    chosen = set(spec.widths if widths is None else widths)
+    of_width: dict[int, list[Result]] = {}
+    for result in state.evidence:
+        of_width.setdefault(result.trial.width, []).append(result)
     complete: list[Result] = []
     walls: list[Point] = []
-    for stage in state.stages:
-        if stage.width in chosen:
-            results = state.results(stage)
-            diverged = diverged_points(results)
-            walls += sorted(diverged, key=lambda point: point.axes)
-            complete += [r for r in results if r.loss is not None and r.trial.point not in diverged]
+    for width in of_width if widths is None else widths:
+        results = of_width.get(width, [])
+        diverged = diverged_points(results)
+        walls += sorted(diverged, key=lambda point: point.axes)
+        complete += [r for r in results if r.loss is not None and r.trial.point not in diverged]
     # By loss: an order that neither the order of asking nor a reflection of an axis changes.
     complete.sort(key=lambda r: (r.trial.width, r.loss, r.trial.seed))
     k = len(spec.swept)

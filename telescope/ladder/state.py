@@ -17,6 +17,9 @@ class State:
     choices: tuple[Choice, ...]
     """One per closed stage."""
     known: Mapping[Trial, Result]
+    given: tuple[Trial, ...] = ()
+    """Those of `known` that counted before the first stage was opened. A stage of an adaptive
+    ladder begins with those of its width; all of them are fitted from the start."""
 
     @property
     def open_stage(self) -> Stage | None:
@@ -27,14 +30,30 @@ class State:
         """The results of a stage so far, in the order of its trials."""
         return [self.known[trial] for trial in stage.trials if trial in self.known]
 
+    def given_at(self, width: int) -> tuple[Trial, ...]:
+        """The given trials of one width."""
+        return tuple(trial for trial in self.given if trial.width == width)
+
+    @property
+    def given_ahead(self) -> list[Result]:
+        """Given results of widths that no stage has been opened for, or none ever will."""
+        opened = {stage.width for stage in self.stages}
+        return [self.known[trial] for trial in self.given if trial.width not in opened]
+
+    @property
+    def evidence(self) -> list[Result]:
+        """All that the fit is made of: the results of the stages, and those given ahead of them."""
+        return [r for stage in self.stages for r in self.results(stage)] + self.given_ahead
+
     def is_answered(self, stage: Stage) -> bool:
         """Whether all that a stage has asked for has a result."""
         return all(trial in self.known for trial in stage.trials)
 
     @property
     def spent(self) -> float:
-        """Cost of all trials asked for, in the unit of the spec's costs."""
-        return sum(len(stage.trials) * self.spec.cost(stage.width) for stage in self.stages)
+        """Cost of all trials asked for and given, in the unit of the spec's costs."""
+        asked = sum(len(stage.trials) * self.spec.cost(stage.width) for stage in self.stages)
+        return asked + sum(self.spec.cost(result.trial.width) for result in self.given_ahead)
 
 
 @dataclass(frozen=True, slots=True)

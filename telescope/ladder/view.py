@@ -199,6 +199,7 @@ class View:
 
     def _as_candidates(self, width: int, points: Sequence[Point]) -> Candidates:
         asked = {trial.point for s in self.state.stages if s.width == width for trial in s.trials}
+        asked |= {trial.point for trial in self.state.given_at(width)}
         return Candidates(
             width=width,
             places=np.array([place_of(self.spec, point) for point in points]),

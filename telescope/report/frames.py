@@ -19,7 +19,7 @@ def trials_frame(ladder: Ladder, results: Sequence[Result]) -> pd.DataFrame:
     reason (its first line), flops, seconds. Trials that today's ladder does not ask for, because
     the spec has changed since, come last.
     """
-    asked = [result for stage in ladder.stages for result in ladder.results(stage)]
+    asked = ladder.known
     known = {result.trial for result in asked}
     others = {result.trial: result for result in results if result.trial not in known}
     rest = sorted(
