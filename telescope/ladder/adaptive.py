@@ -104,6 +104,7 @@ def _taking_over(state: State, stage: Stage) -> Stage:
     )
     best = _best_points(state, stage)[: round_size(state.spec)]
     lacking = [t for point in best for t in _missing_seeds(state.spec, stage, point)]
+    lacking = lacking[: _affordable(state, stage.width)]
     if not lacking:
         return stage
     reason = "the spec's seeds that the best of these have not had"

@@ -81,7 +81,7 @@ class Ladder:
         Raises:
             TrialError: no stage so far has asked for this trial.
         """
-        if not self.has_asked(result.trial) and result.trial not in self._known:
+        if not self.counts(result.trial):
             raise TrialError(
                 f"{result.trial}: no stage has asked for this trial; tell what `ask` gave"
             )
@@ -89,15 +89,15 @@ class Ladder:
             self._known[result.trial] = result
             self._advance()
 
-    def has_asked(self, trial: Trial) -> bool:
-        """Whether a stage so far has asked for a trial, or has taken it over as given."""
-        return trial in self._asked
+    def counts(self, trial: Trial) -> bool:
+        """Whether a trial's result is evidence: a stage has asked for it, or it was given."""
+        return trial in self._asked or trial in self._known
 
     @property
     def known(self) -> list[Result]:
         """Every result so far: the stages' in the order of their trials, then what was given."""
         ours = [result for stage in self.stages for result in self.results(stage)]
-        return ours + [result for result in self.given if not self.has_asked(result.trial)]
+        return ours + [result for result in self.given if result.trial not in self._asked]
 
     def results(self, stage: Stage) -> list[Result]:
         """The results of a stage so far, in the order of its trials."""
@@ -163,7 +163,7 @@ def replay(
         if result.trial not in known or known[result.trial].status is Status.FAILED:
             known[result.trial] = result
     ladder = _told(spec, known, given, retry_failures=retry_failures)
-    if all(ladder.has_asked(result.trial) for result in _usable(spec, known.values())):
+    if all(ladder.counts(result.trial) for result in _usable(spec, known.values())):
         return ladder
     return _told(spec, known, known, retry_failures=retry_failures)
 
