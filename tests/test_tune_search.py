@@ -191,6 +191,35 @@ def test_tuner_restore_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(results) == len(restored.ladder.results)
 
 
+def test_a_restored_search_asks_again_for_what_tune_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a kill between the two files that Tune writes: one names a trial of its own."""
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
+    (tmp_path / "died").touch()
+    search, space = TelescopeSearch(spec()), {"marks": str(tmp_path)}
+    callbacks = [Interrupt(tmp_path / "interrupted")]
+    with pytest.raises(InterruptedError):
+        fit(search, train, tmp_path, param_space=space, callbacks=callbacks)
+    (file,) = (tmp_path / "experiment").glob("searcher-state-*.json")
+    state = json.loads(file.read_text())
+    known = [row for row in [*state["results"], *state["running"].values()] if row["seed"] == 0]
+    lost = next(
+        t
+        for t in Ladder(Spec.from_dict(spec())).ask()
+        if not any((row["width"], row["point"]) == (t.width, dict(t.point)) for row in known)
+    )
+    state["running"]["unknown"] = lost.as_dict()
+    file.write_text(json.dumps(state))
+    folder = str(tmp_path / "experiment")
+    results = tune.Tuner.restore(folder, trainable=train, param_space=space).fit()
+    restored = TelescopeSearch(spec())
+    restored.restore_from_dir(folder)
+    assert restored.ladder.choices == by_hand(spec())
+    assert len(results) == len(restored.ladder.results)
+    assert f"Tune does not run {lost} any more" in caplog.text
+
+
 # Without Ray from here on: the searcher as Tune calls it.
 
 
@@ -382,6 +411,50 @@ def test_what_ends_after_a_restore_before_tune_asks_is_kept(answered: int, tmp_p
     trials = [result.trial for result in open_result("tuner", results).results]
     assert len(trials) == len(set(trials)) == answered + 2 + given
     assert second.ladder.choices == by_hand(spec())
+
+
+@pytest.mark.parametrize(("pause", "is_idle"), [(1.0, True), (0.1, False)])
+def test_an_idle_tune_does_not_run_what_was_believed_to(
+    pause: float, is_idle: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Tuner restored with ``resume_unfinished=False`` drops what ran, and asks once a second."""
+    first = TelescopeSearch(spec())
+    given = {str(number): first.suggest(str(number)) for number in range(6)}
+    first.save(str(tmp_path / "state"))
+    again = TelescopeSearch(spec())
+    again.restore(str(tmp_path / "state"))
+    again.on_trial_result("5", {"loss": 9.0})  # this one runs
+    clock = iter(number * pause for number in range(100))
+    monkeypatch.setattr("telescope.tune.time.monotonic", lambda: next(clock))
+    asked = [again.suggest(f"new {number}") for number in range(40)]
+    expected = [given[key] for key in "01234"] if is_idle else []
+    assert [config for config in asked if config is not None] == expected
+
+
+def test_a_changed_spec_trains_nothing_twice(tmp_path: Path) -> None:
+    """There and back again, with a results folder and with Tune's own state."""
+    longer = {"ladder": {"widths": [16, 32, 64], "policy": "adaptive"}, "target": {"width": 128}}
+    cost = {"flops": {"16": 1e6, "32": 4e6, "64": 16e6, "128": 64e6}}
+    seen: list[Any] = []
+
+    def report(config: dict[str, Any]) -> dict[str, Any]:
+        assert config not in seen
+        seen.append(config)
+        return {"loss": loss_at(config)}
+
+    for tables in ({}, longer, {}):
+        search = TelescopeSearch(spec(cost=cost, **tables), results=tmp_path / "results")
+        drive(search, report)
+        assert not search.ladder.stuck
+    assert len(open_result("tuner", tmp_path / "results").results) == len(seen)
+    seen.clear()
+    search = TelescopeSearch(spec(cost=cost))
+    for tables in (longer, longer, {}):
+        drive(search, report)
+        search.save(str(tmp_path / "state"))
+        search = TelescopeSearch(spec(cost=cost, **tables))
+        search.restore(str(tmp_path / "state"))
+    assert len(search.ladder.results) == len(seen)
 
 
 def test_nobody_waits_at_the_gate_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
