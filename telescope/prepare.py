@@ -26,7 +26,7 @@ from telescope.train.config import BYTES, ModelConfig, TrainConfig, TrialConfig
 from telescope.train.data import check_size, check_vocabulary, load_corpus, passes
 from telescope.train.flops import StepCost, step_cost
 from telescope.train.loop import resolve_device
-from telescope.train.model import check_keywords, keyword_defaults
+from telescope.train.model import check_keywords, keyword_defaults, ungiven_biases
 from telescope.train.tokenizer import load_tokenizer
 
 ASSUMED_FLOP_RATE = 2e10
@@ -209,6 +209,7 @@ def prepare(spec: Spec) -> Prepared:
     check_keywords(model)
     _check_device(spec.compute.device)
     counted = count_costs(spec)
+    ungiven_biases(model, base_width=spec.base_width)  # a parameter without a start: said here
     corpus = load_corpus(spec.data)
     check_vocabulary(corpus, model.kwargs["vocab_size"])
     return Prepared(

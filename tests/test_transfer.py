@@ -113,7 +113,7 @@ def test_groups_say_how_parameters_start_and_count(corpus_file: Path) -> None:
     assert by_role["readout"]["init_std"] == 0
     assert by_role["hidden"]["init_std"] == pytest.approx(WIDTH**-0.5)
     assert by_role["embedding"]["optimizer"] == "AdamW"
-    assert "gains start at 1" in by_role["vector"]["note"]
+    assert "as the model's own code has it" in by_role["vector"]["note"]
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

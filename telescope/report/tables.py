@@ -310,7 +310,7 @@ def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
             group["optimizer"] or "see note",
             f"{group['lr']:.6g}",
             f"{group['weight_decay']:.6g}",
-            "ones" if group["role"] in ("vector", "finite") else f"{group['init_std']:.4g}",
+            "as built" if group["role"] in ("vector", "finite") else f"{group['init_std']:.4g}",
             f"{group['multiplier']:.4g}",
         )
     return table

@@ -31,7 +31,7 @@ from telescope.train.parametrization import readouts
 from telescope.train.rules import Role, Tag
 
 DRAWN = (Role.HIDDEN, Role.EMBEDDING, Role.TIED)
-"""Roles that start at random; the others start as zeros or ones."""
+"""Roles that start at random; the others start at zero, or as the model file has them."""
 
 
 def measure_sizes(
@@ -51,7 +51,8 @@ def measure_sizes(
     setup = set_up(config, trial)
     model, watched = setup.model, _watched(setup.model, setup.tags, config.model, trial.width)
     multipliers = _multipliers(model, setup.tags)
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if name in setup.tags}
+    start = {name: p.detach().clone() for name, p in trained.items()}
     drawn = {name: value for name, value in start.items() if setup.tags[name].role in DRAWN}
     at_start = _parameter_sizes(drawn, setup.tags, multipliers, "start")
     with _blamed(config, trial.width):
@@ -65,7 +66,7 @@ def measure_sizes(
             continue
         with _blamed(config, trial.width):
             now, sizes[step + 1] = _activations(setup, watched)
-        updates = {name: p.detach() - start[name] for name, p in model.named_parameters()}
+        updates = {name: p.detach() - start[name] for name, p in trained.items()}
         sizes[step + 1] |= {
             **_changes(before, now),
             **{name: value * trial.width for name, value in gradients.items()},
@@ -123,7 +124,9 @@ def _watched(
     holders = (m for m in model.modules() if m is model or isinstance(m, containers))
     parts = {id(part) for holder in holders for part in holder.children()}
     outlets = {id(module) for module, _ in readouts(model)}
-    hidden = {id(p) for name, p in model.named_parameters() if tags[name].role.is_hidden}
+    hidden = {
+        id(p) for name, p in model.named_parameters() if name in tags and tags[name].role.is_hidden
+    }
     watched = []
     for name, module in model.named_modules():
         is_readout = id(module) in outlets
@@ -248,7 +251,7 @@ def _multipliers(model: nn.Module, tags: Mapping[str, Tag]) -> dict[str, float]:
     return {
         name: module.output_mult / module.width_mult()
         for module, name in readouts(model)
-        if tags[name].role is Role.READOUT
+        if name in tags and tags[name].role is Role.READOUT
     }
 
 

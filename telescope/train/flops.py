@@ -1,8 +1,9 @@
 """What a step costs: floating-point operations by count, split into model, attention, optimizer.
 
 The model is built on the meta device and torch's own counter watches one forward and backward
-pass, so a user's model is counted as ours is, and 4B parameters cost no memory. What the counter
-cannot see, Newton–Schulz, is added from its formula. Elementwise work is not counted.
+pass, so a user's model is counted as ours is, and 4B parameters cost no memory. A model that does
+not run on meta is counted on another device's tensors without values. What the counter cannot see,
+Newton–Schulz, is added from its formula. Elementwise work is not counted.
 """
 
 from __future__ import annotations
@@ -12,12 +13,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from telescope.errors import ModelError
 from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
-from telescope.train.model import blamed_on, build_meta, checked_logits
+from telescope.train.model import (
+    blamed_on,
+    build_meta,
+    build_without_values,
+    checked_logits,
+    without_values,
+)
 from telescope.train.rules import Role, Tag
 
 
@@ -27,7 +37,7 @@ class StepCost:
 
     parameters: int
     """Of matrices and lookup tables, as the literature counts; norm gains and biases, less than a
-    ten-thousandth at any size that matters, are left out."""
+    ten-thousandth at any size that matters, are left out. So is what is frozen, as buffers are."""
     model: float
     """Forward and backward, without attention's two products."""
     attention: float
@@ -42,7 +52,10 @@ class StepCost:
 
 
 class _AttentionCounter(TorchFunctionMode):
-    """Counts the two matrix products of every scaled_dot_product_attention call."""
+    """Counts the matrix products of every scaled_dot_product_attention call, forward and backward.
+
+    Forward has two; backward two for each, where a gradient is wanted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +72,8 @@ class _AttentionCounter(TorchFunctionMode):
             given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
             query, key, value = (given[name] for name in ("query", "key", "value"))
             rows = query.numel() // query.shape[-1]
-            self.flops += 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+            forward = 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+            self.flops += forward * (3 if any(t.requires_grad for t in (query, key, value)) else 1)
         return func(*args, **(kwargs or {}))
 
 
@@ -76,28 +90,56 @@ def step_cost(
     Raises:
         ModelError: the model file fails or its forward pass gives the wrong shape.
     """
-    tagged = build_meta(model, width=width, base_width=base_width)
-    counter, attention_counter = FlopCounterMode(display=False), _AttentionCounter()
-    with blamed_on(model), counter, attention_counter:
-        logits = checked_logits(
-            model,
-            tagged.module,
-            sequence_length=train.sequence_length,
-            vocab_size=model.kwargs["vocab_size"],
-        )
-        logits.sum().backward()  # type: ignore[no-untyped-call]
-    # A backward pass has two products for each of the forward's.
-    attention = 3 * attention_counter.flops
+    widths = {"width": width, "base_width": base_width}
+    tagged = build_meta(model, **widths)
+    try:
+        counted, attention = _counted(model, train, tagged.module, "meta")
+    except ModelError:
+        counted, attention = _counted_elsewhere(model, train, **widths)
     return StepCost(
         parameters=sum(
             math.prod(tag.shape)
             for tag in tagged.tags.values()
             if tag.role not in (Role.VECTOR, Role.FINITE)
         ),
-        model=float(counter.get_total_flops() - attention) * train.batch_size,
+        model=float(counted - attention) * train.batch_size,
         attention=float(attention) * train.batch_size,
         optimizer=_optimizer_flops(tagged.tags, optimizer),
     )
+
+
+def _counted_elsewhere(
+    config: ModelConfig, train: TrainConfig, *, width: int, base_width: int
+) -> tuple[int, int]:
+    """As `_counted`, as if on a CPU, or on this machine's accelerator where that fails too."""
+    devices = ["cpu"]
+    if torch.accelerator.is_available():
+        devices.append(str(torch.accelerator.current_accelerator()))
+    for device in devices:
+        try:
+            with without_values():
+                tagged = build_without_values(config, device, width=width, base_width=base_width)
+                return _counted(config, train, tagged.module, device)
+        except ModelError as error:
+            failure = error
+    raise failure
+
+
+def _counted(
+    config: ModelConfig, train: TrainConfig, module: nn.Module, device: str
+) -> tuple[int, int]:
+    """Floating-point operations of one sequence, forward and backward: all, and attention's."""
+    counter, attention_counter = FlopCounterMode(display=False), _AttentionCounter()
+    with blamed_on(config), counter, attention_counter:
+        logits = checked_logits(
+            config,
+            module,
+            sequence_length=train.sequence_length,
+            vocab_size=config.kwargs["vocab_size"],
+            device=device,
+        )
+        logits.sum().backward()  # type: ignore[no-untyped-call]
+    return counter.get_total_flops(), attention_counter.flops
 
 
 def _optimizer_flops(tags: dict[str, Tag], config: OptimizerConfig) -> float:

@@ -307,7 +307,7 @@ def _shake(setup: Setup, seed: int) -> None:
     """Move every parameter a little: from a readout of zeros no gradient comes back."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in setup.model.parameters():
+        for parameter in filter(torch.is_floating_point, setup.model.parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise.to(parameter), alpha=0.02)
 
@@ -324,7 +324,7 @@ def _trait(setup: Setup) -> str:
     if any(not torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers()):
         return "it changes its buffers in training"
     for name, parameter in model.named_parameters():
-        if parameter.grad is None:
+        if parameter.requires_grad and parameter.grad is None:
             return f"{name} has no part in its loss"
     return ""
 
@@ -336,7 +336,7 @@ def _first_batch(setup: Setup) -> tuple[Tensor, Tensor]:
 
 def _alone(setup: Setup) -> _Outcome:
     """The first batch of a trial alone."""
-    named = dict(setup.model.named_parameters())
+    named = {name: p for name, p in setup.model.named_parameters() if p.requires_grad}
     loss = token_loss(setup.model, *_first_batch(setup), setup.train.precision)
     grads = torch.autograd.grad(loss, list(named.values()))
     return _Outcome(loss.item(), dict(zip(named, grads, strict=True)))

@@ -32,7 +32,8 @@ class Group:
     kwargs: dict[str, Any]
     """Further keyword arguments of the torch optimizer's class."""
     init_std: float
-    """Standard deviation at the start, the point's init_scale in it; 0 is zeros (gains: ones)."""
+    """Standard deviation at the start, the point's init_scale in it; 0 is zeros, or for vectors as
+    the model has it."""
     multiplier: float
 
 

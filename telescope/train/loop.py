@@ -146,7 +146,6 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
     if config.train.precision == "bf16":
         # Autocast leaves a norm's gain in fp32, which torch takes for an oversight.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
-    torch.manual_seed(trial.seed)
     tagged = build_model(
         config.model,
         width=trial.width,

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import logging
+import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from telescope.errors import ModelError, SpecError, TelescopeError
 from telescope.train.config import ModelConfig
-from telescope.train.parametrization import initialise, set_multipliers, tag
+from telescope.train.parametrization import initialise, layer_biases, set_multipliers, tag
 from telescope.train.rules import Tag
 
 
 @dataclass(frozen=True)
 class TaggedModel:
-    """A model with base shapes set, and what each parameter is to the width rules."""
+    """A model with base shapes set, and what each trained parameter is to the width rules."""
 
     module: nn.Module = field(repr=False)
     tags: dict[str, Tag]
@@ -165,35 +169,194 @@ def build_model(
 ) -> TaggedModel:
     """The model at `width`, initialised and with its readout multipliers set, on `device`.
 
+    The global random states are seeded on the way: the file may draw what is its own, and what
+    draws in training (dropout) goes on from there.
+
     Raises:
-        ModelError: the file fails, or a parameter has no clear role.
+        ModelError: the file fails, a parameter has no clear role, or no start.
     """
-    tagged = _tagged(config, _build(config, width, device), width, base_width)
-    initialise(tagged.module, tagged.tags, seed=seed, init_scale=init_scale)
-    set_multipliers(tagged.module, tagged.tags, optimizer=optimizer, rule=rule)
+    zeroed = ungiven_biases(config, base_width=base_width)
+    torch.manual_seed(seed)
+    with _other_draws(seed):
+        # What a file takes from numpy is on the CPU, whatever the device.
+        model = _build(config, width, device).to(device)
+    tagged = _tagged(config, model, width, base_width)
+    initialise(tagged.module, tagged.tags, seed=seed, init_scale=init_scale, zeroed=zeroed)
+    set_multipliers(tagged.module, optimizer=optimizer, rule=rule)
     return tagged
 
 
-def checked_logits(
-    config: ModelConfig, model: Any, *, sequence_length: int, vocab_size: int
-) -> Tensor:
-    """Run the model on the meta device: tokens (1, T) must give logits (1, T, vocab_size).
+@contextmanager
+def _other_draws(seed: int) -> Iterator[None]:
+    """Seed Python's and numpy's global generators for a while: model files draw from them too."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def ungiven_biases(config: ModelConfig, *, base_width: int) -> frozenset[str]:
+    """The layers' biases that the model file leaves to torch, which draws them: they start at zero.
+
+    Found by building at base width with two seeds, and with NaN where nothing was written.
 
     Raises:
-        ModelError: the forward pass fails or gives another shape.
+        ModelError: the file fails, or leaves another vector or a frozen parameter without a start.
     """
-    tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device="meta")
+    key = (config.name, config.digest, repr(sorted(config.kwargs.items())), base_width)
+    if key not in _UNGIVEN:
+        _UNGIVEN[key] = _find_ungiven_biases(config, base_width)
+    return _UNGIVEN[key]
+
+
+_UNGIVEN: dict[tuple[Any, ...], frozenset[str]] = {}
+"""By model file, its keywords and base width: what is worked out once per process."""
+
+
+def _find_ungiven_biases(config: ModelConfig, base_width: int) -> frozenset[str]:
+    first, second = (_marked_start(config, base_width, seed) for seed in (0, 1))
+    biases = layer_biases(first.model)
+    for name, value in first.own.items():
+        if name not in biases and value.is_floating_point() and value.isnan().any():
+            raise ModelError(
+                f"{config.name}: {name}: has no start: vectors, scalars and frozen parameters keep "
+                "what build gives them, and here nothing was written (torch.empty), or NaN; give "
+                "it, as torch.ones or torch.zeros"
+            )
+    seeds_itself = torch.equal(first.random_state, second.random_state)
+    return frozenset(
+        name
+        for name in biases
+        if not torch.equal(first.own[name], second.own[name])
+        or (seeds_itself and len(set(first.own[name].tolist())) > 1)
+    )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A model as its file has built it, and what in it is the file's own."""
+
+    model: nn.Module
+    own: Mapping[str, Tensor]
+    """Name → vectors, scalars, and what is frozen."""
+    random_state: Tensor
+    """The generator's, after it."""
+
+
+def _marked_start(config: ModelConfig, width: int, seed: int) -> _Start:
+    """Build on the CPU, with NaN where memory is left as it was; the random state is kept."""
+    is_strict = torch.are_deterministic_algorithms_enabled()
+    is_lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(devices=[]), _other_draws(seed):
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then gives NaN
+        try:
+            model = _build(config, width, "cpu")
+        finally:
+            torch.use_deterministic_algorithms(is_strict, warn_only=is_lenient)
+        state = torch.get_rng_state()
+    own = {n: p.detach() for n, p in model.named_parameters() if p.ndim < 2 or not p.requires_grad}
+    return _Start(model, own, state)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Let tensors of any device have a shape and no values, as those of the meta device.
+
+    For models that ask for the device's name, of which autocast and others do not know "meta".
+    """
+    # Documented (docs.pytorch.org, "Fake tensor"), but under no public name.
+    from torch._subclasses import fake_tensor
+
+    log = logging.getLogger(fake_tensor.__name__)  # a model's error is ours to tell
+    is_off, log.disabled = log.disabled, True
     try:
-        with blamed_on(config):
-            logits = model(tokens)
+        # A CPU's fused attention is unknown to torch's FLOP counter: products of matrices are not.
+        with sdpa_kernel(SDPBackend.MATH), fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+            yield
     except ModelError as error:
-        hint = "shapes are checked on the meta device, where tensors have no values"
-        raise ModelError(f"{error} ({hint})") from error
-    shape, wanted = tuple(getattr(logits, "shape", ())), (1, sequence_length, vocab_size)
+        need_values = (
+            fake_tensor.DataDependentOutputException,
+            fake_tensor.DynamicOutputShapeException,
+        )
+        if not isinstance(error.__cause__, need_values):
+            raise
+        raise ModelError(
+            f"{error} (shapes are counted on tensors without values, so forward must not ask for "
+            "one, as .item(), nonzero() and a branch on a tensor do)"
+        ) from error
+    finally:
+        log.disabled = is_off
+
+
+def build_without_values(
+    config: ModelConfig, device: str, *, width: int, base_width: int
+) -> TaggedModel:
+    """As `build_meta`, but on a device that is called otherwise; inside `without_values`."""
+    return _tagged(config, _build(config, width, device), width, base_width)
+
+
+def checked_logits(
+    config: ModelConfig,
+    model: Any,
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    device: str = "meta",
+) -> Tensor:
+    """Run the model without values: tokens (1, T) must give logits (1, T, vocab_size).
+
+    Args:
+        config: the model's, for messages.
+        model: of `build_meta`, or of `build_without_values`.
+        sequence_length: T.
+        vocab_size: how many logits a token must have.
+        device: the model's.
+
+    Raises:
+        ModelError: the forward pass fails, or gives something else or another shape.
+    """
+    tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device=device)
+    with blamed_on(config):
+        logits = model(tokens)
+    wanted = (1, sequence_length, vocab_size)
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"{config.name}: {_no_tensor(logits, wanted)}")
+    shape = tuple(logits.shape)
     if shape != wanted:
         raise ModelError(
             f"{config.name}: forward gave shape {shape} for tokens (1, {sequence_length}), must be "
             f"(batch, sequence, vocab_size) = {wanted}"
         )
-    assert isinstance(logits, Tensor)
+    if not (logits.is_floating_point() and logits.requires_grad):
+        raise ModelError(
+            f"{config.name}: forward gave logits of {logits.dtype} that lead back to no parameter: "
+            "it must not detach, cast to integers or run under torch.no_grad"
+        )
     return logits
+
+
+def _no_tensor(value: Any, wanted: tuple[int, ...]) -> str:
+    """What a forward pass gave that is no tensor, and what of it to return."""
+    items: dict[Any, Any] = {}
+    if isinstance(value, Mapping):
+        items = dict(value)
+    elif isinstance(value, (tuple, list)):
+        items = dict(enumerate(value))
+    parts = ", ".join(
+        f"{key!r}: {f'shape {tuple(v.shape)}' if isinstance(v, Tensor) else type(v).__name__}"
+        for key, v in items.items()
+    )
+    fitting = [k for k, v in items.items() if isinstance(v, Tensor) and tuple(v.shape) == wanted]
+    advice = f"; return its item {fitting[0]!r}" if fitting else ""
+    if hasattr(value, "logits"):
+        advice = "; return its .logits"
+    kind = "None" if value is None else f"a {type(value).__name__}"
+    return (
+        f"forward gave {kind}{f' ({parts})' if parts else ''}, must be the logits alone, one "
+        f"tensor (batch, sequence, vocab_size) = {wanted}{advice}"
+    )

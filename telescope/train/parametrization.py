@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import mup
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from telescope.errors import ModelError
 from telescope.train.rules import Role, Tag, check_growth, init_std, owners_of, scaling
@@ -22,7 +23,9 @@ from telescope.train.rules import Role, Tag, check_growth, init_std, owners_of, 
 def tag(
     model: nn.Module, base: nn.Module, delta: nn.Module, *, widths: tuple[int, int, int]
 ) -> dict[str, Tag]:
-    """Set mup's base shapes on `model` and find every parameter's role.
+    """Set mup's base shapes on `model` and find the role of every parameter that is trained.
+
+    A frozen one (``requires_grad=False``) is a constant, as a buffer is: it has no role.
 
     Args:
         model: the model to be trained, or its shape on the meta device.
@@ -31,7 +34,7 @@ def tag(
         widths: of the three; what grows must grow as they do.
 
     Returns:
-        name → tag, in the order of `named_parameters`.
+        name → tag of all that is trained, in the order of `named_parameters`.
 
     Raises:
         ModelError: a parameter without a clear role, and what to change in the model file.
@@ -46,8 +49,15 @@ def tag(
         everywhere = shapes[0].keys() & shapes[1].keys() & shapes[2].keys()
         odd = sorted({name for names in shapes for name in names} - everywhere)
         raise ModelError(f"{odd[0]}: exists at one width only; every width needs the same layers")
-    for name in shapes[0]:
-        check_growth(name, [by_name[name] for by_name in shapes], widths)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ModelError("no parameter is trained: there is none with requires_grad=True")
+    for name, sizes in shapes[0].items():
+        others = [by_name[name] for by_name in shapes]
+        if name in trained:
+            check_growth(name, others, widths)
+        elif any(len(other) != len(sizes) for other in others):
+            raise ModelError(f"{name}: has another number of dimensions at another width")
     mup.set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
     owners = owners_of(model)
     return {
@@ -58,7 +68,7 @@ def tag(
             shapes[1][name],
             math.prod(getattr(owner, "output_mult", 1.0) for owner in owners[id(p)]),
         )
-        for name, p in model.named_parameters()
+        for name, p in trained.items()
     }
 
 
@@ -67,6 +77,11 @@ def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
     grows = [dimension.isinf() for dimension in parameter.infshape]  # type: ignore[attr-defined]
     shared = any(isinstance(owner, mup.MuSharedReadout) for owner in owners)
     readout = any(isinstance(owner, mup.MuReadout) for owner in owners)
+    if readout and any(map(is_parametrized, owners)):
+        raise ModelError(
+            f"{name}: a readout under a torch parametrization; mup scales a readout by its own "
+            "weight's shape: leave the readout plain"
+        )
     embeddings = sum(isinstance(owner, nn.Embedding) for owner in owners)
     if parameter.ndim <= 1:
         if shared:
@@ -102,6 +117,12 @@ def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
 def _unclear(name: str, parameter: Tensor, grows: list[bool], owners: list[nn.Module]) -> str:
     """Why a matrix has no role, and what to change."""
     shape = tuple(parameter.shape)
+    if any(map(is_parametrized, owners)):
+        return (
+            f"{name}: shape {shape} belongs to a torch parametrization, as weight_norm's, and is "
+            "no matrix of the layer; write it in forward, a factor per output as one nn.Parameter "
+            "(out,)"
+        )
     if any(isinstance(owner, _ConvNd) for owner in owners):
         return (
             f"{name}: shape {shape} is a convolution's; write a dense one as a stack of matrices "
@@ -126,40 +147,85 @@ def _unclear(name: str, parameter: Tensor, grows: list[bool], owners: list[nn.Mo
 
 
 def initialise(
-    model: nn.Module, tags: dict[str, Tag], *, seed: int, init_scale: float = 1.0
+    model: nn.Module,
+    tags: dict[str, Tag],
+    *,
+    seed: int,
+    init_scale: float = 1.0,
+    zeroed: Collection[str] = (),
 ) -> None:
-    """Initialise every parameter by its role, whatever the model file did.
+    """Initialise what the width rules scale: matrices and tables, by their role.
 
-    Drawn on the CPU from one generator in the order of the names, so that a seed means the same
-    on every device.
+    The model file's own are vectors, scalars, all that is frozen, and an embedding's padding row:
+    they stay as `build` gave them, less the biases that nobody gave. Drawn on the CPU from one
+    generator in the order of the names, so that a seed means the same on every device.
 
     Args:
         model: initialised in place.
-        tags: name → tag of every parameter.
+        tags: name → tag of every parameter that is trained.
         seed: of the generator.
         init_scale: factor of every standard deviation, whatever the width.
+        zeroed: the biases that start at zero, see `layer_biases`.
     """
     generator = torch.Generator().manual_seed(seed)
+    parameters, padding = dict(model.named_parameters()), _padding_rows(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            tag = tags[name]
+        for name, tag in tags.items():
+            parameter = parameters[name]
             std = init_std(tag.role, tag.shape) * init_scale
             if tag.role in (Role.VECTOR, Role.FINITE):
-                parameter.fill_(0.0 if "bias" in name.rsplit(".", 1)[-1] else 1.0)
+                if name in zeroed:
+                    parameter.zero_()
             elif std == 0:
                 parameter.zero_()
             else:
-                parameter.copy_(torch.randn(tag.shape, generator=generator) * std)
+                values = torch.randn(tag.shape, generator=generator) * std
+                for row in padding.get(id(parameter), ()):
+                    values[row] = parameter[row]
+                parameter.copy_(values)
 
 
-def set_multipliers(model: nn.Module, tags: dict[str, Tag], *, optimizer: str, rule: str) -> None:
-    """Make every readout's multiplier the rule's; mup's own forward divides by r.
+def _padding_rows(model: nn.Module) -> dict[int, set[int]]:
+    """Embedding's weight → its rows that stand for no token."""
+    rows: dict[int, set[int]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            rows.setdefault(id(module.weight), set()).add(module.padding_idx)
+    return rows
+
+
+def layer_biases(model: nn.Module) -> list[str]:
+    """The names of all biases that stand beside a matrix in one module, as nn.Linear's.
+
+    torch draws those of its layers at random, with a size that goes with the width, where the model
+    file does not say otherwise.
+    """
+    owners = owners_of(model)
+    layers = {
+        id(owner)
+        for parameter in model.parameters()
+        if parameter.ndim > 1
+        for owner in owners[id(parameter)]
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1
+        and (name.rsplit(".", 1)[-1] == "bias" or name.rsplit(".", 1)[-1].startswith("bias_"))
+        and any(id(owner) in layers for owner in owners[id(parameter)])
+    ]
+
+
+def set_multipliers(model: nn.Module, *, optimizer: str, rule: str) -> None:
+    """Make every readout's multiplier the rule's, a frozen one's too; mup's own divides by r.
 
     r is fixed here: mup reads it off the weight, and a functional call puts a plain tensor there.
     """
-    for module, name in readouts(model):
-        tag, ratio = tags[name], float(module.width_mult())
-        wanted = scaling(tag.role, tag.shape, tag.base_shape, optimizer=optimizer, rule=rule)
+    for module, _ in readouts(model):
+        ratio = float(module.width_mult())
+        shape = tuple(module.weight.shape)
+        base_shape = tuple(side.base_dim for side in module.weight.infshape)
+        wanted = scaling(Role.READOUT, shape, base_shape, optimizer=optimizer, rule=rule)
         module.output_mult *= wanted.multiplier * ratio
         module.width_mult = functools.partial(float, ratio)
 

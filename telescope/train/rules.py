@@ -77,7 +77,7 @@ class Scaling:
     decay: float
     """Factor of lr · weight_decay that a step takes off."""
     init_std: float
-    """Standard deviation at the start; 0 is zeros (norm gains: ones)."""
+    """Standard deviation at the start; 0 is zeros, or for vectors as the model has it."""
     multiplier: float
     """Factor of the module's output, 1 but for readouts."""
 
@@ -174,9 +174,17 @@ def check_growth(name: str, shapes: Sequence[tuple[int, ...]], widths: Sequence[
 
 
 def owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Parameter identity → the modules that hold it; more than one where weights are tied."""
+    """Parameter identity → the modules that hold it; more than one where weights are tied.
+
+    What a torch parametrization makes a module's weight of is that module's.
+    """
+    wrapped = {
+        id(part): module
+        for module in model.modules()
+        for part in getattr(module, "parametrizations", {}).values()
+    }
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
+            owners.setdefault(id(parameter), []).append(wrapped.get(id(module), module))
     return owners

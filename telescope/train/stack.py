@@ -120,8 +120,8 @@ class Stack:
     Args:
         module: any one of the trials' own; its forward is called with the stacked tensors.
         loss: of one trial.
-        blocks: all the parameters.
-        buffers: name → (K, *shape).
+        blocks: all the parameters that are trained.
+        buffers: name → (K, *shape), of what no optimizer moves: frozen parameters too.
         device: where the tensors are.
     """
 
@@ -172,8 +172,7 @@ class Stack:
                     )
                 )
         buffers = {
-            name: buffer.expand(size, *buffer.shape).clone()
-            for name, buffer in module.named_buffers()
+            name: buffer.expand(size, *buffer.shape).clone() for name, buffer in _constants(module)
         }
         return cls(module, loss, blocks, buffers, device)
 
@@ -187,7 +186,7 @@ class Stack:
                 block = next(blocks)
                 block.peak_lr[k], block.weight_decay[k] = group["peak_lr"], group["weight_decay"]
                 block.load(k, named, optimizer.state)
-        for name, buffer in module.named_buffers():
+        for name, buffer in _constants(module):
             self.buffers[name][k] = buffer
 
     @torch.no_grad()
@@ -200,7 +199,7 @@ class Stack:
         for optimizer in optimizers:
             for _ in optimizer.param_groups:
                 next(blocks).put(k, t, named, optimizer.state)
-        for name, buffer in module.named_buffers():
+        for name, buffer in _constants(module):
             buffer.copy_(self.buffers[name][k])
 
     def losses(self, inputs: Tensor, targets: Tensor, *, shared: bool = False) -> Tensor:
@@ -256,6 +255,14 @@ class Stack:
             block.keep(index, left)
         self.buffers = {name: b.index_select(0, index) for name, b in self.buffers.items()}
         self.size = len(left)
+
+
+def _constants(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers and frozen parameters: a trial's own, and in no optimizer."""
+    yield from module.named_buffers()
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter.detach()
 
 
 @contextmanager

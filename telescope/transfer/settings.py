@@ -230,5 +230,5 @@ def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
 def _init_note(group: Group) -> str:
     """How the parameter starts, where its standard deviation does not say it."""
     if group.role in (Role.VECTOR, Role.FINITE):
-        return "gains start at 1, biases at 0"
+        return "starts as the model's own code has it, a layer's bias at 0"
     return "starts at zero" if group.init_std == 0 else ""

@@ -93,7 +93,10 @@ class Shapes:
         widths = (width, base_width, 2 * base_width)
         with torch.device("meta"):
             models = [build(each) for each in widths]
-        shapes = [{n: tuple(p.shape) for n, p in model.named_parameters()} for model in models]
+        shapes = [
+            {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+            for model in models
+        ]
         if not shapes[0].keys() == shapes[1].keys() == shapes[2].keys():
             common = shapes[0].keys() & shapes[1].keys() & shapes[2].keys()
             odd = sorted({name for by_name in shapes for name in by_name} - common)
@@ -319,7 +322,8 @@ def _roles(
     if unused:
         raise ModelError(f"roles: {sorted(unused)[0]!r} matches no parameter")
     roles, derived = {}, []
-    for name, parameter in model.named_parameters():
+    trained = {n: p for n, p in model.named_parameters() if n in grows}
+    for name, parameter in trained.items():
         named = next((role for p, role in given.items() if fnmatchcase(name, p)), None)
         if named is None:
             roles[name] = _role(name, grows[name], owners[id(parameter)])
