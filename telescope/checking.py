@@ -246,4 +246,6 @@ def describe_verdict(check: CoordCheck) -> str:
         return worst + (f" (and {len(others)} others)" if others else "")
     name, slope = check.steepest
     doubts = f"; {len(check.uncertain)} uncertain" if check.uncertain else ""
+    if check.blind_spot:
+        doubts += f"; warning: {check.blind_spot}"
     return f"steepest slope {slope:+.2f} ± {check.errors[name]:.2f} ({name}){doubts}"

@@ -42,13 +42,18 @@ def build(width, *, vocab_size):
     )
 
 class Own(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, spare=None):
         super().__init__()
+        self.spare = spare
         self.register_buffer("mean", torch.zeros(()))
 
     def forward(self, x):
         {body}
 """
+
+
+SPARE = "Own(torch.nn.Parameter(torch.zeros(width)))"
+"""A layer with a vector that its forward leaves out."""
 
 
 def pack_of(width: int = 16, *, muon_axes: bool = True) -> list[Trial]:
@@ -221,7 +226,7 @@ def test_the_seconds_of_a_pack_add_up(corpus_file: Path) -> None:
         (bag("Own()", "self.mean += x.mean().detach()\n        return x"), "changes its buffers"),
         (bag("Own()", "return x if x.sum() > 0 else -x"), "does not take stacked parameters"),
         (bag("Own()", "return x * x.abs().max().item()"), "does not take stacked parameters"),
-        (bag("torch.nn.Linear(width, width, bias=False).requires_grad_(False)"), "no part"),
+        (bag(SPARE), "no part"),
     ],
 )
 def test_a_model_that_cannot_be_stacked_says_why(

@@ -134,6 +134,9 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
             soft_wrap=True,
         )
 
+    if check.blind_spot:
+        console.print(f"warning  {check.blind_spot}", soft_wrap=True)
+
 
 def _verdict_on(check: CoordCheck, name: str) -> str:
     """What the check says of one quantity; nothing where it is flat."""

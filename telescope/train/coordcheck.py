@@ -113,11 +113,14 @@ def coordinate_check(config: TrialConfig, point: Point, extent: Extent = Extent(
     config = check_config(config, extent)
     torch.set_num_threads(config.threads)
     tags = build_meta(config.model, width=config.base_width, base_width=config.base_width).tags
-    measured: dict[int, list[dict[int, dict[str, float]]]] = {}
+    measured: dict[int, list[Mapping[int, Mapping[str, float]]]] = {}
+    heads: dict[int, Mapping[str, int]] = {}
 
     def measure(extent: Extent) -> CoordCheck:
         for trial in check_trials(config, point, extent):
-            measured.setdefault(trial.width, []).append(measure_sizes(config, trial, extent.steps))
+            found = measure_sizes(config, trial, extent.steps)
+            measured.setdefault(trial.width, []).append(found.sizes)
+            heads[trial.width] = found.unseen_heads
         quantities = _by_quantity(measured, extent.steps)
         check = judge(
             quantities,
@@ -127,13 +130,20 @@ def coordinate_check(config: TrialConfig, point: Point, extent: Extent = Extent(
             rule=config.optimizer.rule,
             point=point,
         )
-        return replace(check, unwatched=unwatched(tags, quantities))
+        growing = _growing([heads[width] for width in measured])
+        return replace(check, unwatched=unwatched(tags, quantities), unseen_heads=growing)
 
     check = measure(extent)
     if is_clear(check):
         return check
     more = tuple(max(extent.seeds) + 1 + i for i in range(len(extent.seeds)))
     return replace(measure(replace(extent, seeds=more)), seeds=extent.seeds + more)
+
+
+def _growing(heads: Sequence[Mapping[str, int]]) -> tuple[str, ...]:
+    """The modules whose heads are larger in the last of these than in the first."""
+    narrow, wide = heads[0], heads[-1]
+    return tuple(name for name, size in wide.items() if size > narrow.get(name, size))
 
 
 def _by_quantity(

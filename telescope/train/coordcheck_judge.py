@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from telescope.records import Point
-from telescope.train.coordcheck_verdict import CoordCheck
+from telescope.train.coordcheck_verdict import SOFTMAX, SOFTMAX_ADVICE, CoordCheck, steepness
 
 THRESHOLD = 0.25
 """Largest slope that passes, up or down. Mistakes come in half powers of the width (a factor of
@@ -28,10 +28,6 @@ CLEAR_ERRORS = 5.0
 """What lies this many standard errors beyond the threshold fails without more seeds. Two seeds make
 a poor estimate of the error: at two errors a right model's -0.57 ± 0.10 fails (tied, AdamW), which
 four more seeds show to be -0.2."""
-INNER = " (inner)"
-"""Marks a readout inside a block, such as a router. Among equal experts its gradient is mostly
-noise, which Adam's normalised steps turn into logits that shrink as 1/√width under the right rule
-too (measured: -0.46 ± 0.12 with two experts); so only growth fails it."""
 MOVES = ("change", "update")
 """Kinds of quantity, by the last word of their names, that are 0 when nothing has been trained."""
 
@@ -105,7 +101,7 @@ class _Slope:
     """None where there is no line to fit."""
     error: float | None = None
     certain: float = -math.inf
-    """How far from 0 it is at least, by its standard errors; infinite where sizes make no line."""
+    """How steep it is at least, by its standard errors; infinite where sizes make no line."""
     problem: str = ""
     """Why it fails; empty where it does not."""
     is_uncertain: bool = False
@@ -135,19 +131,19 @@ def _slope(name: str, step: int, widths: Sequence[int], sizes: Sequence[Sequence
     value, error = _fit(np.log2(widths), values)
     if value is None or error is None:
         return _Slope(step)
-    margin = STANDARD_ERRORS * error
-    certain = abs(value) - margin
-    if INNER in name and value < 0:
-        return _Slope(step, value, error, certain)
+    margin, steep = STANDARD_ERRORS * error, steepness(name, value)
+    certain = steep - margin
     verb = "grows" if value > 0 else "shrinks"
     problem = f"{verb} with the width, slope {value:+.2f} ± {error:.2f}"
+    if SOFTMAX in name:
+        problem += f" ({SOFTMAX_ADVICE})"
     return _Slope(
         step,
         value,
         error,
         certain,
         problem if certain > THRESHOLD else "",
-        is_uncertain=certain < THRESHOLD < abs(value) + margin,
+        is_uncertain=certain < THRESHOLD < steep + margin,
     )
 
 

@@ -2,11 +2,11 @@
 
 A sum hides what shrinks in it. So of a block its input and what it adds are looked at too, and of
 the matrices that end a branch their output and the gradient that comes back to it, which feels
-every factor between there and the loss.
+every factor between there and the loss; and of attention what goes into its softmax, the logits.
 
 A quantity is named by its module or its role, and by its kind: "blocks.0" (the output), "blocks.0
 input", "blocks.0 added", "blocks.0 gradient" (times the width), "blocks.0 change" (of the output,
-since the start), "hidden start", "hidden update". Nothing is judged here.
+since the start), "blocks.0 softmax input", "hidden start", "hidden update". Nothing is judged here.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from telescope.errors import ModelError
 from telescope.records import Trial
 from telescope.train.config import ModelConfig, TrialConfig
-from telescope.train.coordcheck_judge import INNER
+from telescope.train.coordcheck_softmax import SoftmaxInputs
+from telescope.train.coordcheck_verdict import INNER
 from telescope.train.loop import Setup, set_up, take_step
-from telescope.train.model import blamed_on
+from telescope.train.model import blamed_on, module_file
 from telescope.train.parametrization import readouts
 from telescope.train.rules import Role, Tag
 
@@ -34,10 +35,18 @@ DRAWN = (Role.HIDDEN, Role.EMBEDDING, Role.TIED)
 """Roles that start at random; the others start at zero, or as the model file has them."""
 
 
-def measure_sizes(
-    config: TrialConfig, trial: Trial, steps: Sequence[int]
-) -> dict[int, dict[str, float]]:
-    """Step → quantity → size of one width and seed.
+@dataclass(frozen=True)
+class Measured:
+    """One training, measured."""
+
+    sizes: Mapping[int, Mapping[str, float]]
+    """Step → quantity → size."""
+    unseen_heads: Mapping[str, int]
+    """Module → the size of its heads, where no softmax could be seen."""
+
+
+def measure_sizes(config: TrialConfig, trial: Trial, steps: Sequence[int]) -> Measured:
+    """The sizes of one width and seed.
 
     Args:
         config: the training, as `coordcheck.check_config` gives it.
@@ -55,8 +64,9 @@ def measure_sizes(
     start = {name: p.detach().clone() for name, p in trained.items()}
     drawn = {name: value for name, value in start.items() if setup.tags[name].role in DRAWN}
     at_start = _parameter_sizes(drawn, setup.tags, multipliers, "start")
+    file = module_file(config.model)
     with _blamed(config, trial.width):
-        before, _ = _activations(setup, watched)
+        before, _, unseen_heads = _activations(setup, watched, file)
     sizes: dict[int, dict[str, float]] = {}
     for step in range(max(steps)):
         is_measured = step + 1 in steps
@@ -65,7 +75,7 @@ def measure_sizes(
         if not is_measured:
             continue
         with _blamed(config, trial.width):
-            now, sizes[step + 1] = _activations(setup, watched)
+            now, sizes[step + 1], _ = _activations(setup, watched, file)
         updates = {name: p.detach() - start[name] for name, p in trained.items()}
         sizes[step + 1] |= {
             **_changes(before, now),
@@ -73,7 +83,7 @@ def measure_sizes(
             **_parameter_sizes(updates, setup.tags, multipliers, "update"),
             **at_start,
         }
-    return sizes
+    return Measured(sizes, unseen_heads)
 
 
 def unwatched(tags: Mapping[str, Tag], quantities: Collection[str]) -> tuple[str, ...]:
@@ -143,11 +153,12 @@ def _watched(
 
 @torch.no_grad()
 def _activations(
-    setup: Setup, watched: Sequence[_Watched]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+    setup: Setup, watched: Sequence[_Watched], file: str
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, int]]:
     """Outputs on the held-out batch, of the watched modules and of the model; and all sizes.
 
-    The sizes are those of every output, of every input, and of what each block adds to its input.
+    What goes into softmax counts as an output. The sizes are those of every output, of every input,
+    and of what each block adds to its input. Third come the heads whose softmax is unseen.
     """
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, float] = {}
@@ -161,14 +172,22 @@ def _activations(
                 added[f"{part.name} added"] = _rms(output - given)
 
     setup.model.eval()
+    softmaxes = SoftmaxInputs(setup.model, file)
     with _seen(watched, see):
-        outputs["output"] = setup.model(setup.held_out[0])
+        try:
+            with softmaxes.watching():
+                outputs["output"] = setup.model(setup.held_out[0])
+        except (
+            Exception
+        ):  # a compiled kernel may not take being watched; the model's own come again
+            outputs["output"] = setup.model(setup.held_out[0])
     setup.model.train()
+    outputs |= softmaxes.logits
     sizes = {name: _rms(output) for name, output in outputs.items()}
     # An input that is another module's output as it was says nothing new.
     passed_on = set(sizes.values())
     new = {name: size for name, size in inputs.items() if size not in passed_on}
-    return outputs, sizes | new | added
+    return outputs, sizes | new | added, softmaxes.unseen_heads
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def load_model_file(config: ModelConfig) -> ModuleType:
     name = f"telescope_model_{PurePath(config.name).stem}_{config.digest}"
     if name in sys.modules:
         return sys.modules[name]
-    module, file = ModuleType(name), _module_file(config)
+    module, file = ModuleType(name), module_file(config)
     module.__file__ = file
     linecache.cache[file] = (len(config.text), None, config.text.splitlines(keepends=True), file)
     # Registered before it runs: dataclasses and torch look a class's module up by name.
@@ -69,14 +69,14 @@ def blamed_on(config: ModelConfig) -> Iterator[None]:
     except TelescopeError:
         raise
     except (Exception, SystemExit) as error:
-        line, message = _last_line(error, _module_file(config)), " ".join(str(error).split())
+        line, message = _last_line(error, module_file(config)), " ".join(str(error).split())
         if isinstance(error, SyntaxError):
             line, message = error.lineno, error.msg
         where = f"{config.name}:{line}" if line else config.name
         raise ModelError(f"{where}: {type(error).__name__}: {message}") from error
 
 
-def _module_file(config: ModelConfig) -> str:
+def module_file(config: ModelConfig) -> str:
     """The file name that a loaded model file goes by in tracebacks."""
     return f"<{PurePath(config.name).stem}-{config.digest}.py>"
 
