@@ -149,7 +149,7 @@ class SoftmaxInputs(TorchFunctionMode):
 def _some(count: int, of_each: int, like: Tensor) -> Tensor:
     """The numbers of so many of `count` rows that `ELEMENTS` hold, evenly and with the last."""
     stride = max(1, math.ceil(count * of_each / ELEMENTS))
-    return torch.arange(count - 1, -1, -stride, device=like.device)
+    return torch.arange(count - 1, -1, -stride, device=like.device).flip(0)
 
 
 def _attention_logits(
