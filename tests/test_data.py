@@ -70,7 +70,7 @@ def test_both_parts_are_the_whole_corpus(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     text = rng.integers(0, 256, 100_000, dtype=np.uint8)
     (tmp_path / "random.txt").write_bytes(text.tobytes())
-    config = DataConfig(source=(str(tmp_path / "random.txt"),))
+    config = DataConfig(source=(str(tmp_path / "random.txt"),), format="text")
     corpus, mask = load_corpus(config), held_out_mask(len(text), config.held_out)
     assert np.array_equal(corpus.train_tokens, text[~mask])
     assert np.array_equal(corpus.held_out_tokens, text[mask])

@@ -96,7 +96,7 @@ def test_one_source_is_read_as_it_always_was(tmp_path: Path) -> None:
     """Against the plain form: mask, permutation, fancy index."""
     text = np.random.default_rng(1).integers(0, 256, 130_000, dtype=np.uint8)
     (tmp_path / "t.txt").write_bytes(text.tobytes())
-    corpus = load_corpus(DataConfig(source=str(tmp_path / "t.txt")))
+    corpus = load_corpus(DataConfig(source=str(tmp_path / "t.txt"), format="text"))
     mask = held_out_mask(130_000, 0.05)
     tokens, held_out = text[~mask].astype(np.int64), text[mask].astype(np.int64)
     batches = Batches(corpus.train_tokens, batch_size=7, length=31, seed=5)

@@ -189,7 +189,8 @@ class SourceConfig:
     weight: float = 1.0
     """Share of the sequences, next to the other sources' weights; they need not sum to 1."""
     format: Format = "auto"
-    """What the files are; auto goes by their suffix, and for ``.bin`` by its first bytes."""
+    """What the files are; auto goes by their suffix, and for ``.bin`` by its first bytes. "text"
+    takes the bytes as they are, also of what does not look like text."""
     field: str = "text"
     """JSONL and Parquet only: the field, or column, with the text."""
     dtype: Literal["uint16", "uint32"] | None = None
@@ -239,7 +240,8 @@ class DataConfig:
     source: str | tuple[str, ...] | None = None
     """``python-stdlib``, or paths and globs of files of one format."""
     format: Format = "auto"
-    """What the files are; auto goes by their suffix, and for ``.bin`` by its first bytes."""
+    """What the files are; auto goes by their suffix, and for ``.bin`` by its first bytes. "text"
+    takes the bytes as they are, also of what does not look like text."""
     field: str = "text"
     """JSONL and Parquet only: the field, or column, with the text."""
     dtype: Literal["uint16", "uint32"] | None = None

@@ -8,7 +8,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from telescope.errors import DataError, SpecError
 from telescope.train.config import BYTES, PYTHON_STDLIB, DataConfig, SourceConfig
+from telescope.train.content import bom_bytes, is_checked, nul_error
 from telescope.train.shards import SMALL_BYTES, Scan, TokenFile, open_shard, scan
 from telescope.train.sources import STDLIB_BYTES, files_of
 from telescope.train.tokenizer import load_tokenizer
@@ -244,14 +245,28 @@ def _text_files(
     source: SourceConfig, paths: list[Path]
 ) -> tuple[list[TokenFile | NDArray[Any]], str]:
     """Files whose bytes are the tokens, and their digest; small ones are read into memory."""
-    files = as_bytes(paths)
+    files = [_without_bom(file) for file in as_bytes(paths)]
+    files = [file for file in files if file.count]
     if sum(file.count for file in files) > SMALL_BYTES:
-        return [*files], scan(files).digest
-    text = b"".join(file.path.read_bytes() for file in files)
+        found = scan(files)
+        if found.first_zero and is_checked(source):
+            raise nul_error(*found.first_zero)
+        return [*files], found.digest
+    texts = [file.path.read_bytes()[file.offset :] for file in files]
+    for file, text in zip(files, texts, strict=True):
+        if is_checked(source) and b"\0" in text:
+            raise nul_error(file.path, file.offset + text.index(b"\0"))
+    text = b"".join(texts)
     if source.source == PYTHON_STDLIB:
         text = text[:STDLIB_BYTES]
     digest = hashlib.sha256(text).hexdigest()
     return [np.frombuffer(text, dtype=np.uint8)] if text else [], digest
+
+
+def _without_bom(file: TokenFile) -> TokenFile:
+    """A text file from where its text begins."""
+    before = bom_bytes(file.path)
+    return replace(file, offset=before, count=file.count - before)
 
 
 def held_out_mask(size: int, share: float) -> NDArray[np.bool_]:
@@ -315,7 +330,7 @@ def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
             raise DataError(
                 f"{part.scan.place}: id {part.scan.highest} is outside the vocabulary of {known}; "
                 + ("are these the tokenizer's shards?" if corpus.vocabulary else "")
-                + ("" if corpus.vocabulary else "raise model.vocab_size")
+                + ("" if corpus.vocabulary else "raise model.vocab_size, or mend data.dtype")
             )
 
 

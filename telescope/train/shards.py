@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from telescope.errors import DataError
 from telescope.train.cache import remembered
 from telescope.train.config import SourceConfig
+from telescope.train.content import check_tokens
 
 LLM_C = {20240520: ("GPT-2", 1, "uint16"), 20240801: ("Llama 3", 7, "uint32")}
 """Magic number → whose tokens, version, type."""
@@ -78,6 +79,8 @@ class Scan:
     """The highest token id."""
     place: str
     """Where it is: file and number of the token, from 0."""
+    first_zero: tuple[str, int] | None
+    """The first token that is 0: file and byte. In text it is a NUL."""
 
 
 def scan(files: Sequence[TokenFile]) -> Scan:
@@ -96,13 +99,13 @@ def scan(files: Sequence[TokenFile]) -> Scan:
         return _read_all(files)
     layout = [(file.dtype, file.count, file.offset) for file in files]
     paths = [file.path for file in files]
-    known = remembered(paths, lambda: vars(_read_all(files)), "scan", layout)
+    known = remembered(paths, lambda: vars(_read_all(files)), "scan 2", layout)
     return Scan(**known)
 
 
 def _read_all(files: Sequence[TokenFile]) -> Scan:
     """The pass itself."""
-    hasher, highest, place = hashlib.sha256(), -1, ""
+    hasher, highest, place, zero = hashlib.sha256(), -1, "", None
     if files and files[0].dtype != "uint8":
         hasher.update(files[0].dtype.encode())
     for file in files:
@@ -113,10 +116,12 @@ def _read_all(files: Sequence[TokenFile]) -> Scan:
             if chunk[low] < 0:
                 at = f"{file.path}: token {start + low}"
                 raise DataError(f"{at}: id {chunk[low]}, must be >= 0; is it a file of tokens?")
+            if chunk[low] == 0 and zero is None:
+                zero = str(file.path), file.offset + (start + low) * chunk.itemsize
             if chunk[top] > highest:
                 highest, place = int(chunk[top]), f"{file.path}: token {start + top}"
             start += len(chunk)
-    return Scan(hasher.hexdigest(), highest, place)
+    return Scan(hasher.hexdigest(), highest, place, zero)
 
 
 def chunks(file: TokenFile) -> Iterator[NDArray[Any]]:
@@ -141,7 +146,7 @@ def chunks(file: TokenFile) -> Iterator[NDArray[Any]]:
 
 
 def open_shard(path: Path, source: SourceConfig) -> TokenFile:
-    """Check a shard's header and size.
+    """Check a shard's header and size, and by a sample that its tokens are of its type.
 
     Args:
         path: a ``.bin``, or Megatron's ``.idx`` beside one.
@@ -151,7 +156,9 @@ def open_shard(path: Path, source: SourceConfig) -> TokenFile:
         DataError: naming the file, and what in it is wrong.
     """
     try:
-        return replace(_opened(path, source), changed=path.stat().st_ctime_ns)
+        shard = _opened(path, source)
+        check_tokens(path, shard.dtype, shard.offset, shard.count)
+        return replace(shard, changed=path.stat().st_ctime_ns)
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from telescope.errors import DataError
 from telescope.train.config import PYTHON_STDLIB, SourceConfig
+from telescope.train.content import bom_bytes, check_content, is_checked, nul_error
 
 STDLIB_BYTES = 8_000_000
 """The standard library's source is cut here: enough for small models, quick to read and hash."""
@@ -50,7 +51,8 @@ def files_of(source: SourceConfig) -> list[Path]:
     could be trained on. Of Megatron's two files it is the one with the tokens.
 
     Raises:
-        DataError: nothing matches, or a file is of another format than its source's.
+        DataError: nothing matches, or a file is of another format than its source's, by its suffix
+            or by how it begins.
     """
     if source.source == PYTHON_STDLIB:
         return _stdlib_files()
@@ -62,6 +64,7 @@ def files_of(source: SourceConfig) -> list[Path]:
             _check_suffix(path, source)
             try:
                 stat = path.stat()
+                check_content(path, source)
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror}") from error
             found.setdefault((stat.st_dev, stat.st_ino), path.resolve())
@@ -125,7 +128,7 @@ def passages(
     for path in files:
         try:
             if source.kind == "text":
-                yield from _text(path, offset, cuts)
+                yield from _text(path, offset, cuts, is_checked(source))
             elif source.kind == "jsonl":
                 yield from _jsonl(path, offset, source.field)
             else:
@@ -135,11 +138,12 @@ def passages(
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _text(path: Path, offset: int, cuts: Sequence[float]) -> Iterator[Passage]:
+def _text(path: Path, offset: int, cuts: Sequence[float], checked: bool) -> Iterator[Passage]:
     """A text file in parts of a quarter of a megabyte, cut at line ends."""
     coming = [cut - offset for cut in reversed(cuts) if cut > offset]
-    start, size = 0, path.stat().st_size
+    start, size = bom_bytes(path), path.stat().st_size
     with path.open("rb") as stream:
+        stream.seek(start)
         while start < size:
             while coming and coming[-1] <= start:
                 coming.pop()
@@ -148,6 +152,8 @@ def _text(path: Path, offset: int, cuts: Sequence[float]) -> Iterator[Passage]:
             if not block.endswith(b"\n"):
                 block += stream.readline(LONGEST_LINE)
             block += _rest_of_character(stream)
+            if checked and (nul := block.find(b"\0")) >= 0:
+                raise nul_error(path, start + nul)
             try:
                 text = block.decode()
             except UnicodeDecodeError as error:
@@ -188,6 +194,9 @@ def _field_of(line: bytes, where: str, field: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start} of the line: no UTF-8 text") from error
     except json.JSONDecodeError as error:
+        if b"\0" in line:
+            hint = "a NUL in it; convert UTF-16 (iconv -f UTF-16LE -t UTF-8 OLD > NEW)"
+            raise DataError(f"{where}: not valid JSON: {hint}") from error
         raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
     except (RecursionError, ValueError) as error:
         raise DataError(f"{where}: not valid JSON: {error}") from error

@@ -37,7 +37,7 @@ from telescope.train.views import Ranges, held_out_ranges
 
 BATCH_CHARACTERS = 1 << 21
 """Text that is tokenized at a time: enough to keep some threads busy."""
-RECIPE = 1
+RECIPE = 2
 """Raised when the same documents give other tokens, so that old files are not used."""
 
 Progress = Callable[[float, float], None]
