@@ -19,12 +19,14 @@ from conftest import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from telescope.errors import DataError, SpecError, TelescopeError
 from telescope.train import sources
 from telescope.train.config import PYTHON_STDLIB, DataConfig, SourceConfig
 from telescope.train.data import (
     Corpus,
+    check_size,
     check_vocabulary,
     held_out_mask,
     load_corpus,
@@ -343,8 +345,6 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_bpe_is_deterministic_and_loses_nothing(tokenizer_file: Path) -> None:
-    from tokenizers import Tokenizer
-
     assert train_bpe(iter(sentences(200)), 400) == tokenizer_file.read_text()
     theirs, ours = Tokenizer.from_file(str(tokenizer_file)), load_tokenizer(str(tokenizer_file))
     assert 257 < ours.vocabulary <= 400
@@ -382,8 +382,6 @@ def test_every_tokenizer_holds_the_same_documents_out(
     kind: str, tmp_path: Path, tokenizer_file: Path
 ) -> None:
     """And what is held out is not in the other part: each document starts with its number."""
-    from tokenizers import Tokenizer
-
     texts = sentences(4000)
     path = tmp_path / f"d.{'txt' if kind == 'text' else kind}"
     if kind == "jsonl":
@@ -452,3 +450,100 @@ def test_any_bytes_under_any_name_are_a_corpus_or_one_line(
         read_corpus(DataConfig(source=str(path)))
     except TelescopeError as error:
         one_line(error)
+
+
+UNKNOWN = {
+    "WordLevel": (models.WordLevel({"a": 0, "b": 1}), "'zzz'"),
+    "WordLevel, UNK not there": (models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]"), "'zzz'"),
+    "WordPiece": (models.WordPiece({"a": 0, "b": 1, "##b": 2}), "'zzz'"),
+    "Unigram": (models.Unigram([("a", -1.0), ("b", -2.0)]), "'zzz'"),
+    "BPE": (models.BPE({"a": 0, "b": 1}, []), "'z' in 'zzz'"),
+    "BPE, UNK not there": (models.BPE({"a": 0, "b": 1}, [], unk_token="[UNK]"), "'zzz'"),
+    "BPE, few bytes": (models.BPE({"a": 0, "b": 1}, [], byte_fallback=True), "'z' in 'zzz'"),
+    "BPE of word ends": (
+        models.BPE({"a</w>": 0, "b</w>": 1, "z": 2}, [], end_of_word_suffix="</w>"),
+        "'z' in 'zzz'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_a_word_without_a_token_is_one_line(kind: str, tmp_path: Path) -> None:
+    """The library raises for some of these, and a BPE leaves the character out."""
+    model, shown = UNKNOWN[kind]
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "t.json"))
+    (tmp_path / "t.txt").write_text("a b a\n" * 50 + "b zzz a\n" * 50)
+    config = DataConfig(source=str(tmp_path / "t.txt"), tokenizer=str(tmp_path / "t.json"))
+    with pytest.raises(
+        SpecError, match=rf"t\.json has no token for {shown}, .*; add one"
+    ) as caught:
+        read_corpus(config)
+    one_line(caught.value)
+    (tmp_path / "t.txt").write_text("a b a\n" * 100)
+    assert read_corpus(config).size == 300
+
+
+def test_a_tokenizer_that_knows_the_unknown_loses_nothing_to_the_check(tmp_path: Path) -> None:
+    """With an unknown token, bytes for all, added tokens, a normalizer, or whole words."""
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    fallback = {f"<0x{b:02X}>": b for b in range(256)}
+    added = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    added.add_special_tokens(["<|zzz|>"])
+    added.normalizer = normalizers.Lowercase()
+    whole = models.BPE({"a": 0, "zzz": 1}, [], ignore_merges=True)
+    unknown = {"a": 0, "[UNK]": 1}
+    for inner, pre, text, count in (
+        (Tokenizer(models.WordLevel(unknown, unk_token="[UNK]")), "words", "a zzz", 2),
+        (Tokenizer(models.BPE(unknown, [], unk_token="[UNK]")), "words", "a zzz", 4),
+        (Tokenizer(models.BPE(alphabet, [])), "bytes", "é 数", 6),
+        (Tokenizer(models.BPE({"a": 256, **fallback}, [], byte_fallback=True)), "words", "a数", 4),
+        (added, "", "aB<|zzz|>b", 4),
+        (Tokenizer(whole), "words", "a zzz", 2),
+    ):
+        if pre:
+            words, level = pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel
+            inner.pre_tokenizer = words if pre == "words" else level(add_prefix_space=False)
+        inner.save(str(tmp_path / "t.json"))
+        assert [len(ids) for ids in load_tokenizer(str(tmp_path / "t.json")).encode([text])] == [
+            count
+        ]
+
+
+def test_a_tokenizer_with_a_byte_order_mark(tmp_path: Path, tokenizer_file: Path) -> None:
+    marked = tmp_path / "t.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + tokenizer_file.read_bytes())
+    assert load_tokenizer(str(marked)).digest == load_tokenizer(str(tokenizer_file)).digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("jsonl", "they are a single document, .*; give a second one"),
+        ("parquet", "they are a single document, .*; give a second one"),
+        ("txt", "the last line is longer than the share.*; give more text, or break it"),
+    ],
+)
+def test_a_single_document_is_told_from_too_little_text(
+    kind: str, advice: str, tmp_path: Path, tokenizer_file: Path
+) -> None:
+    path, text = tmp_path / f"d.{kind}", " ".join(sentences(900))
+    second = " ".join(sentences(900, seed=1))
+
+    def write(texts: list[str]) -> None:
+        if kind == "jsonl":
+            write_jsonl(path, texts)
+        elif kind == "parquet":
+            pd.DataFrame({"text": texts}).to_parquet(path)
+        else:
+            path.write_text(texts[0] if len(texts) == 1 else "\n".join(texts[0].split(" ")))
+
+    config = DataConfig(source=str(path), tokenizer=str(tokenizer_file), eval_tokens=64)
+    write([text])
+    with pytest.raises(DataError, match=rf"^data\.source: of the \d+ tokens of .*: {advice}$"):
+        check_size(read_corpus(config), config, batch_size=4, sequence_length=16)
+    write([text, second])
+    corpus = read_corpus(config)
+    check_size(corpus, config, batch_size=4, sequence_length=16)
+    assert len(corpus.held_out_tokens.parts[0])

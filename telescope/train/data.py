@@ -28,6 +28,10 @@ from telescope.train.views import Tokens, View, held_out_ranges, rest_of, window
 SMALLEST_COPY = 1000
 """Files with fewer bytes may be alike: licence headers of empty modules, and nothing to learn by
 heart. An assumption."""
+SHORT_OF_DOCUMENTS = "they are a single document, and documents are not cut; give a second one"
+SHORT_OF_LINES = (
+    "the last line is longer than the share, and lines stay whole; give more text, or break it"
+)
 COMPARED_BYTES = 1 << 16
 """Read at either end of files of one size, before two are compared whole."""
 
@@ -42,6 +46,8 @@ class Part:
     train: View = field(repr=False)
     held_out: View = field(repr=False)
     digest: str
+    indivisible: str = ""
+    """Why nothing of it is held out, and what to do; empty where something is."""
     scan: Scan | None = None
     """The highest token id and its place, where no tokenizer vouches for the ids."""
 
@@ -198,11 +204,14 @@ def _part(
     """One source with its tokens, from whatever its files hold."""
     tokenizer = config.tokenizer_name
     found: Scan | None = None
+    indivisible = ""
     files: list[TokenFile | NDArray[Any]]
     if source.kind != "tokens" and (source.kind != "text" or tokenizer != BYTES):
         assert tokenizer is not None
         made = tokenize(source, paths, load_tokenizer(tokenizer), config.held_out, progress)
         files, held_out, size, digest = [made.tokens], made.held_out, len(made.tokens), made.digest
+        if made.passages == 1:
+            indivisible = SHORT_OF_LINES if source.kind == "text" else SHORT_OF_DOCUMENTS
     else:
         if source.kind == "tokens":
             shards = [open_shard(path, source) for path in paths]
@@ -220,6 +229,7 @@ def _part(
         train=View(files, rest_of(held_out, size)),
         held_out=View(files, held_out),
         digest=digest,
+        indivisible=indivisible,
         scan=found,
     )
 
@@ -296,6 +306,11 @@ def check_size(
             raise DataError(
                 f"data.eval_tokens: {config.eval_tokens} tokens are {sequences} sequences, none{of}"
                 f" at its weight of {part.weight:g}; give more eval_tokens or a larger weight"
+            )
+        if part.indivisible:
+            raise DataError(
+                f"data.source: of the {part.size} tokens of {part.name} nothing is held out: "
+                f"{part.indivisible}"
             )
         needed = to_measure * sequence_length + 1
         if len(part.held_out) < needed:

@@ -49,14 +49,103 @@ def load_tokenizer(name: str) -> Tokenizer:
     inner, text = _read(name)
     ids = inner.get_vocab(with_added_tokens=True)
     found = [ids[token] for token in ENDS_OF_TEXT if token in ids]
-    newline = inner.encode("\n", add_special_tokens=False).ids
+    losses = _Losses(inner, name)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        encoded = inner.encode_batch_fast(texts, add_special_tokens=False)
+        losses.check(texts)
+        try:
+            encoded = inner.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exceptions
+            raise _no_token(inner, name, texts, error) from error
         return [item.ids for item in encoded]
 
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Tokenizer(digest, max(ids.values()) + 1, encode, tuple(found[:1] or newline))
+    return Tokenizer(digest, max(ids.values()) + 1, encode, tuple(found[:1] or _newline(inner)))
+
+
+def _newline(inner: tokenizers.Tokenizer) -> list[int]:
+    """The ids of a newline; none where the tokenizer drops it, or has none and no unknown token."""
+    try:
+        return list(inner.encode("\n", add_special_tokens=False).ids)
+    except Exception:  # the library raises bare Exceptions
+        return []
+
+
+def _pieces(inner: tokenizers.Tokenizer, text: str) -> list[str]:
+    """What the model of a tokenizer gets of a text: normalised, and cut into words."""
+    plain = inner.normalizer.normalize_str(text) if inner.normalizer else text
+    if inner.pre_tokenizer is None:
+        return [plain] if plain else []
+    return [piece for piece, _ in inner.pre_tokenizer.pre_tokenize_str(plain)]
+
+
+def _no_token(
+    inner: tokenizers.Tokenizer, name: str, texts: Sequence[str], error: Exception
+) -> SpecError:
+    """The error of a tokenizer that knows no token for something in some texts, and no unknown."""
+    for piece in (piece for text in texts for piece in _pieces(inner, text)):
+        try:
+            inner.model.tokenize(piece)
+        except Exception:  # the library raises bare Exceptions
+            return _unknown(name, piece)
+    return SpecError(f"data.tokenizer: {name} cannot encode the text: {str(error).splitlines()[0]}")
+
+
+def _unknown(name: str, piece: str, word: str = "") -> SpecError:
+    """The error of a piece of text, in a word, for which there is no token."""
+    shown, inside = (repr(text if len(text) <= 40 else f"{text[:40]}…") for text in (piece, word))
+    where = f" in {inside}" if word not in ("", piece) else ""
+    return SpecError(
+        f"data.tokenizer: {name} has no token for {shown}{where}, and no unknown token in its "
+        "vocabulary (unk_token); add one, or take a byte-level tokenizer (`telescope tokenize` "
+        "makes one)"
+    )
+
+
+class _Losses:
+    """Finds characters that a BPE leaves out without a word: it has no token for them."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, name: str) -> None:
+        from tokenizers import models
+
+        self._inner, self._name, model = inner, name, inner.model
+        self._tokens = inner.get_vocab(with_added_tokens=True)
+        self._added = [token.content for token in inner.get_added_tokens_decoder().values()]
+        self._can_lose = False
+        if isinstance(model, models.BPE):
+            self._can_lose = model.unk_token is None and not self._has_every_byte(model)
+            self._prefix = model.continuing_subword_prefix or ""
+            self._suffix = model.end_of_word_suffix or ""
+            self._whole_words = bool(model.ignore_merges)
+
+    def _has_every_byte(self, model: tokenizers.models.BPE) -> bool:
+        """Whether a model gets bytes, or falls back to them, and has a token for each."""
+        from tokenizers import pre_tokenizers
+
+        bytes_ = list[str]()
+        if model.byte_fallback:
+            bytes_ = [f"<0x{byte:02X}>" for byte in range(BYTE_VOCABULARY)]
+        elif "ByteLevel" in repr(self._inner.pre_tokenizer):
+            bytes_ = pre_tokenizers.ByteLevel.alphabet()
+        return bool(bytes_) and all(byte in self._tokens for byte in bytes_)
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Check that every character of some texts has a token.
+
+        Raises:
+            SpecError: naming one that has none.
+        """
+        for text in texts if self._can_lose else ():
+            plain = functools.reduce(lambda left, token: left.replace(token, ""), self._added, text)
+            words = set(_pieces(self._inner, plain))
+            if self._whole_words:
+                words -= self._tokens.keys()
+            for word in sorted(words):
+                for place, character in enumerate(word):
+                    prefix = self._prefix if place else ""
+                    suffix = self._suffix if place == len(word) - 1 else ""
+                    if f"{prefix}{character}{suffix}" not in self._tokens:
+                        raise _unknown(self._name, character, word)
 
 
 def vocabulary_size(name: str) -> int:
@@ -89,7 +178,7 @@ def _parsed(text: str, name: str) -> tokenizers.Tokenizer:
 def _read(name: str) -> tuple[tokenizers.Tokenizer, str]:
     """A tokenizer file, parsed and checked, and its text."""
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise SpecError(

@@ -31,7 +31,8 @@ from telescope.train.cache import (
 )
 from telescope.train.config import BYTES, SourceConfig
 from telescope.train.shards import SMALL_BYTES, TokenFile, chunks, scan
-from telescope.train.sources import Passage, passages
+from telescope.train.sources import Passage
+from telescope.train.sources import passages as passages_of
 from telescope.train.tokenizer import Tokenizer
 from telescope.train.views import Ranges, held_out_ranges
 
@@ -53,6 +54,8 @@ class Tokenized:
     held_out: Ranges
     digest: str
     """SHA-256 of the tokens and of which of them are held out, hexadecimal."""
+    passages: int
+    """Documents, or parts of text: each is held out as a whole, or not."""
 
 
 def as_bytes(files: Iterable[Path]) -> list[TokenFile]:
@@ -76,7 +79,7 @@ def split_passages(
     size = sum(path.stat().st_size for path in files)
     borders = [place for pair in held_out_ranges(size, share) for place in pair]
     count, found, last = 0, False, None
-    for passage in passages(source, files, borders):
+    for passage in passages_of(source, files, borders):
         if last:
             yield last, False
         is_held_out = bisect_right(borders, passage.place) % 2 == 1
@@ -126,7 +129,8 @@ def tokenize(
             known = _write(path, parts, tokenizer)
             keep_entry(entry, known)
         tokens = np.empty(0, known["dtype"]) if not known["count"] else _file(path, known).map()
-    return Tokenized(tokens, [(start, end) for start, end in known["held_out"]], known["digest"])
+    held_out = [(start, end) for start, end in known["held_out"]]
+    return Tokenized(tokens, held_out, known["digest"], known["passages"])
 
 
 def _file(path: Path, known: dict[str, Any]) -> TokenFile:
@@ -161,12 +165,14 @@ def _write(
     dtype = smallest_dtype(tokenizer.vocabulary)
     unfinished = path.with_suffix(".tmp")
     hasher, count, held_out = hashlib.sha256(dtype.encode()), 0, list[list[int]]()
+    passages = 0
     try:
         with unfinished.open("wb") as stream:
             for batch in _batches(parts):
                 encoded = tokenizer.encode([passage.text for passage, _ in batch])
                 for (passage, is_held_out), ids in zip(batch, encoded, strict=True):
                     tokens = _as_array(ids, tokenizer.end if passage.ends else (), dtype)
+                    passages += 1
                     stream.write(tokens.data)
                     hasher.update(tokens.data)
                     if is_held_out and held_out and held_out[-1][1] == count:
@@ -187,6 +193,7 @@ def _write(
         "count": count,
         "held_out": held_out,
         "digest": hasher.hexdigest(),
+        "passages": passages,
     }
 
 
