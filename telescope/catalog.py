@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from telescope.errors import SpecError
 
+LONG_INTEGER = "an integer has more digits than any key allows"
 SPEC_FILE = "spec.json"
 """The resolved spec in a results folder; its presence is what makes a folder a sweep's."""
 KEPT_MODEL_FILE = "model.py"
@@ -56,13 +59,40 @@ def read_toml(path: Path) -> dict[str, Any]:
         SpecError: it cannot be read or is no TOML, with line and column.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(_text_of(path))
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{path}: not valid TOML: {error}") from error
     except RecursionError as error:
         raise SpecError(f"{path}: not valid TOML: nested too deeply") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except SpecError:
+        raise
+    except ValueError as error:  # of Python's limit to the digits of an integer
+        raise SpecError(f"{path}: {LONG_INTEGER}") from error
+
+
+def _text_of(path: Path) -> str:
+    """A text file without the byte-order mark that some editors put before it.
+
+    Raises:
+        SpecError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
+    zeros = [byte == 0 for byte in raw[:4]]
+    is_wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if is_wide or zeros in ([True, False] * 2, [False, True] * 2):
+        raise SpecError(
+            f"{path}: cannot be read: it is UTF-16 text, must be UTF-8; save it as UTF-8, or "
+            "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+        )
+    try:
+        return io.StringIO(raw.decode("utf-8-sig"), newline=None).read()
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            f"{path}: cannot be read: byte {error.start}: no UTF-8 text; save it as UTF-8"
+        ) from error
 
 
 def read_model_file(file: str, folder: Path) -> tuple[str, str]:
@@ -73,7 +103,7 @@ def read_model_file(file: str, folder: Path) -> tuple[str, str]:
     """
     path = folder / file
     try:
-        return path.name, path.read_text(encoding="utf-8")
+        return path.name, path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise SpecError(

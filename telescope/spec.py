@@ -19,7 +19,13 @@ from typing import Any, Self
 
 import pydantic
 
-from telescope.catalog import KEPT_MODEL_FILE, find_sweep, read_model_file, read_toml
+from telescope.catalog import (
+    KEPT_MODEL_FILE,
+    LONG_INTEGER,
+    find_sweep,
+    read_model_file,
+    read_toml,
+)
 from telescope.dispatch.placeholders import OWN, names_in
 from telescope.errors import SpecError
 from telescope.records import LadderSpec
@@ -47,6 +53,7 @@ from telescope.train.config import (
     SourceConfig,
     TrainConfig,
     require,
+    shown,
 )
 from telescope.train.tokenizer import BYTE_VOCABULARY, vocabulary_size
 
@@ -113,7 +120,10 @@ class Spec(Table):
         """
         folder = folder or Path.cwd()
         # Through JSON, where strict takes a list for a tuple and a table for a dataclass.
-        text = json.dumps(_with_vocabulary(_with_paths(data, folder)), default=str)
+        try:
+            text = json.dumps(_with_vocabulary(_with_paths(data, folder)), default=str)
+        except ValueError as error:  # of Python's limit to the digits of an integer
+            raise error if isinstance(error, SpecError) else SpecError(LONG_INTEGER) from error
         try:
             spec = cls.model_validate_json(text)
         except pydantic.ValidationError as error:
@@ -436,6 +446,8 @@ def _set_key(data: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    except ValueError as error:
+        raise SpecError(f"--set {key}: {LONG_INTEGER}") from error
     table = data
     for part in path[:-1]:
         table = table.setdefault(part, {})
@@ -460,7 +472,7 @@ def _one_line(error: pydantic.ValidationError) -> str:
         return f"{key}: missing; it must be given"
     # A key that may be this or that gives one problem for each.
     allowed = [_allowed(other, key) for other in problems if _key(other["loc"]) == key]
-    return f"{key}: got {_shown(problem['input'])}, must be {' or '.join(dict.fromkeys(allowed))}"
+    return f"{key}: got {shown(problem['input'])}, must be {' or '.join(dict.fromkeys(allowed))}"
 
 
 def _key(location: Sequence[str | int]) -> str:
@@ -478,15 +490,10 @@ def _allowed(problem: Any, key: str) -> str:
         text.replace("a valid integer", "an integer")
         .replace("a valid ", "a ")
         .replace("greater than or equal to", ">=")
+        .replace("less than or equal to", "<=")
         .replace("an array", "a list")
         .replace("a array", "a list")
     )
-
-
-def _shown(value: Any) -> str:
-    """A value as its TOML reads, cut when long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _unknown_key(location: Sequence[str]) -> str:

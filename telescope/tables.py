@@ -16,20 +16,31 @@ from pydantic import ConfigDict, Field
 from telescope.dispatch.placeholders import names_in
 from telescope.errors import SpecError
 from telescope.records import Axis
-from telescope.train.config import require
+from telescope.train.config import (
+    MAX_COUNT,
+    MAX_NUMBER,
+    MAX_WIDTH,
+    require,
+    require_factor,
+    require_seconds,
+)
 
 MAX_POINTS = 1000
 MIN_STEP = 1.001
 """Smallest factor between an axis's values; below about 1.2 they are within the noise anyway."""
+MAX_INTEGER = 2**63 - 1
+"""The largest integer of torch and of databases. As a seed it leaves room for the repeats, which
+have the seeds that follow: torch's generators take up to 2⁶⁴ - 1, numpy's any."""
 
-
-Width = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 Value = TypeVar("Value")
 ByWidth: TypeAlias = dict[Width, Value]
 """Width → something; in TOML ``{ 32 = 1, 64 = 2 }``, whose keys are strings of digits."""
-Cpus = Annotated[int, Field(ge=1)]
-Gpus = Annotated[float, Field(ge=0)]
-Amount = Annotated[float, Field(gt=0)]
+Cpus = Count
+Gpus = Annotated[float, Field(ge=0, le=MAX_COUNT)]
+Amount = Annotated[float, Field(ge=1 / MAX_NUMBER, le=MAX_NUMBER)]
 
 
 class Table(pydantic.BaseModel):
@@ -52,7 +63,7 @@ class LadderTable(Table):
     settles is ruled out too."""
     round: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Adaptive: points asked for at a time; left out, 4, or two more than there are swept axes."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Seeds of every point: each sets initialisation and data order."""
 
     @pydantic.model_validator(mode="after")
@@ -64,6 +75,7 @@ class LadderTable(Table):
             list(widths),
             "one positive width or more",
         )
+        require(widths[-1] <= MAX_WIDTH, "widths", list(widths), f"at most {MAX_WIDTH:,}")
         for narrow, wide in itertools.pairwise(widths):
             allowed = f"rising, each at most double the one before ({narrow} then {wide})"
             require(narrow < wide <= 2 * narrow, "widths", list(widths), allowed)
@@ -75,11 +87,11 @@ class LadderTable(Table):
 class TargetTable(Table):
     """Table ``[target]``: the large run that the sweep is for."""
 
-    width: int
+    width: Annotated[int, Field(le=MAX_WIDTH)]
     """At least the last width of the ladder."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Count | None = None
     """Optimizer steps; left out, as [train]."""
-    batch_size: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Count | None = None
     """Sequences per step; left out, as [train]."""
 
 
@@ -100,6 +112,8 @@ class AxisTable(Table):
                     getattr(self, key) is None, key, getattr(self, key), "left out beside value"
                 )
             require(self.value >= 0, "value", self.value, "a number >= 0")
+            if self.value:
+                require_factor("value", self.value)
             return self
         for key in ("low", "high", "points"):
             require(
@@ -110,6 +124,8 @@ class AxisTable(Table):
         assert self.points is not None
         require(self.low > 0, "low", self.low, "> 0, because the grid is log-spaced")
         require(self.low < self.high, "low", self.low, f"less than high ({self.high:g})")
+        require_factor("low", self.low)
+        require_factor("high", self.high)
         allowed = f"an integer from 2 to {MAX_POINTS}; for one value, set `value`"
         require(2 <= self.points <= MAX_POINTS, "points", self.points, allowed)
         step = (self.high / self.low) ** (1 / (self.points - 1))
@@ -131,7 +147,7 @@ class AxisTable(Table):
 class ComputeTable(Table):
     """Table ``[compute]``: where trials run; no part of the fingerprint."""
 
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    workers: Count | Literal["auto"] = "auto"
     """Trials at once; auto is one per accelerator where trials take one (as many as fit, if gpus is
     given), else as many as the machine's CPUs hold."""
     cpus: Cpus | ByWidth[Cpus] = 1
@@ -140,12 +156,12 @@ class ComputeTable(Table):
     """GPUs of a trial, a number or one per width; 0.5 lets two share one, above 1 it is whole. At 0
     each worker of our own trainer reserves an even share of this machine's, if the device is
     one."""
-    pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    pack: Count | Literal["auto"] = "auto"
     """Trials of one width that train as one model. auto is 1 on a CPU, and on an accelerator as
     many as fit its memory, where a short probe says that it pays."""
     device: str = "auto"
     """torch's name of the device; auto is the worker's accelerator if it has one, else the CPU."""
-    flop_rate: Annotated[float, Field(gt=0)] | None = None
+    flop_rate: Amount | None = None
     """FLOP/s of one worker, for `plan`'s seconds; left out, a stated guess. `--probe` measures."""
 
     @pydantic.model_validator(mode="after")
@@ -175,7 +191,7 @@ class ComputeTable(Table):
 class BudgetTable(Table):
     """Table ``[budget]``."""
 
-    max_over_target: Annotated[float, Field(gt=0)] = 4.0
+    max_over_target: Amount = 4.0
     """The most that the sweep may cost, in target runs. `run` refuses what must cost more; the
     adaptive policy stops there."""
 
@@ -193,6 +209,8 @@ class ModelTable(pydantic.BaseModel):
         for key, value in (self.model_extra or {}).items():
             finite = not isinstance(value, float) or math.isfinite(value)
             require(finite, key, value, "a finite number")
+            known = not isinstance(value, int) or abs(value) <= MAX_INTEGER
+            require(known, key, value, f"an integer of at most {MAX_INTEGER}, which torch takes")
         return self
 
 
@@ -216,15 +234,16 @@ class TrainerTable(Table):
     result: str | None = None
     """Command only: the JSON file in which the result comes back, relative to `folder` and another
     one for every trial; left out, a JSON line on stdout."""
-    timeout: Annotated[float, Field(ge=0)] = 0.0
+    timeout: float = 0.0
     """Seconds after which a trial that has not ended is ended and fails; 0: never."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Count | None = None
     """Optimizer steps of a trial, where they are to be known: `[target] steps` may then differ."""
     shapes: str | None = None
     """A JSON file of the target's parameters, relative to the sweep file, for `transfer`."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
+        require_seconds("timeout", self.timeout)
         one = (self.command is None) != (self.function is None)
         both = [key for key in ("command", "function") if getattr(self, key) is not None]
         require(one, "command", both, "given, or else function; one of the two")

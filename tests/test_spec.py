@@ -71,6 +71,35 @@ WRONG = [
     ("data.source=3", "data.source: got 3", "a string or a list"),
     ("compute.workers=0", "compute.workers: got 0", ">= 1 or 'auto'"),
     ("compute.gpus=-1", "compute.gpus: got -1", ">= 0"),
+    *(
+        (f"{key}={value}", f"{key}", "")
+        for key in (
+            *("ladder.round", "target.width", "target.steps", "target.batch_size"),
+            *("train.steps", "train.batch_size", "train.sequence_length", "train.evals"),
+            *("train.checkpoint_every", "train.timeout", "data.eval_tokens"),
+            *("compute.workers", "compute.cpus", "compute.gpus", "compute.pack"),
+            *("compute.flop_rate", "budget.max_over_target", "optimizer.ns_steps"),
+            *("optimizer.adamw_lr_ratio", "axes.lr.low", "axes.lr.points"),
+        )
+        for value in (10**40, -(10**20), 10**400, -(10**400), "1e400", "-1e308")
+    ),
+    *(
+        (f"ladder.{key}=[{value}]", f"ladder.{key}", "")
+        for key in ("seeds", "widths")
+        for value in (2**63, 10**20, -(10**20), 10**400, "1e400")
+    ),
+    *(
+        (f"{key}={value}", key, "")
+        for key in ("model.vocab_size", "axes.lr.high")
+        for value in (10**40, 10**400, "1e400")
+    ),
+    ("ladder.seeds=[18446744073709551616]", "ladder.seeds.0: got 18", f"<= {2**63 - 1}"),
+    ("ladder.widths=[100000001]", "ladder.widths: got [100000001]", "at most 100,000,000"),
+    ("train.steps=1000000000001", "train.steps: got 1000000000001", "<= 1,000,000,000,000"),
+    ("model.depth=9223372036854775808", "model.depth: got 92", "which torch takes"),
+    ("axes.lr.low=1e-320", "axes.lr.low: got 1e-320", "from 1e-30 to 1e+30"),
+    ("axes.init_scale.value=1e308", "axes.init_scale.value: got 1e+308", "from 1e-30 to 1e+30"),
+    ("train.timeout=1e9", "train.timeout: got 1000000000.0", "at most 1e+08 s"),
     ("budget.max_over_target=nan", "budget.max_over_target: got nan", "a finite number"),
 ]
 
@@ -85,6 +114,7 @@ def test_wrong_values_say_where_what_and_what_is_allowed(
     assert message.startswith(f"quickstart.toml: {key}")
     assert allowed in message
     assert "\n" not in message
+    assert len(message) < 250
 
 
 def without(path: str) -> dict[str, Any]:
@@ -142,6 +172,79 @@ def test_broken_toml_names_file_and_place(tmp_path: Path, text: str) -> None:
         SpecError, match=r"broken.toml: not valid TOML: .*(line \d|end of document)"
     ):
         Spec.load(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, corpus_file: Path) -> None:
+    """Spec and model file, as other systems' editors save them: with line ends of their own."""
+    model = (ROOT / "models" / "gpt.py").read_text()
+    data = tiny_spec(corpus_file, model={"file": str(tmp_path / "gpt.py")})
+    specs = []
+    for mark, end in ((b"", "\n"), (b"\xef\xbb\xbf", "\n"), (b"\xef\xbb\xbf", "\r\n")):
+        for name, text in (("tiny.toml", as_toml(data)), ("gpt.py", model)):
+            (tmp_path / name).write_bytes(mark + text.replace("\n", end).encode())
+        specs.append(Spec.load(tmp_path / "tiny.toml"))
+    assert specs[0] == specs[1] == specs[2]
+    assert len({str(spec.strict_fields("x")) for spec in specs}) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_spec_in_another_encoding_is_refused_in_words(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "wide.toml"
+    path.write_bytes("name = 'a'\n".encode(encoding))
+    with pytest.raises(SpecError, match="it is UTF-16 text, must be UTF-8; save it as UTF-8"):
+        Spec.load(path)
+    path.write_bytes("name = 'é'\n".encode("latin-1"))
+    with pytest.raises(SpecError, match="byte 8: no UTF-8 text; save it as UTF-8"):
+        Spec.load(path)
+
+
+def test_an_integer_longer_than_python_reads_is_one_line(tmp_path: Path) -> None:
+    digits = "9" * 5000
+    (tmp_path / "long.toml").write_text(f"name = {digits}\n")
+    with pytest.raises(SpecError, match=r"long\.toml: an integer has more digits"):
+        Spec.load(tmp_path / "long.toml")
+    with pytest.raises(SpecError, match=r"--set ladder\.seeds: an integer has more digits"):
+        Spec.load("quickstart", [f"ladder.seeds=[{digits}]"])
+    with pytest.raises(SpecError, match="an integer has more digits"):
+        Spec.from_dict({"name": "a", "ladder": {"seeds": [10**5000]}})
+
+
+def test_the_bounds_of_a_foreign_trainers_numbers() -> None:
+    good: dict[str, Any] = {
+        "name": "f",
+        "ladder": {"widths": [32]},
+        "target": {"width": 64},
+        "axes": {"lr": {"low": 0.1, "high": 1.0, "points": 3}},
+        "trainer": {"command": ["true", "{width}", "{lr}", "{seed}"], "steps": 9, "timeout": 3.0},
+        "cost": {"flops": {"32": 1e18, "64": 1e26}},
+        "compute": {"cpus": {"32": 1}},
+    }
+    Spec.from_dict(good)
+    for table, key, value in (
+        *(("trainer", "steps", value) for value in (10**20, -(10**20), 10**400)),
+        *(("trainer", "timeout", value) for value in (10**20, -1.0, 10**400, float("inf"))),
+        *(("cost", "flops", {"32": value, "64": 1.0}) for value in (1e308, 10**400, -1.0, 5e-324)),
+        *(("compute", "cpus", {"32": value}) for value in (10**20, -1, 10**400)),
+        ("compute", "cpus", {"9" * 400: 1, "32": 1}),
+    ):
+        with pytest.raises(SpecError, match=rf"^{table}\.{key}") as caught:
+            Spec.from_dict({**good, table: {**good[table], key: value}})
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
+
+
+def test_the_largest_seed_trains(tmp_path: Path, corpus_file: Path) -> None:
+    """And the one after it, which a repeat would have."""
+    from conftest import trial_config
+
+    from telescope.records import Point, Trial
+    from telescope.train.loop import train
+
+    config = trial_config(corpus_file, steps=2)
+    seeds = Spec.load("quickstart", [f"ladder.seeds=[{2**63 - 1}]"]).ladder.seeds
+    for seed in (*seeds, seeds[0] + 1):
+        result = train(config, Trial(16, Point.of(lr=0.01, weight_decay=0.1), seed))
+        assert result.status == "complete", result.reason
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

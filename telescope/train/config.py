@@ -54,10 +54,50 @@ STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 """How pydantic, where it is installed, reads these classes: no unknown key, no conversion."""
 
 
+MAX_COUNT = 10**12
+"""The most steps, sequences, tokens or whatever else is counted: their products fit a float, and
+what is larger is a slip."""
+MAX_WIDTH = 10**8
+"""The bytes of a matrix four times as wide still are a number that torch takes."""
+MAX_NUMBER = 1e30
+"""The largest finite number that means anything, and its inverse the smallest: beyond them powers
+and products overflow."""
+MAX_SECONDS = 1e8
+"""Three years; clocks of the operating system end at some times that."""
+SHOWN = 60
+"""Characters of a value in a message, at most."""
+
+
 def require(condition: bool, key: str, got: object, allowed: str) -> None:
     """Raise a one-line `SpecError` naming the key, what was given and what is allowed."""
     if not condition:
-        raise SpecError(f"{key}: got {got!r}, must be {allowed}")
+        raise SpecError(f"{key}: got {shown(got)}, must be {allowed}")
+
+
+def shown(value: object) -> str:
+    """A value as its TOML reads, cut when long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def require_count(key: str, count: int, least: int = 1, allowed: str = "") -> None:
+    """Check the range of a number of things, of which there must be at least so many."""
+    require(count >= least, key, count, allowed or f"an integer >= {least}")
+    require(count <= MAX_COUNT, key, count, f"an integer <= {MAX_COUNT:,}")
+
+
+def require_factor(key: str, number: float) -> None:
+    """Check a number that things are multiplied by."""
+    require(math.isfinite(number) and number > 0, key, number, "a finite number > 0")
+    within = 1 / MAX_NUMBER <= number <= MAX_NUMBER
+    require(within, key, number, f"from {1 / MAX_NUMBER:g} to {MAX_NUMBER:g}")
+
+
+def require_seconds(key: str, seconds: float) -> None:
+    """Check a limit of time."""
+    allowed = "a finite number of seconds, or 0 for no limit"
+    require(0 <= seconds < math.inf, key, seconds, allowed)
+    require(seconds <= MAX_SECONDS, key, seconds, f"at most {MAX_SECONDS:g} s, or 0 for no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +155,7 @@ class OptimizerConfig:
                 if item.name in muon_only:
                     value = getattr(self, item.name)
                     require(value == item.default, item.name, value, "left out for adamw")
-        positive = math.isfinite(self.adamw_lr_ratio) and self.adamw_lr_ratio > 0
-        require(positive, "adamw_lr_ratio", self.adamw_lr_ratio, "a finite number > 0")
+        require_factor("adamw_lr_ratio", self.adamw_lr_ratio)
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         require(1 <= self.ns_steps < 100, "ns_steps", self.ns_steps, "an integer from 1 to 99")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
@@ -157,12 +196,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        every = self.checkpoint_every
-        require(every >= 0, "checkpoint_every", every, "a number of steps, or 0 for none")
-        allowed = "a finite number of seconds, or 0 for no limit"
-        require(0 <= self.timeout < math.inf, "timeout", self.timeout, allowed)
+        allowed = "a number of steps, or 0 for none"
+        require_count("checkpoint_every", self.checkpoint_every, 0, allowed)
+        require_seconds("timeout", self.timeout)
         for key in ("steps", "batch_size", "sequence_length", "evals"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "an integer >= 1")
+            require_count(key, getattr(self, key))
         for key in ("warmup", "final_lr", "decay"):
             require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "a share in [0, 1]")
         require(self.evals <= self.steps, "evals", self.evals, f"at most steps ({self.steps})")
@@ -198,8 +236,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         """Check ranges, and that no key is set which this format would ignore."""
-        allowed = "a finite number > 0"
-        require(0 < self.weight < math.inf, "weight", self.weight, allowed)
+        require_factor("weight", self.weight)
         kinds = {_kind(pattern, self.format) for pattern in self.patterns}
         allowed = "files of one format; give each format its own table [[data.sources]]"
         require(len(kinds) < 2, "source", list(self.patterns), allowed)
@@ -259,7 +296,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check ranges, and that the sources fit together."""
         require(0 < self.held_out < 1, "held_out", self.held_out, "a share in (0, 1)")
-        require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "an integer >= 1")
+        require_count("eval_tokens", self.eval_tokens)
         if self.sources:
             for key, default in (("source", None), ("format", "auto"), ("field", "text")):
                 allowed = "left out beside sources, whose tables have it"

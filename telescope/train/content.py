@@ -1,4 +1,4 @@
-"""What a file's bytes say that it holds, where that is not what its source says.
+"""Files that hold something else than their source says, as their bytes tell.
 
 Text is taken by its suffix and tokens by a type that the user gives, so a file of another kind
 would be trained on without a word. What is refused here no file of the right kind looks like.
@@ -18,7 +18,7 @@ from telescope.errors import DataError
 from telescope.train.config import PYTHON_STDLIB, SourceConfig
 
 UTF8_BOM = b"\xef\xbb\xbf"
-"""What some editors put before UTF-8 text. It is no part of the text."""
+"""The mark that some editors put before UTF-8 text. It is no part of the text."""
 HEAD_BYTES = 1 << 16
 SAMPLE_BYTES = 1 << 14
 """Read in the middle and at the end of a text file."""
@@ -62,8 +62,8 @@ MAGIC: list[tuple[str, bytes, str]] = [
     ("an index of Megatron's", rb"MMIDIDX\x00", "name the .bin beside it"),
     ("a shard of llm.c's", rb"(?:\x88\xd8|\xa1\xd9)\x34\x01", "say data.format = 'llm.c'"),
 ]
-"""What a file is, how it begins (a regular expression), and what to do. No text begins so, and of
-shards of tokens about one in 2²⁸ does."""
+"""Name of a kind of file, its beginning (a regular expression), and advice. No text begins so, and
+of shards of tokens about one in 2²⁸ does."""
 OTHER_UNICODE = [
     ("UTF-32", rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff"),
     ("UTF-16", rb"\xff\xfe|\xfe\xff"),
@@ -90,7 +90,7 @@ DIVERSE = 512
 
 
 def is_checked(source: SourceConfig) -> bool:
-    """Whether text is to look like text: not where the user insists, nor is our own looked at."""
+    """True where text must look like text: not where the user insists, nor of our own."""
     return source.format != "text" and source.source != PYTHON_STDLIB
 
 
@@ -123,7 +123,7 @@ def check_content(path: Path, source: SourceConfig) -> None:
 
 
 def _is_right(found: str, source: SourceConfig) -> bool:
-    """Whether what a file begins as is what its source says."""
+    """True where a file begins as its source says."""
     is_shard = found == "a shard of llm.c's" and source.kind == "tokens"
     return is_shard or (found == "a Parquet file" and source.kind == "parquet")
 
@@ -161,7 +161,7 @@ WHAT_IT_MAY_BE = (
 
 
 def _is_utf8(block: bytes) -> bool:
-    """Whether bytes are UTF-8, but for a character that is cut at either end."""
+    """True for UTF-8, but for a character that is cut at either end."""
     start = next((i for i, byte in enumerate(block[:4]) if byte & 0xC0 != 0x80), 0)
     try:
         codecs.getincrementaldecoder("utf-8")().decode(block[start:])
@@ -233,7 +233,7 @@ def _sample(path: Path, offset: int, size: int) -> bytes:
 
 
 def _is_plain(raw: bytes) -> bool:
-    """Whether bytes are UTF-8 without odd control characters, and not the same few throughout."""
+    """True for UTF-8 without odd control characters that is not the same few throughout."""
     values = np.frombuffer(raw, np.uint8)
     return (
         len(raw) >= 2 * MANY
@@ -251,7 +251,7 @@ def _others(width: int) -> list[np.dtype[np.generic]]:
 
 
 def _looks_like(raw: bytes, other: np.dtype[np.generic], width: int) -> str:
-    """What one sees in a sample of tokens of another type, if all of it is plausible as that."""
+    """The signs in a sample of tokens of another type, if all of it is plausible as that."""
     values = np.frombuffer(raw, other)
     if other.kind == "f":
         with np.errstate(all="ignore"):
@@ -270,7 +270,7 @@ def _looks_like(raw: bytes, other: np.dtype[np.generic], width: int) -> str:
 
 
 def _swapped(values: NDArray[Any], width: int) -> str:
-    """What one sees in tokens whose bytes are in the other order."""
+    """The signs of tokens whose bytes are in the other order."""
     if (values < 1 << 8 * (width - 1)).all() and np.count_nonzero(values) >= FEW:
         return "all values are multiples of 256"
     upper, lower = values >> 8 * (width - 1), values & 0xFF
@@ -288,7 +288,7 @@ def _in_words(dtype: np.dtype[np.generic]) -> str:
 
 
 def _way_out(path: Path, other: np.dtype[np.generic], dtype: str) -> str:
-    """What to do about tokens of another type."""
+    """The advice about tokens of another type."""
     if other == np.dtype("<u4") and dtype == "uint16":
         return "say data.dtype = 'uint32'"
     return (

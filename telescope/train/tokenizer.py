@@ -72,7 +72,7 @@ def _newline(inner: tokenizers.Tokenizer) -> list[int]:
 
 
 def _pieces(inner: tokenizers.Tokenizer, text: str) -> list[str]:
-    """What the model of a tokenizer gets of a text: normalised, and cut into words."""
+    """The text as a tokenizer's model gets it: normalised, and cut into words."""
     plain = inner.normalizer.normalize_str(text) if inner.normalizer else text
     if inner.pre_tokenizer is None:
         return [plain] if plain else []
@@ -119,7 +119,7 @@ class _Losses:
             self._whole_words = bool(model.ignore_merges)
 
     def _has_every_byte(self, model: tokenizers.models.BPE) -> bool:
-        """Whether a model gets bytes, or falls back to them, and has a token for each."""
+        """True where a model gets bytes, or falls back to them, and has a token for each."""
         from tokenizers import pre_tokenizers
 
         bytes_ = list[str]()

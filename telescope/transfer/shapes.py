@@ -241,7 +241,7 @@ def _read(path: Path) -> dict[str, Any]:
         return table
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except OSError as error:
         raise SpecError(
             f"shapes: {path}: cannot be read: {error.strerror}; write it with "
