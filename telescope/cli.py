@@ -7,7 +7,6 @@ answer at once.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from telescope.errors import SpecError, TelescopeError
+from telescope.streams import open_streams, reader_needed
 
 if TYPE_CHECKING:
     from telescope.spec import Spec
@@ -79,7 +79,7 @@ def init(
         shutil.copyfile(bundled_model, model)
     except OSError as error:
         raise SpecError(f"{path}: cannot be written: {error.strerror}") from error
-    typer.echo(f"wrote {path} and {model}; next: telescope plan {shlex.quote(str(path))}")
+    _say(f"wrote {path} and {model}; next: telescope plan {shlex.quote(str(path))}")
 
 
 @app.command()
@@ -130,7 +130,7 @@ def check(
     from telescope.dispatch.folder import Folder
 
     folder = Folder(results / loaded.name)
-    measured, kept = check_in_full(loaded, folder, lambda line: typer.echo(line, err=True))
+    measured, kept = check_in_full(loaded, folder, lambda line: _say(line, err=True))
     if as_json:
         _print_json(measured.as_dict())
     else:
@@ -175,11 +175,11 @@ def tokenize(
         check_shards(config, shards)
     with progress_bar("reading", "merging pairs …") as progress:
         line = make_tokenizer(config, vocabulary, out, progress)
-    typer.echo(line)
+    _say(line)
     if shards:
         with progress_bar("tokenizing") as progress:
             line = write_shards(config, out, shards, progress)
-        typer.echo(line)
+        _say(line)
 
 
 @app.command()
@@ -226,14 +226,13 @@ def run(
 
     options = Options(results, workers, dispatcher, ray_address, storage, check)
     try:
-        folder, ladder = run_sweep(loaded, options, lambda: make_view(console))
-    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or whoever read the output has left
-        typer.echo(
-            f"{loaded.name}: interrupted; the same command goes on where it stopped", err=True
-        )
+        with reader_needed():
+            folder, ladder = run_sweep(loaded, options, lambda: make_view(console))
+    except KeyboardInterrupt:  # Ctrl-C, or whoever read the output has left
+        _say(f"{loaded.name}: interrupted; the same command goes on where it stopped", err=True)
         raise typer.Exit(130) from None
     if ladder.stuck:
-        typer.echo(f"telescope: {loaded.name}: stuck: {ladder.stuck}", err=True)
+        _say(f"telescope: {loaded.name}: stuck: {ladder.stuck}", err=True)
         raise typer.Exit(1)
     finished = open_result(folder.path, results)
     settings = transfer_ladder(
@@ -253,7 +252,7 @@ def status(
     if as_json:
         _print_json(state)
     else:
-        typer.echo(describe_status(state))
+        _say(describe_status(state))
 
 
 @app.command()
@@ -269,7 +268,7 @@ def show(
         from telescope.report.frames import trials_frame
 
         frame = trials_frame(finished.ladder, finished.results)
-        typer.echo(frame.to_csv(index=False), nl=False)
+        _say(frame.to_csv(index=False), nl=False)
     elif as_json:
         from telescope.report.tables import show_as_json
 
@@ -319,7 +318,7 @@ def transfer(
     if as_json:
         _print_json(settings.as_dict())
     elif out:
-        typer.echo(f"wrote {out}")
+        _say(f"wrote {out}")
     else:
         from telescope.report.tables import print_transfer
 
@@ -336,7 +335,7 @@ def ls(results: ResultsOption = RESULTS) -> None:
     for line in list_sweeps(results) or [
         f"no sweeps under {results}; start one with `telescope run`"
     ]:
-        typer.echo(line)
+        _say(line)
 
 
 def _load(spec: str, overrides: list[str] | None, name: str | None) -> Spec:
@@ -386,8 +385,13 @@ def _open(sweep: str, results: Path) -> Finished:
     return open_result(folder, results)
 
 
+def _say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print as it is; typer's own `echo` writes UTF-8 where the encoding is ASCII."""
+    print(text, end="\n" if nl else "", file=sys.stderr if err else sys.stdout, flush=True)
+
+
 def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+    _say(json.dumps(data, indent=2, allow_nan=False))
 
 
 def _write_json(out: Path, data: Mapping[str, Any]) -> None:
@@ -410,6 +414,7 @@ def _console() -> Any:
 
 def main() -> None:
     """Run the command line, turning errors into one line and an exit code."""
+    open_streams()
     # Accepted anywhere, because it is added to a command that has just failed.
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
@@ -419,19 +424,15 @@ def main() -> None:
         if debug:
             raise
         line = " ".join(str(error).splitlines())  # a name that was given may hold a newline
-        typer.echo(f"telescope: {line}", err=True)
+        _say(f"telescope: {line}", err=True)
         code = error.exit_code
-    except BrokenPipeError:
-        # The reader, `head` say, has left; python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except KeyboardInterrupt:
         code = 130
     except OSError as error:
         if debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"telescope: {where}{error.strerror or error}; --debug shows where", err=True)
+        _say(f"telescope: {where}{error.strerror or error}; --debug shows where", err=True)
         code = 2
     except Exception as error:
         # typer's usage errors are in a private module; they alone can format themselves.
@@ -440,8 +441,8 @@ def main() -> None:
             raise
         if message is None:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
-            typer.echo(f"telescope: a bug in telescope: {text}; --debug shows where", err=True)
+            _say(f"telescope: a bug in telescope: {text}; --debug shows where", err=True)
         elif problem := message().rstrip("."):  # empty where the help has been shown instead
-            typer.echo(f"telescope: {problem}; see telescope --help", err=True)
+            _say(f"telescope: {problem}; see telescope --help", err=True)
         code = 2
     sys.exit(code or 0)
