@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from telescope.errors import SpecError, TelescopeError
-from telescope.streams import open_streams, reader_needed
+from telescope.home import is_private, stand_in
+from telescope.streams import open_streams, reader_needed, use_utf8_names
 
 if TYPE_CHECKING:
     from telescope.spec import Spec
@@ -371,8 +372,21 @@ def _make_tokens(spec: Spec) -> None:
         from telescope.report.progress import progress_bar
         from telescope.train.data import read_corpus
 
+        _say_where_tokens_are_kept()
         with progress_bar(f"{spec.name}: tokenizing") as progress:
             read_corpus(spec.data, progress)
+
+
+def _say_where_tokens_are_kept() -> None:
+    """Say it where the user's home folder cannot have them."""
+    from telescope.train.cache import cache_folder
+
+    if is_private(folder := cache_folder()):
+        _say(
+            f"telescope: the home folder cannot be written: tokens are kept in {folder}, which may "
+            "be emptied; TELESCOPE_CACHE names another place",
+            err=True,
+        )
 
 
 def _open(sweep: str, results: Path) -> Finished:
@@ -414,7 +428,9 @@ def _console() -> Any:
 
 def main() -> None:
     """Run the command line, turning errors into one line and an exit code."""
+    use_utf8_names()
     open_streams()
+    stand_in()
     # Accepted anywhere, because it is added to a command that has just failed.
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1

@@ -106,6 +106,20 @@ def reader_needed() -> Iterator[None]:
         _READER.is_needed = False
 
 
+def use_utf8_names() -> None:
+    """Start this process again in Python's UTF-8 mode, where the locale knows ASCII alone.
+
+    Python does so by itself unless PYTHONUTF8=0 forbids it; without, a name that is not ASCII can
+    be neither in a spec nor in JSON. What is printed keeps the encoding that it is told.
+    """
+    encoding = codecs.lookup(sys.getfilesystemencoding()).name
+    if encoding != "ascii" or "utf8" in sys._xoptions:
+        return
+    os.environ["PYTHONUTF8"] = "1"  # for Ray's workers too
+    os.environ.setdefault("PYTHONIOENCODING", encoding)
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def open_streams() -> None:
     """Open what of the standard streams is closed, and let none raise for what is written."""
     for number in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ import ray
 
 from telescope.dispatch.ray_session import MARK, OWNER_FILE, LocalRay, accepts, reap, watched
 from telescope.errors import LostError, SpecError
+from telescope.home import can_write, home
 
 OBJECT_STORE_BYTES = 100_000_000
 """Shared memory of an embedded Ray; it holds the pickled trainer and little else."""
@@ -45,6 +47,8 @@ OWNER_SWITCHES = {"TUNE_DISABLE_SIGINT_HANDLER": "1"}
 CLUSTER_PATIENCE = 45.0
 """Seconds without its head, which may be started again, after which a cluster counts as dead; Ray
 itself ends the driver's process after 60 s."""
+_TOKEN = secrets.token_hex(32)
+"""Ray reads it once per process."""
 TEMP_ROOM = 20
 """Longest temporary folder in which the paths of Ray's sockets stay below the system's limit."""
 
@@ -54,7 +58,7 @@ def session_folder(owner: str) -> Iterator[Path]:
     """A temporary folder for Ray's sockets and logs, by which `reap` knows its owner."""
     folder = Path(tempfile.mkdtemp(prefix="telescope-", dir=_short_folder()))
     try:
-        (folder / OWNER_FILE).write_text(owner)
+        (folder / OWNER_FILE).write_bytes(os.fsencode(owner))
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -91,6 +95,8 @@ def connected(
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         switches = {**SWITCHES, MARK: owner} | (OWNER_SWITCHES if owned else {})
+        if owned and not address:
+            switches |= _token()
         stack.enter_context(_environment(switches))
         handlers = stack.enter_context(_signal_handlers_kept())
         leaving = stack.enter_context(
@@ -136,6 +142,17 @@ def _start(folder: Path, cpus: int) -> None:
             "this machine; import telescope first, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",
             stacklevel=3,
         )
+
+
+def _token() -> dict[str, str]:
+    """The token of a Ray of our own, where its place in the home folder cannot be written."""
+    folder = home()
+    file = folder and folder / ".ray" / "auth_token"
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or (
+        file and (file.exists() or can_write(file.parent))
+    ):
+        return {}
+    return {"RAY_AUTH_TOKEN": _TOKEN}
 
 
 def _connect(address: str) -> None:

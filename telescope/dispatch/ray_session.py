@@ -39,7 +39,7 @@ LEAVE_SECONDS = 10.0
 
 def marked(owner: str) -> list[int]:
     """The processes of an owner's sessions on this machine, this process aside."""
-    wanted, found = f"{MARK}={owner}".encode(), []
+    wanted, found = os.fsencode(f"{MARK}={owner}"), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # another user's, or just gone
             is_ours = wanted in (folder / "environ").read_bytes().split(b"\0")
@@ -62,7 +62,7 @@ def reap(owner: str) -> None:
     for folder in {Path(tempfile.gettempdir()), Path("/tmp")}:
         for session in folder.glob("telescope-*"):
             with suppress(OSError):
-                if (session / OWNER_FILE).read_text() == owner:
+                if (session / OWNER_FILE).read_bytes() == os.fsencode(owner):
                     shutil.rmtree(session, ignore_errors=True)
 
 
@@ -91,7 +91,7 @@ class LocalRay:
 def _name(number: int) -> str | None:
     """What a process is called; None if it has ended, even if nobody has waited for it yet."""
     try:
-        text = Path(f"/proc/{number}/stat").read_text()
+        text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     name, _, rest = text.partition("(")[2].rpartition(")")

@@ -423,7 +423,11 @@ def _rooms(size: Size) -> Iterator[tuple[str, float, int, float]]:
 
 def _death_reason(trial: TuneTrial) -> str:
     """Ray's account of a lost worker on one line, without its identifiers and its advice."""
-    lines = Path(trial.error_file).read_text().splitlines()[1:]
+    lines = (
+        Path(trial.error_file)
+        .read_text(encoding="utf-8", errors="backslashreplace")
+        .splitlines()[1:]
+    )
     text = " ".join(" ".join(line for line in lines if line[:1] != "\t").split())
     text = text.partition(" Some common causes")[0]
     return text if len(text) < 600 else f"{text[:300]} … {text[-300:]}"

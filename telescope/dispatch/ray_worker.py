@@ -19,6 +19,7 @@ from telescope.dispatch.packs import PackSize
 from telescope.dispatch.queue import LOG_TAIL_LINES, THREAD_VARIABLES, Trainer
 from telescope.errors import LostError
 from telescope.records import Trial
+from telescope.streams import spell_what_is_lacking
 
 HANG_GRACE = 10.0
 """Seconds that a hung trial has to be interrupted in, before its process is ended."""
@@ -49,6 +50,7 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         self._threads = threads
         self._logs = Path(logs)
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+        spell_what_is_lacking()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next order, which `config` has, in the same, warm process."""
@@ -143,7 +145,7 @@ def _ended_if_hung(timeout: float) -> Iterator[None]:
 def log_tail(folder: Path, trial: Trial) -> list[str]:
     """The last lines that a trial has printed; none where its log is on another machine."""
     try:
-        text = (folder / f"{trial}.log").read_text(errors="backslashreplace")
+        text = (folder / f"{trial}.log").read_text(encoding="utf-8", errors="backslashreplace")
     except OSError:
         return []
     lines = text.strip().splitlines()

@@ -241,7 +241,7 @@ class CommandTrainer:
             if problem := _problem(code):
                 raise TrialError(problem)
             said, curve = _read(out, Path(file) if file else None)
-            with err.open("a", errors="backslashreplace") as log:
+            with err.open("a", encoding="utf-8", errors="backslashreplace") as log:
                 return as_result(
                     trial,
                     said,

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 
 from telescope.errors import DataError
 from telescope.files import write_json
+from telescope.home import can_write, home, private_folder
 
 SETTLED_SECONDS = 2.0
 """A file that changed less long ago is not remembered: it could change again within what the file
@@ -26,9 +28,23 @@ system's clock can tell apart."""
 
 
 def cache_folder() -> Path:
-    """$TELESCOPE_CACHE, else `telescope` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TELESCOPE_CACHE") or Path(home) / "telescope")
+    """$TELESCOPE_CACHE, else `telescope` in the user's cache folder.
+
+    Where that cannot be written, it is in `home.private_folder`.
+
+    Raises:
+        DataError: there is no temporary folder that can be written either.
+    """
+    if named := os.environ.get("TELESCOPE_CACHE"):
+        return Path(named)
+    usual, folder = os.environ.get("XDG_CACHE_HOME"), home()
+    caches = Path(usual) if usual else folder and folder / ".cache"
+    if caches and can_write(caches / "telescope"):
+        return caches / "telescope"
+    try:
+        return private_folder() / ".cache" / "telescope"
+    except OSError as error:
+        raise unusable(Path(tempfile.gettempdir()), error) from error
 
 
 def key_of(*parts: Any) -> str:
