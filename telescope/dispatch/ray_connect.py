@@ -8,11 +8,12 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def connected(
         if owned:
             stack.callback(reap, owner)
             stack.callback(ray.shutdown)
-            with _interrupt_deferred():
+            with _interrupt_deferred(), _away_in(folder):
                 _connect(address) if address else _start(folder, cpus)
             stack.callback(leaving.set)
             stack.enter_context(_lost_where_ray_fails())
@@ -142,6 +143,20 @@ def _start(folder: Path, cpus: int) -> None:
             "this machine; import telescope first, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",
             stacklevel=3,
         )
+
+
+@contextmanager
+def _away_in(folder: Path) -> Iterator[None]:
+    """Connect to Ray from another folder than the user's: workers import from there first.
+
+    A numpy.py or telescope.py of the user's would be what they find. Where this process itself
+    imports from the current folder, as an interactive one does, so do they.
+    """
+    if sys.path[:1] in ([""], [os.getcwd()]):
+        yield
+    else:
+        with chdir(folder):
+            yield
 
 
 def _token() -> dict[str, str]:

@@ -111,6 +111,8 @@ def run_ray(
         if logs:
             logs.mkdir(parents=True, exist_ok=True)
         logs = (logs or folder).absolute()
+        # Of a Ray of our own, whose processes start elsewhere; a cluster's have their own place.
+        place = None if address or ray.is_initialized() else os.getcwd()
         driver = _Driver(leave_at_once=not ray.is_initialized(), logs=logs)
         room = _cpus([default, *sizes.values()])
         with connected(folder, owner=owner, address=address, cpus=room, on_loss=driver.stop):
@@ -123,7 +125,7 @@ def run_ray(
             driver.gate = ray.remote(Gate).options(num_cpus=0).remote()
             given = {
                 **{"trainer": cloudpickle.dumps(trainer), "gate": driver.gate},
-                **{"timeout": timeout, "logs": str(logs), "pack": packs.size},
+                **{"timeout": timeout, "logs": str(logs), "pack": packs.size, "place": place},
             }
             try:
                 while asked := source.ask():

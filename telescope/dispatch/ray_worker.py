@@ -41,8 +41,11 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         logs: str,
         pack: PackSize,
         share: float,
+        place: str | None,
     ) -> None:
-        """Size the thread pools, before the trainer brings in torch."""
+        """Go where the driver is, and size the thread pools before the trainer brings in torch."""
+        if place:
+            os.chdir(place)
         self._pickled = trainer
         # Loaded when it is first needed: a trainer that cannot load is a trial's failure.
         self._packer = Packer(self._load, pack, timeout=timeout, share=share, guard=_ended_if_hung)
