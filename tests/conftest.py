@@ -26,6 +26,18 @@ GPT = ROOT / "models" / "gpt.py"
 torch.set_num_threads(1)
 
 
+LONGER = {"slow": 7200, "ray": 900}
+"""Mark → seconds that a test of it may take: they wait for processes, by the hundred if slow."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give those tests more time that need it and do not say so themselves."""
+    for item in items:
+        limits = [seconds for mark, seconds in LONGER.items() if item.get_closest_marker(mark)]
+        if limits and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(max(limits)))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what tests have measured: the figures that the README states."""
     for report in terminalreporter.getreports("passed"):

@@ -34,6 +34,7 @@ def loss_of(*arguments: str) -> float:
     return float(json.loads(line)["loss"])
 
 
+@pytest.mark.timeout(1200)  # about 100 s on a machine that does nothing else
 def test_a_llama_swept_at_two_widths_is_trained_at_a_third(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="of the test extra")
     telescope = (sys.executable, "-m", "telescope")
