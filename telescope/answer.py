@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telescope.errors import RefusedError, SpecError
+from telescope.ladder.certificate import assumed_alike
 from telescope.ladder.ladder import Ladder
 from telescope.records import Certificate
 from telescope.spec import Spec
@@ -29,7 +30,12 @@ UNKNOWN_STEPS = (
 
 
 def certificate_of(
-    spec: Spec, ladder: Ladder, *, width: int | None = None, rule_checked: bool
+    spec: Spec,
+    ladder: Ladder,
+    *,
+    width: int | None = None,
+    steps: int | None = None,
+    rule_checked: bool,
 ) -> Certificate | None:
     """What a ladder says of a width, with what the spec's rule adds; None without a certificate.
 
@@ -37,11 +43,13 @@ def certificate_of(
         spec: the sweep.
         ladder: its ladder, with a choice or more.
         width: the width to predict; left out, the spec's target.
+        steps: the target's optimizer steps; left out, the spec's.
         rule_checked: a coordinate check of the model has passed.
     """
     certificate = ladder.certificate(width, rule_checked=rule_checked)
     if certificate is None:
         return None
+    certificate = _for_the_target(certificate, spec, steps)
     if spec.rule == "mup":
         assumed = () if spec.model else (FOREIGN_RULE,)
         return replace(certificate, assumptions=(*certificate.assumptions, *assumed))
@@ -54,6 +62,27 @@ def certificate_of(
     )
     verdict = "WARN" if certificate.verdict == "PASS" else certificate.verdict
     return replace(certificate, verdict=verdict, problems=(*certificate.problems, problem))
+
+
+def _for_the_target(certificate: Certificate, spec: Spec, steps: int | None) -> Certificate:
+    """The certificate, with what is assumed of a target that is not trained as the sweep was."""
+    from telescope.transfer.settings import BATCH_NOTE, horizon_note
+
+    steps = steps or spec.target.steps
+    unknown = UNKNOWN_STEPS if steps and not spec.steps else None
+    differing = {
+        "steps": unknown or horizon_note(certificate.point, spec.steps, steps),
+        "batch size": BATCH_NOTE if _has_another_batch(spec) else None,
+    }
+    notes = {name: note for name, note in differing.items() if note}
+    others = [text for text in certificate.assumptions if text != assumed_alike()]
+    return replace(certificate, assumptions=(assumed_alike(*notes), *notes.values(), *others))
+
+
+def _has_another_batch(spec: Spec) -> bool:
+    """Whether the target's batch size is known to be another than the sweep's."""
+    batch_size = spec.target.batch_size
+    return bool(spec.train and batch_size and batch_size != spec.train.batch_size)
 
 
 def transfer(
@@ -74,7 +103,7 @@ def transfer(
 
     width = width or spec.target.width
     last = ladder.choices[-1]
-    certificate = certificate_of(spec, ladder, width=width, rule_checked=rule_checked)
+    certificate = certificate_of(spec, ladder, width=width, steps=steps, rule_checked=rule_checked)
     steps = steps or spec.target.steps or spec.steps
     tags = _tags(spec, width, shapes)
     answer = transfer_settings(
@@ -90,8 +119,7 @@ def transfer(
     notes = list(answer.notes)
     if fold_readout and tags is None:
         raise SpecError("fold-readout: there are no groups to fold; give shapes, or a model file")
-    batch_size = spec.target.batch_size
-    if spec.train and batch_size and batch_size != spec.train.batch_size:
+    if _has_another_batch(spec):
         notes.append(BATCH_NOTE)
     if spec.trainer and steps and not spec.steps:
         notes.append(UNKNOWN_STEPS)

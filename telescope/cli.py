@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from telescope.errors import SpecError, TelescopeError
+from telescope.errors import RefusedError, SpecError, TelescopeError
 from telescope.home import is_private, stand_in
 from telescope.streams import open_streams, reader_needed, use_utf8_names
 
@@ -325,7 +325,11 @@ def transfer(
 
         print_transfer(_console(), settings)
     if settings.certificate and settings.certificate.verdict == "FAIL":
-        raise typer.Exit(1)
+        reasons = "; ".join(settings.certificate.problems)
+        raise RefusedError(
+            f"{finished.spec.name}: certificate FAIL at width {settings.width}: the settings are "
+            f"given, and not to be relied on: {reasons}"
+        )
 
 
 @app.command()

@@ -30,12 +30,23 @@ NOTICEABLE_DRIFT = 0.1
 RIVAL_WITHIN, RIVAL_ABOVE = 3.0, 6.0
 """Two minima: losses alike within so many standard deviations of the noise, and a loss between
 them that lies so many above both."""
+ALIKE = ("depth", "batch size", "steps", "data", "schedule")
+"""What is taken to be the same at every width and at the target."""
 ASSUMPTIONS = (
-    "depth, batch size, steps, data and schedule are the same at every width and at the target",
     f"before any result, an optimum is taken to move by {DRIFT_OCTAVES:g} octaves or less over the "
     "first doubling, and to settle as 1/width (60 %), as 1/√width (30 %) or not at all (10 %)",
     "the loss bends alike at all widths, up to a few per cent",
 )
+
+
+def assumed_alike(*differing: str) -> str:
+    """The assumption that a target is trained as the widths were, but for what is known to differ.
+
+    >>> assumed_alike("steps", "schedule")
+    'depth, batch size and data are the same at every width and at the target'
+    """
+    *first, last = (name for name in ALIKE if name not in differing)
+    return f"{', '.join(first)} and {last} are the same at every width and at the target"
 
 
 def certify(
@@ -62,7 +73,7 @@ def certify(
         intervals=view.intervals(width),
         evidence=tuple(_evidence(view, rule_checked=rule_checked)),
         problems=(*failures, *problems),
-        assumptions=ASSUMPTIONS,
+        assumptions=(assumed_alike(), *ASSUMPTIONS),
     )
 
 

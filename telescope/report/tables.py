@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -180,9 +181,17 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
         "workers together"
     )
     folder = finished.folder.path
-    console.print(f"results  {folder} (loss.png, trials.csv, curves/)", soft_wrap=True)
+    console.print(f"results  {folder}{_files_in(folder)}", soft_wrap=True)
     if finished.ladder.is_finished:
         console.print(f"next     telescope transfer {folder}", soft_wrap=True)
+
+
+def _files_in(folder: Path) -> str:
+    """What of a results folder's files for people is there; a driver that was killed wrote none."""
+    there = [name for name in ("loss.png", "trials.csv") if (folder / name).is_file()]
+    if any((folder / "curves").glob("*.csv")):
+        there.append("curves/")
+    return f" ({', '.join(there)})" if there else ""
 
 
 def _answer(finished: Finished, facts: Mapping[str, Any]) -> str:

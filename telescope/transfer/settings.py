@@ -20,6 +20,10 @@ HORIZON_NOTE = (
     "weight_decay is rescaled so that lr · weight_decay · steps stays as in the sweep, lr is kept: "
     "an assumption, the sweep did not vary the steps (arXiv 2405.13698, 2510.19093)"
 )
+STEPS_NOTE = (
+    "lr is kept for a run of another length than the sweep's: an assumption, the sweep did not "
+    "vary the steps"
+)
 BATCH_NOTE = (
     "the target's batch size is not the sweep's; lr and weight_decay are left as they are: an "
     "assumption, the sweep did not vary it"
@@ -86,6 +90,13 @@ def at_horizon(point: Point, sweep_steps: int | None, steps: int | None) -> Poin
     return rescale_horizon(point, sweep_steps=sweep_steps, steps=steps)
 
 
+def horizon_note(point: Point, sweep_steps: int | None, steps: int | None) -> str | None:
+    """What is assumed of a run of another number of steps; None where that is not known."""
+    if sweep_steps is None or steps is None or steps == sweep_steps:
+        return None
+    return HORIZON_NOTE if "weight_decay" in point else STEPS_NOTE
+
+
 def transfer_settings(
     point: Point,
     *,
@@ -117,10 +128,9 @@ def transfer_settings(
     sweep_steps = sweep_steps or (train.steps if train else None)
     if tags:
         notes.append(CONVENTION_NOTE.format(rule=optimizer.rule))
-    rescaled = at_horizon(point, sweep_steps, steps)
-    if rescaled != point:
-        notes.append(HORIZON_NOTE)
-    point = rescaled
+    if note := horizon_note(point, sweep_steps, steps):
+        notes.append(note)
+    point = at_horizon(point, sweep_steps, steps)
     groups = tags and group_settings(parameter_groups(tags, point, optimizer), optimizer, fold=fold)
     return Transfer(
         width=width,
