@@ -29,11 +29,12 @@ MAX_POINTS = 1000
 MIN_STEP = 1.001
 """Smallest factor between an axis's values; below about 1.2 they are within the noise anyway."""
 MAX_INTEGER = 2**63 - 1
-"""The largest integer of torch and of databases. As a seed it leaves room for the repeats, which
-have the seeds that follow: torch's generators take up to 2⁶⁴ - 1, numpy's any."""
+"""The largest integer of torch and of databases."""
+MAX_SEED = 2**62
+"""Repeats have the seeds that follow, and numpy's arrays and torch's generators take them all."""
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 Value = TypeVar("Value")
 ByWidth: TypeAlias = dict[Width, Value]

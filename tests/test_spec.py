@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, as_toml, tiny_spec
+from conftest import ROOT, as_toml, tiny_spec, trial_config
+from test_cli import telescope
 
+from telescope import Ladder
 from telescope.errors import SpecError
-from telescope.records import Axis
+from telescope.records import Axis, Point, Trial
 from telescope.spec import Spec, fingerprint
 from telescope.tables import (
     BudgetTable,
@@ -21,6 +25,7 @@ from telescope.tables import (
     TargetTable,
 )
 from telescope.train.config import DataConfig, OptimizerConfig, TrainConfig
+from telescope.train.loop import train
 
 WRONG = [
     # (override, the key that the message starts with, what it says is allowed)
@@ -93,7 +98,7 @@ WRONG = [
         for key in ("model.vocab_size", "axes.lr.high")
         for value in (10**40, 10**400, "1e400")
     ),
-    ("ladder.seeds=[18446744073709551616]", "ladder.seeds.0: got 18", f"<= {2**63 - 1}"),
+    ("ladder.seeds=[18446744073709551616]", "ladder.seeds.0: got 18", f"<= {2**62}"),
     ("ladder.widths=[100000001]", "ladder.widths: got [100000001]", "at most 100,000,000"),
     ("train.steps=1000000000001", "train.steps: got 1000000000001", "<= 1,000,000,000,000"),
     ("model.depth=9223372036854775808", "model.depth: got 92", "which torch takes"),
@@ -233,18 +238,26 @@ def test_the_bounds_of_a_foreign_trainers_numbers() -> None:
         assert len(str(caught.value)) < 600
 
 
-def test_the_largest_seed_trains(tmp_path: Path, corpus_file: Path) -> None:
-    """And the one after it, which a repeat would have."""
-    from conftest import trial_config
-
-    from telescope.records import Point, Trial
-    from telescope.train.loop import train
-
+def test_the_largest_seed_goes_all_the_way(tmp_path: Path, corpus_file: Path) -> None:
+    """Trained, stored and shown; and the one after it, which a repeat has, is asked for."""
+    spec = tiny_spec(corpus_file, ladder={"seeds": [2**62], "widths": [16]})
+    (tmp_path / "tiny.toml").write_text(as_toml(spec))
+    done = telescope("run", "tiny.toml", "--dispatcher", "inline", "--no-check", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown = telescope("show", "tiny", "--csv", cwd=tmp_path).stdout
+    assert {int(row["seed"]) for row in csv.DictReader(shown.splitlines())} == {2**62}
+    ladder = Ladder(Spec.load("quickstart", [f"ladder={{widths=[32,64], seeds=[{2**62}]}}"]))
+    asked = set[int]()
+    while trials := ladder.ask():
+        asked |= {trial.seed for trial in trials}
+        if asked > {2**62}:
+            break
+        for trial in trials:
+            away = math.log2(trial.lr / 0.04) ** 2 + math.log2(trial.weight_decay / 0.1) ** 2
+            ladder.tell(trial, loss=2 + away / 50)
+    assert asked == {2**62, 2**62 + 1}
     config = trial_config(corpus_file, steps=2)
-    seeds = Spec.load("quickstart", [f"ladder.seeds=[{2**63 - 1}]"]).ladder.seeds
-    for seed in (*seeds, seeds[0] + 1):
-        result = train(config, Trial(16, Point.of(lr=0.01, weight_decay=0.1), seed))
-        assert result.status == "complete", result.reason
+    assert train(config, Trial(16, Point.of(lr=0.01, weight_decay=0.1), max(asked))).loss
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
