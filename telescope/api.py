@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsFloat
 
 from telescope.answer import transfer
 from telescope.errors import RefusedError, TrialError
 from telescope.ladder import ladder
 from telescope.ladder.ladder import replay
 from telescope.ladder.plan import over_budget
+from telescope.losses import as_number, judged, shown
 from telescope.records import (
     Choice,
     LadderSpec,
@@ -86,7 +88,7 @@ class Ladder:
         self,
         trial: Trial,
         *,
-        loss: float | None = None,
+        loss: SupportsFloat | None = None,
         status: str | Status | None = None,
         reason: str = "",
     ) -> None:
@@ -94,7 +96,8 @@ class Ladder:
 
         Args:
             trial: one that `ask` gave.
-            loss: its final loss, any unit that is lower for better; finite.
+            loss: its final loss, any unit that is lower for better; a number of any library, of
+                which NaN and the infinite ones are a divergence.
             status: "diverged" (the point's fault: ranks last) or "failed" (the machine's fault:
                 never ranked) instead of a loss.
             reason: why it diverged or failed.
@@ -103,11 +106,9 @@ class Ladder:
             TrialError: the trial was never asked for, or loss and status do not fit together.
         """
         try:
-            status = Status(status) if status else Status.COMPLETE
-            result = Result(trial, status, loss=loss, reason=reason)
+            self._ladder.tell(_answer(trial, loss, status, reason))
         except ValueError as error:
             raise TrialError(f"tell({trial}): {error}") from error
-        self._ladder.tell(result)
 
     @property
     def results(self) -> tuple[Result, ...]:
@@ -165,6 +166,34 @@ class Ladder:
             shapes=shapes,
             fold_readout=fold_readout,
         )
+
+
+def _answer(
+    trial: Trial, loss: SupportsFloat | None, status: str | Status | None, reason: str
+) -> Result:
+    """What was told of a trial.
+
+    Raises:
+        ValueError: it makes no sense.
+    """
+    try:
+        given = Status(status) if status is not None else None
+    except ValueError:
+        raise ValueError(
+            f"status: got {status!r}, must be {', '.join(map(repr, map(str, Status)))}"
+        ) from None
+    if loss is None:
+        if given is None or given is Status.COMPLETE:
+            raise ValueError("got no loss; give loss=, or status='diverged' or 'failed'")
+        return Result(trial, given, reason=reason)
+    if (number := as_number(loss)) is None:
+        raise ValueError(f"loss: got {shown(loss)} ({type(loss).__name__}), must be a number")
+    if given is not None and given is not Status.COMPLETE:
+        if math.isfinite(number):
+            raise ValueError(f"got loss {number} and status '{given}'; give one of the two")
+        return Result(trial, given, reason=reason or f"loss {number}")
+    found, finite, why = judged(number)
+    return Result(trial, found, loss=finite, reason=reason or why)
 
 
 def _with_costs(spec: Spec) -> LadderSpec:

@@ -206,6 +206,13 @@ def run(
             "--check/--no-check", help="Make a short coordinate check before the first trial."
         ),
     ] = True,
+    accept_trainer: Annotated[
+        bool,
+        typer.Option(
+            "--accept-trainer",
+            help="Say that an edited trainer trains as before: its finished trials count on.",
+        ),
+    ] = False,
     overrides: SetOption = None,
 ) -> None:
     """Run a telescoping sweep, or go on with it where it stopped."""
@@ -225,7 +232,7 @@ def run(
     from telescope.sweep import Options, open_result
     from telescope.sweep import run as run_sweep
 
-    options = Options(results, workers, dispatcher, ray_address, storage, check)
+    options = Options(results, workers, dispatcher, ray_address, storage, check, accept_trainer)
     try:
         with reader_needed():
             folder, ladder = run_sweep(loaded, options, lambda: make_view(console))

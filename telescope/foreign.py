@@ -18,12 +18,12 @@ from telescope.dispatch.loading import forget, load_function, module_file
 from telescope.dispatch.outcome import Prices
 from telescope.dispatch.placeholders import OWN, names_in
 from telescope.dispatch.queue import Trainer
+from telescope.dispatch.sources import Source, read_source
 from telescope.dispatch.trainers import (
     CommandTrainer,
     FunctionTrainer,
     Place,
     check_signature,
-    digest,
 )
 from telescope.errors import SpecError
 from telescope.prepare import Priced
@@ -89,18 +89,23 @@ class Foreign(Told):
         With the text of the script that a command names, or of a function's module; what those
         import or read is not seen.
         """
-        hashes = {f"trainer.{name} (hash)": known for name, _, known in self._sources}
+        hashes = {key: source.text for key, _, source in self._sources}
         return {**self.spec.strict_fields(""), **hashes}
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Key in `comparable` → digests of a file whose text is part of the trainer."""
+        return {key: source for key, _, source in self._sources}
+
     @cached_property
-    def _sources(self) -> list[tuple[str, Path, str]]:
-        """Name, place and digest of the files whose text is part of the trainer, read once."""
+    def _sources(self) -> list[tuple[str, Path, Source]]:
+        """Key, place and digests of the files whose text is part of the trainer, read once."""
         if self.trainer.function:
             module = module_file(self.trainer.function, self.directories)
             files = {"function": module} if module else {}
         else:
             files = {part: self.folder / part for part in self._scripts()}
-        return [(name, path, digest(path)) for name, path in files.items()]
+        return [(f"trainer.{name} (hash)", path, read_source(path)) for name, path in files.items()]
 
     def _scripts(self) -> list[str]:
         """The parts of the command that are the trainer: no file that it may read or write.
@@ -125,7 +130,7 @@ class Foreign(Told):
                 parameters={} if is_flops else self.cost_per_trial,
             ),
         )
-        sources = {str(path): known for _, path, known in self._sources}
+        sources = {str(path): source.code for _, path, source in self._sources}
         if self.trainer.function:
             return FunctionTrainer(self.trainer.function, self.directories, place, sources)
         assert self.trainer.command is not None

@@ -23,12 +23,13 @@ from typing import Any
 from telescope.answer import certificate_of
 from telescope.catalog import find_result
 from telescope.checking import check_before_run
+from telescope.comparing import check_comparable
 from telescope.dispatch.folder import Folder
 from telescope.dispatch.outcome import latest_row
 from telescope.dispatch.packs import Packs
 from telescope.dispatch.queue import Trainer
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
-from telescope.errors import RefusedError, ResumeError, StoreError
+from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
 from telescope.foreign import Foreign, Told
 from telescope.ladder.ladder import Ladder, replay
 from telescope.machine import check_numbered_device, gpus, pack_size, takes_any_gpu, workers
@@ -46,7 +47,6 @@ from telescope.report.frames import write_csv
 from telescope.report.live import Progress, QuietView, View
 from telescope.settle import settled
 from telescope.spec import Spec
-from telescope.train.config import ADDED_KEYS
 from telescope.transfer.settings import at_horizon
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
@@ -63,6 +63,8 @@ class Options:
     storage: str | None = None
     check: bool = True
     """Whether a sweep without a verdict gets a short coordinate check first."""
+    accept_trainer: bool = False
+    """Whether an edited trainer counts as the one that made the results so far."""
 
 
 @dataclass
@@ -245,10 +247,15 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
         RefusedError: the plan is over the budget, or the coordinate check failed.
         ResumeError: the folder holds a sweep whose results would not be comparable, or is in use.
         StoreError: the disk is full, the folder gone, the database locked or damaged.
-        SpecError, ModelError, DataError: the spec, the model file or the corpus is wrong.
+        SpecError, ModelError, DataError: the spec, the model file or the corpus is wrong, or there
+            is no trainer to accept.
         KeyboardInterrupt: as it came; what finished is kept.
     """
     is_cluster = options.ray_address is not None
+    if options.accept_trainer and not spec.trainer:
+        raise SpecError(
+            "--accept-trainer: is for the script or function of [trainer], which this spec has not"
+        )
     prepared = _prepare(spec, is_cluster=is_cluster)
     if refusal := over_budget(prepared):
         raise RefusedError(f"{spec.name}: {refusal}")
@@ -350,10 +357,12 @@ def _recording(
 ) -> Iterator[Recorder]:
     """Check, open the store, replay it, and leave folder and heartbeat in a true state."""
     spec = prepared.spec
-    _check_comparable(folder, prepared)
+    trainer = check_comparable(
+        folder, prepared, accept_trainer=options.accept_trainer, say=view.note
+    )
     storage = _chosen_storage(folder, options.storage)
     before = folder.read_spec() if folder.exists else {}
-    record = _spec_record(prepared, storage) | {"measured": dict(measured or {})}
+    record = _spec_record(prepared, storage) | trainer | {"measured": dict(measured or {})}
     url = storage or sqlite_url(folder.path)
     if folder.exists:
         check_exists(url)
@@ -497,25 +506,6 @@ def _spec_record(prepared: Prepared | Told, storage: str | None) -> dict[str, An
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
     }
-
-
-def _check_comparable(folder: Folder, prepared: Prepared | Told) -> None:
-    """Refuse a folder whose results were made by other training than the spec's.
-
-    Raises:
-        ResumeError: naming the fields that differ, then and now.
-    """
-    if not folder.exists:
-        return
-    before = ADDED_KEYS | folder.read_spec()["comparable_if_equal"]
-    now = ADDED_KEYS | prepared.comparable
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if differing:
-        shown = ", ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in differing)
-        raise ResumeError(
-            f"{folder.path}: its results are not comparable with this spec: {shown}; undo the "
-            "change, or start another sweep with --name"
-        )
 
 
 def _chosen_storage(folder: Folder, asked: str | None) -> str | None:

@@ -16,7 +16,6 @@ import asyncio
 import functools
 import json
 import logging
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from telescope.api import Ladder
 from telescope.dispatch.ray_worker import Gate
 from telescope.errors import ResumeError, SpecError
 from telescope.files import write_json
+from telescope.losses import judged
 from telescope.records import Result, Status, Trial
 from telescope.spec import Spec
 from telescope.sweep import Recorder, recorded
@@ -313,14 +313,15 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
             status, reason = Status.FAILED, f"the trial has reported no {self._loss!r}"
         else:
             self._has_loss = True
+            said = report[self._loss]
             try:
-                loss = float(report[self._loss])
-            except (TypeError, ValueError):
-                kind = type(report[self._loss]).__name__
+                status, loss, reason = judged(said)
+            except ValueError:
+                kind = type(said).__name__
                 status, reason = Status.FAILED, f"{self._loss!r} is a {kind}, must be a number"
             else:
-                if not math.isfinite(loss):
-                    status, loss, reason = Status.DIVERGED, None, f"{self._loss} is {loss}"
+                if isinstance(said, str):
+                    logger.warning("%s: %r is text, %r: taken as number", trial, self._loss, said)
         return Result(
             trial,
             status,

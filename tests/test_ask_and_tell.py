@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, one_line
 
 from telescope import Ladder, Spec
 from telescope.errors import RefusedError, TrialError
@@ -69,8 +72,59 @@ def test_divergences_and_failures_are_told_apart() -> None:
     for trial in failing.ask():
         failing.tell(trial, status="failed", reason="no disk")
     assert "failed" in str(failing.stuck)
-    with pytest.raises(TrialError, match="complete one needs a finite loss"):
-        failing.tell(trial, loss=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "loss", "reason"),
+    [
+        ({"loss": 2}, "complete", 2.0, ""),
+        ({"loss": np.float32(2)}, "complete", 2.0, ""),
+        ({"loss": np.array([2.0])}, "complete", 2.0, ""),
+        ({"loss": torch.tensor(2.0, requires_grad=True)}, "complete", 2.0, ""),
+        ({"loss": Decimal("2.0")}, "complete", 2.0, ""),
+        ({"loss": math.nan}, "diverged", None, "loss nan"),
+        ({"loss": -math.inf}, "diverged", None, "loss -inf"),
+        ({"loss": 10**400}, "diverged", None, "loss inf"),
+        ({"loss": torch.tensor(math.nan)}, "diverged", None, "loss nan"),
+        ({"loss": math.nan, "reason": "at step 3"}, "diverged", None, "at step 3"),
+        ({"loss": math.nan, "status": "diverged"}, "diverged", None, "loss nan"),
+        ({"loss": math.nan, "status": "complete"}, "diverged", None, "loss nan"),
+        ({"loss": math.nan, "status": "failed"}, "failed", None, "loss nan"),
+        ({"status": "failed", "reason": "no disk"}, "failed", None, "no disk"),
+    ],
+)
+def test_what_may_be_told(told: Any, status: str, loss: float | None, reason: str) -> None:
+    ladder = Ladder(spec())
+    ladder.tell(ladder.ask()[0], **told)
+    (result,) = ladder.results
+    assert (result.status, result.loss, result.reason) == (status, loss, reason)
+    assert result.loss is None or type(result.loss) is float
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({}, "got no loss; give loss=, or status='diverged' or 'failed'"),
+        ({"status": "complete"}, "got no loss; give loss="),
+        ({"loss": "1.9"}, r"loss: got '1\.9' \(str\), must be a number"),
+        ({"loss": "nan"}, r"loss: got 'nan' \(str\), must be a number"),
+        ({"loss": True}, r"loss: got True \(bool\)"),
+        ({"loss": np.bool_(True)}, r"loss: got .*True_?\)? \(bool"),
+        ({"loss": [1.9]}, r"loss: got \[1\.9\] \(list\)"),
+        ({"loss": torch.ones(2)}, r"\(Tensor\), must be a number"),
+        ({"loss": 1j}, r"\(complex\), must be a number"),
+        ({"loss": 2.0, "status": "diverged"}, r"got loss 2\.0 and status 'diverged'; give one"),
+        ({"status": "crashed"}, "status: got 'crashed', must be 'complete', 'diverged', 'failed'"),
+        ({"status": ""}, "status: got '', must be"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_the_trial_stays_open(told: Any, message: str) -> None:
+    ladder = Ladder(spec())
+    trial = ladder.ask()[0]
+    with pytest.raises(TrialError, match=message) as caught:
+        ladder.tell(trial, **told)
+    one_line(caught.value)
+    assert trial in ladder.ask()
 
 
 def test_a_budget_below_the_least_is_refused() -> None:

@@ -193,7 +193,7 @@ def test_what_differs_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ResumeError, match=key):
             inline(tmp_path, **tables)
-    (tmp_path / "bowl.py").write_text(BOWL + "\n")
+    (tmp_path / "bowl.py").write_text(BOWL + "pass\n")
     with pytest.raises(ResumeError, match=r"trainer\.bowl\.py \(hash\) was"):
         inline(tmp_path)
 
@@ -238,7 +238,9 @@ def test_a_script_edited_in_the_middle_makes_no_ladder_of_two_trainers(
     after: int, tmp_path: Path
 ) -> None:
     """Before a trial starts, or while the fourth runs; the first text goes on with what it has."""
-    edit = f"if len(open('runs.jsonl').readlines()) == {after + 1}: open('bowl.py', 'a').write('#')"
+    edit = (
+        f"if len(open('runs.jsonl').readlines()) == {after + 1}: open('bowl.py', 'a').write('pass')"
+    )
     (tmp_path / "bowl.py").write_text(f"{BOWL}{edit}\n")
     text = (tmp_path / "bowl.py").read_text()
     _, ladder = inline(tmp_path)
@@ -290,7 +292,7 @@ def test_a_function_is_imported_for_run_and_not_for_plan(tmp_path: Path) -> None
     )
     _, ladder = run(spec, options, quiet)
     assert ladder.is_finished
-    module.write_text(module.read_text() + "#\n")
+    module.write_text(module.read_text() + "pass\n")
     with pytest.raises(ResumeError, match=r"trainer\.function \(hash\) was"):
         run(spec, options, quiet)
 

@@ -1,6 +1,6 @@
 """What a foreign trainer says of a trial, as JSON or as a mapping, turned into a result.
 
-    {"loss": 2.31}                          complete; also NaN and Infinity, which are a divergence
+    {"loss": 2.31}                          complete; NaN, Infinity and null are a divergence
     {"status": "diverged"}                  or "failed", with an optional "reason"
     {"step": 100, "train_loss": 2.9}        one row of the curve, on a line of its own
 
@@ -10,9 +10,9 @@ note, and costs no result. Another "status" is somebody's log, and no result.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +21,9 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from telescope.dispatch.printed import read_line
 from telescope.errors import TrialError
+from telescope.losses import as_number, judged, shown
 from telescope.records import CurvePoint, Result, Status, Trial
 
 EXPECTED = '{"loss": 2.31}, or {"status": "diverged"}'
@@ -90,18 +92,24 @@ def curve_point(said: Mapping[str, Any]) -> CurvePoint | None:
 
 def latest_row(path: Path) -> CurvePoint | None:
     """The last row of a curve in what a running trial has printed; None where there is none yet."""
+    for line in reversed(re.split(rb"[\r\n]+", log_end(path))):
+        said = parse_line(line)
+        if said and (row := curve_point(said)):
+            return row
+    return None
+
+
+def log_end(path: Path) -> bytes:
+    """The last kilobytes of a log; nothing where there is none."""
     with suppress(OSError), path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        for line in reversed(file.read().splitlines()):
-            said = parse_line(line)
-            if said and (row := curve_point(said)):
-                return row
-    return None
+        return file.read()
+    return b""
 
 
 def _first(said: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
     """The first finite number under one of these keys."""
-    values = (_float(said.get(key)) for key in keys)
+    values = (as_number(said.get(key)) for key in keys)
     return next((value for value in values if value is not None and math.isfinite(value)), None)
 
 
@@ -112,18 +120,13 @@ def _step(said: Mapping[str, Any]) -> int | None:
 
 
 def parse_line(line: bytes | str) -> dict[str, Any] | None:
-    """A line that is a JSON object; None for any other line.
+    """The last JSON object of a line; None where it has none.
 
     >>> parse_line('{"loss": NaN}'), parse_line("epoch 3"), parse_line("[1]")
     ({'loss': nan}, None, None)
     """
-    if line.lstrip()[:1] not in (b"{", "{"):
-        return None
-    try:
-        said = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return said if isinstance(said, dict) else None
+    objects = read_line(line).objects
+    return objects[-1] if objects else None
 
 
 def is_verdict(said: Mapping[str, Any]) -> bool:
@@ -181,15 +184,11 @@ def as_result(
             f"says status {said['status']!r}" if "status" in said else "has neither loss nor status"
         )
         reason = f" ({said['reason']})" if said.get("reason") else ""
-        raise TrialError(f"the result {_shown(said)} {problem}{reason}; expected {EXPECTED}")
-    loss = None
-    reason = str(said.get("reason") or "")
+        raise TrialError(f"the result {shown(dict(said))} {problem}{reason}; expected {EXPECTED}")
     if status is Status.DIVERGED:
-        reason = reason or "the trainer says so"
+        loss, reason = None, str(said.get("reason") or "the trainer says so")
     else:
-        loss = _loss(said)
-        if not math.isfinite(loss):
-            loss, reason = None, f"loss {loss}"
+        status, loss, reason = _judged(said)
     if loss is not None:
         _check_length(said, steps)
     last = curve_point({**said, "loss": said.get("train_loss"), "held_out_loss": loss})
@@ -198,13 +197,21 @@ def as_result(
         last = CurvePoint(last.step, rows.pop().train_loss, last.held_out_loss)
     return Result(
         trial,
-        Status.COMPLETE if loss is not None else Status.DIVERGED,
+        status,
         loss=loss,
-        reason="" if loss is not None else reason,
+        reason=reason,
         flops=prices.of(trial.width, said),
         seconds=seconds,
         curve=(*rows, last) if last else tuple(rows),
     )
+
+
+def _judged(said: Mapping[str, Any]) -> tuple[Status, float | None, str]:
+    """What a loss means; see `judged`."""
+    try:
+        return judged(said.get("loss"))
+    except ValueError as error:
+        raise TrialError(f"the result {shown(dict(said))} has loss {error}") from None
 
 
 def _check_length(said: Mapping[str, Any], steps: int | None) -> None:
@@ -212,8 +219,8 @@ def _check_length(said: Mapping[str, Any], steps: int | None) -> None:
     step = _step(said)
     if steps is not None and step is not None and step < steps - 1:  # who counts from 0 ends there
         raise TrialError(
-            f"ended at step {step} of {steps} (trainer.steps): the loss {_shown(said)} is not the "
-            "final one; call the losses on the way train_loss"
+            f"ended at step {step} of {steps} (trainer.steps): the loss {shown(dict(said))} is not "
+            "the final one; call the losses on the way train_loss"
         )
 
 
@@ -231,37 +238,15 @@ def _faults(said: Mapping[str, Any]) -> list[str]:
     ]
     if said.get("step") is not None and _step(said) is None:
         faults.append(f"step {said['step']!r}, must be a whole number")
+    if isinstance(said.get("loss"), str):
+        faults.append(f"the quotes of loss {said['loss']!r}: taken as the number that they hold")
     is_known = said.get("status") is None or _ended_as(said) is not None or _is_complete(said)
     if "loss" in said and not is_known:
         faults.append(f"status {said['status']!r}, may be complete, diverged or failed")
     return faults
 
 
-def _loss(said: Mapping[str, Any]) -> float:
-    value = _float(said.get("loss"))
-    if value is None:
-        raise TrialError(
-            f"the result {_shown(said)} has loss {said.get('loss')!r}, must be a number"
-        )
-    return value
-
-
-def _float(value: Any) -> float | None:
-    """A number, of whatever library; no text and no truth value, which Python would take too."""
-    if value is None or isinstance(value, (str, bytes, bool)):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
-
-
 def _amount(said: Mapping[str, Any], key: str) -> float | None:
     """A number that counts something; None where there is none, or what is none."""
-    value = _float(said.get(key))
+    value = as_number(said.get(key))
     return value if value is not None and math.isfinite(value) and value >= 0 else None
-
-
-def _shown(said: object) -> str:
-    text = repr(said) if not isinstance(said, Mapping) else repr(dict(said))
-    return text if len(text) <= 120 else f"{text[:117]}..."

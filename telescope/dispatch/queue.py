@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, Protocol
 
 from telescope.dispatch.device import check_device
 from telescope.dispatch.packs import Limit, Pack, Packs
 from telescope.errors import TrialError
+from telescope.losses import as_number
 from telescope.records import CurvePoint, Result, Status, Trial, TrialSource
 
 RETRIES = 2
@@ -259,25 +259,20 @@ def checked(result: object, trials: Sequence[Trial]) -> Result:
     if result.trial not in trials:
         given = " ".join(map(str, trials))
         raise TrialError(f"the trainer returned a result of {result.trial}, was given {given}")
+    numbers: dict[str, Any] = {}
     for name in ("loss", "flops", "seconds"):
         value = getattr(result, name)
-        if not isinstance(value, Real) or not math.isfinite(value):
-            if name == "loss" and value is None:
-                continue
+        number = as_number(value)
+        if (number is None or not math.isfinite(number)) and not (name == "loss" and value is None):
             kind = type(value).__name__
             raise TrialError(f"the trainer's result has {name} {value!r} ({kind}), must be a float")
+        numbers[name] = number
     is_curve = isinstance(result.curve, tuple) and all(
         isinstance(row, CurvePoint) for row in result.curve
     )
     if not (is_curve and isinstance(result.reason, str) and isinstance(result.status, Status)):
         raise TrialError("the trainer's result has a curve, reason or status of another type")
-    return replace(
-        result,
-        loss=None if result.loss is None else float(result.loss),
-        flops=float(result.flops),
-        seconds=float(result.seconds),
-        reason=clean(result.reason.splitlines()),
-    )
+    return replace(result, **numbers, reason=clean(result.reason.splitlines()))
 
 
 def message(error: BaseException) -> str:

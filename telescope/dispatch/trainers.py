@@ -6,7 +6,6 @@ know nothing of how a program trains: it is told a trial and says what came of i
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import secrets
@@ -22,60 +21,38 @@ from typing import IO, Any
 
 from telescope.dispatch import guard
 from telescope.dispatch.loading import load_function, seen_from
-from telescope.dispatch.outcome import (
-    EXPECTED,
-    TAIL_BYTES,
-    Curve,
-    Prices,
-    as_result,
-    curve_point,
-    is_verdict,
-    on_stderr,
-    parse_line,
-)
+from telescope.dispatch.outcome import Curve, Prices, as_result, on_stderr
+from telescope.dispatch.output import NoResult, read_output, tail
 from telescope.dispatch.placeholders import filled, names_in
-from telescope.dispatch.queue import LOG_TAIL_LINES, THREAD_VARIABLES, clean
+from telescope.dispatch.queue import THREAD_VARIABLES, clean
+from telescope.dispatch.sources import read_source
 from telescope.errors import SpecError, TrialError
 from telescope.records import Result, Status, Trial
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL: a launcher's time to end what it has started."""
-LONGEST_LINE = 1 << 20
-"""Bytes of a line that is looked at; a longer one is no result."""
 MARK = "TELESCOPE_TRIAL"
 """The environment variable by which all processes of a trial are known."""
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's text, 16 hex digits.
-
-    Raises:
-        SpecError: it cannot be read.
-    """
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise SpecError(f"trainer: cannot read {path}: {error.strerror}") from error
 
 
 def check_unchanged(sources: Mapping[str, str]) -> None:
     """Check that the trainer is still the one that the sweep began with.
 
     Args:
-        sources: file → digest then.
+        sources: file → digest of its code then.
 
     Raises:
         TrialError: it is not; losses of two programs are not one ladder.
     """
     for name, before in sources.items():
         try:
-            is_same = digest(Path(name)) == before
+            is_same = read_source(Path(name)).code == before
         except SpecError as error:
             raise TrialError(str(error)) from error
         if not is_same:
             raise TrialError(
                 f"{name} has changed since the sweep began; undo the change and the same command "
-                "goes on, or start another sweep with --name"
+                "goes on, with --accept-trainer if it trains alike, or use --name for another sweep"
             )
 
 
@@ -117,7 +94,7 @@ class FunctionTrainer:
     """Where it is imported from, the first first."""
     place: Place
     sources: Mapping[str, str] = field(default_factory=dict)
-    """File → `digest` that it had when the sweep began."""
+    """File → digest of its code when the sweep began."""
 
     def __call__(self, trial: Trial) -> Result:
         """Call it once.
@@ -136,6 +113,10 @@ class FunctionTrainer:
             Path(str(values["trial_folder"])).mkdir(parents=True, exist_ok=True)
         with seen_from(self.directories):
             returned = function(**{name: values[name] for name in values if name in names})
+        if isinstance(returned, Result):
+            return returned  # which the queue checks, as it does every trainer's
+        if returned is None:
+            raise TrialError("the function returned nothing: it has loss None, must be a number")
         said = returned if isinstance(returned, Mapping) else {"loss": returned}
         curve = _curve(said.get("curve"))
         seconds = time.perf_counter() - start
@@ -219,7 +200,7 @@ class CommandTrainer:
     threads: Mapping[int, int] = field(default_factory=dict)
     """Width → threads that numerical libraries are told to use; not said where it is not given."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """File → `digest` that it had when the sweep began; with another one a trial fails."""
+    """File → digest of its code when the sweep began; with another one a trial fails."""
 
     def __call__(self, trial: Trial) -> Result:
         """Run it to its end; whatever it does is a result, its own failures included."""
@@ -240,7 +221,7 @@ class CommandTrainer:
             seconds = time.perf_counter() - start
             if problem := _problem(code):
                 raise TrialError(problem)
-            said, curve = _read(out, Path(file) if file else None)
+            said, curve = read_output(out, Path(file) if file else None)
             with err.open("a", encoding="utf-8", errors="backslashreplace") as log:
                 return as_result(
                     trial,
@@ -252,7 +233,10 @@ class CommandTrainer:
                     note=lambda text: print(text, file=log),
                 )
         except TrialError as error:
-            reason = clean([str(error), *(_tail(err) or _tail(out))])
+            said_last = tail(err) or tail(out)
+            if isinstance(error, NoResult):  # what is missing is on stdout, and why on either
+                said_last = [*tail(out), *tail(err)]
+            reason = clean([str(error), *said_last])
             seconds = time.perf_counter() - start
             return Result(trial, Status.FAILED, reason=reason, seconds=seconds)
 
@@ -334,62 +318,3 @@ def _signal_name(number: int) -> str:
     with suppress(ValueError):
         return f" ({signal.Signals(number).name})"
     return ""
-
-
-def _read(out: Path, file: Path | None) -> tuple[dict[str, Any], Curve]:
-    """A trial's last verdict, and its curve from the lines before.
-
-    Raises:
-        TrialError: there is no verdict.
-    """
-    curve, verdict, other = Curve(), None, None
-    for line in _lines(out):
-        said = parse_line(line)
-        if said is None:
-            continue
-        curve.add(said)
-        other = said
-        verdict = said if is_verdict(said) else verdict
-    if verdict and curve.rows[-1:] == [curve_point(verdict)]:  # the result itself, not on the way
-        curve.rows.pop()
-    if file:
-        verdict, other = _read_file(file)
-    if verdict:
-        return verdict, curve
-    where = str(file) if file else "stdout"
-    if other:
-        raise TrialError(f"no result: {where} has JSON, but no line such as {EXPECTED}")
-    raise TrialError(f"no result: {where} has no JSON line; expected {EXPECTED}")
-
-
-def _read_file(file: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The verdict in a result file, which is one JSON object or a line of it; and what else is."""
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise TrialError(f"no result: {file} (trainer.result): {error.strerror}") from error
-    whole = parse_line(text)
-    objects = (
-        [whole] if whole else [said for line in text.splitlines() if (said := parse_line(line))]
-    )
-    verdicts = [said for said in objects if is_verdict(said)]
-    return verdicts[-1] if verdicts else None, objects[-1] if objects else None
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, however large it is; those of more than a megabyte are left out."""
-    with path.open("rb") as file:
-        is_whole = True
-        while piece := file.readline(LONGEST_LINE):
-            ends = piece.endswith(b"\n") or len(piece) < LONGEST_LINE
-            if is_whole and ends:
-                yield piece
-            is_whole = ends
-
-
-def _tail(path: Path) -> list[str]:
-    """The last lines of a log."""
-    with suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        return file.read().decode(errors="backslashreplace").strip().splitlines()[-LOG_TAIL_LINES:]
-    return []

@@ -1,0 +1,58 @@
+"""Tells a trainer's file from an edited one: by its text, and by what of the text runs."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from telescope.errors import SpecError
+
+PACKAGES = b"# /// script"
+"""Begins a comment in which a script names the packages that it is run with: it changes losses."""
+
+
+class Source(NamedTuple):
+    """Digests of a file, 16 hex digits of SHA-256 each."""
+
+    text: str
+    """Of its bytes."""
+    code: str
+    """Of what runs: of a Python file without comments, blank lines and layout; else `text`."""
+
+
+def read_source(path: Path) -> Source:
+    """Read a file's digests.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"trainer: cannot read {path}: {error.strerror}") from error
+    text = _digest(data)
+    return Source(text, _code(data) or text if path.suffix == ".py" else text)
+
+
+def _code(data: bytes) -> str | None:
+    """The digest of a Python program's syntax; None where it is none, for this Python.
+
+    With docstrings, for a program may read its own, and with the interpreter that it names.
+    """
+    if PACKAGES in data:
+        return None
+    interpreter = data.partition(b"\n")[0] if data.startswith(b"#!") else b""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.dump(ast.parse(data))
+        return _digest(interpreter + tree.encode(errors="surrogatepass"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
