@@ -172,8 +172,8 @@ def test_a_worker_that_dies_in_a_look_costs_the_packs_and_no_trial() -> None:
     assert look.look
     queue.lose(look, "")  # Ray may have no account of it
     assert [len(pack) for pack in taken(queue, 4)] == [1, 1, 1, 0]
-    for trial in trials(3):
-        queue.answer(Result(trial, Status.FAILED, reason="once"))
+    for trial, reason in zip(trials(3), ("no disk", "no file", "no net"), strict=True):
+        queue.answer(Result(trial, Status.FAILED, reason=reason))
     assert queue.has_work  # the loss before was no failure of theirs
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
 
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.queue import Order, Queue, attempt
@@ -61,7 +64,7 @@ def test_a_crash_that_heals_is_complete() -> None:
 
     def flaky(trial: Trial) -> Result:
         calls.append(trial)
-        if calls.count(trial) < 3:
+        if calls.count(trial) < 3 and trial != TRIALS[0]:
             raise OSError("disk")
         return good(trial)
 
@@ -91,3 +94,97 @@ def test_starts_are_announced() -> None:
     started: list[Trial] = []
     run_inline(Source(), good, on_start=started.append)
     assert started == TRIALS
+
+
+class Rounds:
+    """Asks for ten trials at each of two widths, and counts how often each is trained."""
+
+    def __init__(self, failing: Callable[[Trial], str]) -> None:
+        self.trials = [Trial(w, Point.of(lr=lr / 10), 0) for w in (8, 16) for lr in range(1, 11)]
+        self.told: dict[Trial, Result] = {}
+        self.runs: Counter[Trial] = Counter()
+        self._failing = failing
+
+    def ask(self) -> Sequence[Trial]:
+        """One width after the other; nothing after three failures, as a ladder does."""
+        failed = sum(result.status is Status.FAILED for result in self.told.values())
+        left = [t for t in self.trials if t not in self.told]
+        return [t for t in left if t.width == left[0].width] if failed < 3 else []
+
+    def tell(self, *results: Result) -> None:
+        self.told.update({result.trial: result for result in results})
+
+    def train(self, trial: Trial) -> Result:
+        self.runs[trial] += 1
+        if reason := self._failing(trial):
+            return Result(trial, Status.FAILED, reason=reason)
+        return good(trial)
+
+
+def test_a_trainer_that_cannot_work_is_tried_a_few_times_in_all() -> None:
+    source = Rounds(lambda trial: f"no result: epoch {trial.lr} of 3\nlast line {trial}")
+    run_inline(source, source.train)
+    assert list(source.runs.values()) == [1, 1, 1]
+    reason = source.told[source.trials[2]].reason
+    assert reason.startswith("failed as the first 3 trials of width 8 did, so tried once: no resul")
+
+
+def test_every_width_is_tried_anew() -> None:
+    source = Rounds(lambda trial: "out of memory" if trial.width == 16 else "")
+    run_inline(source, source.train)
+    assert [source.runs[trial] for trial in source.trials] == [1] * 10 + [1, 1, 1] + [0] * 7
+
+
+@pytest.mark.parametrize("other", ["complete", "diverged", "fails otherwise"])
+def test_where_one_trial_ends_otherwise_failures_are_tried_again(other: str) -> None:
+    first = Trial(8, Point.of(lr=0.1), 0)
+
+    def failing(trial: Trial) -> str:
+        return ("another reason" if other == "fails otherwise" else "") if trial == first else "x"
+
+    source = Rounds(failing)
+    if other == "diverged":
+
+        def train(trial: Trial) -> Result:
+            is_first, result = trial == first, source.train(trial)
+            return Result(trial, Status.DIVERGED, reason="nan") if is_first else result
+
+    run_inline(source, train if other == "diverged" else source.train)
+    assert sorted(source.runs.values())[-3:] == [3, 3, 3]
+    failed = [r.reason for r in source.told.values() if r.status is Status.FAILED]
+    assert all(reason.startswith("failed 3 times; last: ") for reason in failed)
+
+
+def test_many_workers_are_each_asked_before_a_trainer_is_given_up() -> None:
+    source = Rounds(lambda trial: "x")
+    queue = Queue(source, workers=5)
+    orders = [queue.take() for _ in range(5)]
+    for number, order in enumerate(orders, 1):
+        assert order is not None
+        queue.answer(Result(order.trials[0], Status.FAILED, reason="x"))
+        assert len(source.told) == (5 if number == 5 else 0)
+
+
+def test_lost_workers_are_no_fault_of_the_trainer() -> None:
+    source = Rounds(lambda trial: "")
+    queue = Queue(source)
+    for _ in range(6):
+        order = queue.take()
+        assert order is not None
+        queue.lose(order, "the machine has gone")
+    assert not source.told
+    assert queue.take() == Order((source.trials[6],)), "what has not failed comes first"
+
+
+def test_a_failure_is_tried_again_after_what_has_not_been_tried() -> None:
+    """What heals with time, a full disk say, has some."""
+    order: list[Trial] = []
+
+    def fail_once(trial: Trial) -> Result:
+        order.append(trial)
+        if order.count(trial) == 1 and trial == TRIALS[0]:
+            raise OSError("disk")
+        return good(trial)
+
+    run_inline(Source(), fail_once)
+    assert order == [*TRIALS, TRIALS[0]]

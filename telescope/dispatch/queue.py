@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -26,6 +27,12 @@ from telescope.records import CurvePoint, Result, Status, Trial, TrialSource
 
 RETRIES = 2
 """How often a failed trial is tried again before the failure is its answer."""
+FIRST_FAILURES = 3
+"""How many trials of a width must fail alike, and none end otherwise, for no further try: one may
+be a full disk, two the same machine. With more workers as many as those, for then each has had one,
+and a bad machine among them is not taken for a bad trainer. An assumption."""
+ALIKE_LENGTH = 60
+"""Characters of two reasons that are compared, numbers aside: what follows is the trial's own."""
 LOG_TAIL_LINES = 8
 """How many lines of a crash's traceback are kept in the result's reason."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -84,6 +91,9 @@ class Queue:
         self._in_flight: set[Trial] = set()
         self._looked_at: set[int] = set()  # widths that a worker is looking at
         self._failures: Counter[Trial] = Counter()
+        self._works: set[int] = set()  # widths of which a trial has ended without a failure
+        self._to_retry: dict[Trial, Result] = {}  # what its trainer says has failed
+        self._alike: dict[int, dict[Trial, str]] = {}  # width → trial → how it failed
 
     def take(self) -> Order | None:
         """The next order for one worker, or None when all that is asked for now is in flight."""
@@ -97,8 +107,9 @@ class Queue:
         return None
 
     def _free(self) -> list[Trial]:
-        """What is asked for and nobody has."""
-        return [trial for trial in self._source.ask() if trial not in self._in_flight]
+        """What is asked for and nobody has; what has failed comes after what has not."""
+        free = [trial for trial in self._source.ask() if trial not in self._in_flight]
+        return sorted(free, key=self._failures.__getitem__)
 
     def _is_alone(self, trial: Trial) -> bool:
         """A trial that has failed is: what killed a worker may have been any of its pack."""
@@ -145,22 +156,52 @@ class Queue:
             self.settle(order, Limit(1, f"a worker was lost in trying: {why}"))
             return
         self._packs.ended(Pack(order.trials, (), why=why))
-        self.answer(*(Result(trial, Status.FAILED, reason=reason) for trial in order.trials))
+        failed = (Result(trial, Status.FAILED, reason=reason) for trial in order.trials)
+        self.answer(*failed, is_lost=True)
 
-    def answer(self, *results: Result) -> None:
-        """Give back trials: their results go to the source together, or they are tried again."""
+    def answer(self, *results: Result, is_lost: bool = False) -> None:
+        """Give back trials: their results go to the source together, or they are tried again.
+
+        Args:
+            results: of trials that were handed out.
+            is_lost: their worker has been lost, which says nothing of what trains them.
+        """
         final = []
         for result in results:
-            self._in_flight.discard(result.trial)
-            if result.status is Status.FAILED:
-                self._failures[result.trial] += 1
-                times = self._failures[result.trial]
-                if times <= self._retries:
-                    continue
-                result = replace(result, reason=f"failed {times} times; last: {result.reason}")
-            final.append(result)
+            trial = result.trial
+            self._in_flight.discard(trial)
+            self._to_retry.pop(trial, None)
+            if result.status is not Status.FAILED:
+                self._works.add(trial.width)
+                final.append(result)
+                continue
+            self._failures[trial] += 1
+            times = self._failures[trial]
+            if times > self._retries:
+                final.append(replace(result, reason=f"failed {times} times; last: {result.reason}"))
+            elif not is_lost:
+                self._to_retry[trial] = result
+                self._alike.setdefault(trial.width, {})[trial] = _kind(result.reason)
+        for width in {result.trial.width for result in results}:
+            final += self._hopeless(width)
         if final:
             self._source.tell(*final)
+
+    def _hopeless(self, width: int) -> list[Result]:
+        """Take the failures that are not worth another try: a width's first trials all fail alike.
+
+        A trainer that cannot work is found out after one training of a few trials; the source
+        decides what their failures mean.
+        """
+        failed = self._alike.get(width, {})
+        asked = sum(trial.width == width for trial in self._source.ask())
+        enough = max(FIRST_FAILURES, min(self._workers, asked))
+        if width in self._works or len(set(failed.values())) > 1 or len(failed) < enough:
+            return []
+        trials = [t for t in self._to_retry if t.width == width and t not in self._in_flight]
+        why = f"failed as the first {len(failed)} trials of width {width} did, so tried once"
+        results = [self._to_retry.pop(trial) for trial in trials]
+        return [replace(result, reason=f"{why}: {result.reason}") for result in results]
 
     @property
     def has_work(self) -> bool:
@@ -176,6 +217,15 @@ class Queue:
     def is_done(self) -> bool:
         """Whether nothing is in flight and the source asks for nothing more."""
         return not self._in_flight and not self._looked_at and not self._source.ask()
+
+
+def _kind(reason: str) -> str:
+    """What a failure has in common with others of its kind: how its reason begins, numbers aside.
+
+    >>> _kind("KeyError: 'lr=0.01'"), _kind("exit code 1\\nstep 3")
+    ("KeyError: 'lr=#'", 'exit code #')
+    """
+    return re.sub(r"\d[\w.+-]*", "#", reason.partition("\n")[0])[:ALIKE_LENGTH]
 
 
 class Hung(BaseException):
