@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsFloat
@@ -161,8 +162,8 @@ class Ladder:
         return transfer(
             self.spec,
             self._ladder,
-            width=width,
-            steps=steps,
+            width=None if width is None else operator.index(width),
+            steps=None if steps is None else operator.index(steps),
             shapes=shapes,
             fold_readout=fold_readout,
         )

@@ -8,9 +8,11 @@ decided from a closed stage, with its reason in words.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Real
 from typing import Any, Protocol
 
 
@@ -83,6 +85,12 @@ class Trial:
     point: Point
     seed: int
 
+    def __post_init__(self) -> None:
+        """Take whole numbers of other libraries as Python's: JSON and databases take no others."""
+        for name in ("width", "seed"):
+            if type(getattr(self, name)) is not int:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+
     @property
     def lr(self) -> float:
         """The point's learning rate, for loops that need nothing else."""
@@ -147,6 +155,10 @@ class Result:
                 f"a {self.status} result has loss {self.loss!r}; a complete one needs a finite "
                 "loss, a diverged or failed one none"
             )
+        for name in ("loss", "flops", "seconds"):
+            number = getattr(self, name)
+            if type(number) is not float and isinstance(number, Real):
+                object.__setattr__(self, name, float(number))
 
     def as_dict(self) -> dict[str, Any]:
         """The form that JSON takes, without the curve."""
@@ -319,6 +331,22 @@ class TrialSource(Protocol):
     def tell(self, *results: Result) -> None:
         """Take final results, those of a pack together; may open the next stage."""
         ...
+
+
+def as_plain(value: Any) -> Any:
+    """Turn mappings, sequences and other libraries' numbers and arrays into Python's own.
+
+    >>> as_plain({"a": (1, 2.0)})
+    {'a': [1, 2.0]}
+    """
+    if isinstance(value, Mapping):
+        return {as_plain(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_plain(item) for item in value]
+    if not isinstance(value, (str, int, float)) or type(value).__module__ == "numpy":
+        to_list = getattr(value, "tolist", None)  # of numpy, torch and jax, scalars among them
+        return to_list() if callable(to_list) else value
+    return value
 
 
 def as_json(value: Any) -> Any:

@@ -28,7 +28,7 @@ from telescope.catalog import (
 )
 from telescope.dispatch.placeholders import OWN, names_in
 from telescope.errors import SpecError
-from telescope.records import LadderSpec
+from telescope.records import LadderSpec, as_plain
 from telescope.tables import (
     AxisTable,
     BudgetTable,
@@ -111,7 +111,8 @@ class Spec(Table):
         """Validate a dict with the spec's keys.
 
         Args:
-            data: tables as nested dicts, as TOML gives them.
+            data: tables as nested dicts, as TOML gives them; numbers of numpy and torch are taken
+                as Python's, and arrays as lists.
             folder: what the model file's and the corpus's paths are relative to; left out, the
                 current folder.
 
@@ -119,6 +120,7 @@ class Spec(Table):
             SpecError: naming the key, what was given and what is allowed.
         """
         folder = folder or Path.cwd()
+        data = as_plain(data)
         # Through JSON, where strict takes a list for a tuple and a table for a dataclass.
         try:
             text = json.dumps(_with_vocabulary(_with_paths(data, folder)), default=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from telescope.records import Point, Result, Status, Trial, as_json
@@ -39,3 +40,13 @@ def test_point_is_an_ordered_mapping() -> None:
 def test_a_failure_is_never_a_number(status: Status, loss: float | None) -> None:
     with pytest.raises(ValueError, match="finite loss"):
         Result(Trial(32, Point.of(lr=0.1), 0), status, loss=loss)
+
+
+def test_numbers_of_other_libraries_become_plain_ones() -> None:
+    trial = Trial(np.int64(32), Point.of(lr=np.float32(0.5)), np.int16(3))  # type: ignore[arg-type]
+    assert trial == Trial(32, Point.of(lr=0.5), 3)
+    result = Result(trial, Status.COMPLETE, loss=np.float32(2), flops=np.int64(7))  # type: ignore[arg-type]
+    assert Result.from_dict(json.loads(json.dumps(result.as_dict()))) == result
+    assert type(result.loss) is float
+    with pytest.raises(TypeError):
+        Trial(32.5, Point.of(lr=0.5), 0)  # type: ignore[arg-type]

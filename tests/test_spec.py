@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, as_toml, tiny_spec, trial_config
 from test_cli import telescope
 
@@ -380,3 +383,27 @@ def test_the_starter_explains_every_key() -> None:
     }
     expected = {f"{table}.{key}" for table, keys in tables.items() for key in keys} | {"name"}
     assert expected <= seen
+
+
+def test_numbers_of_other_libraries_in_a_dict() -> None:
+    """As a loop over an array gives them; text and truth values are still no numbers."""
+    given: dict[str, Any] = {
+        "name": np.str_("mine"),
+        "ladder": {"widths": np.array([16, 32]), "seeds": (np.int64(0), torch.tensor(1))},
+        "target": {"width": np.int64(64)},
+        "axes": {"lr": {"low": np.float32(0.25), "high": np.float64(1), "points": np.uint8(3)}},
+        "cost": {"parameters": {np.int64(16): np.int64(1), 32: torch.tensor(4.0), "64": 16}},
+    }
+    spec = Spec.from_dict(given)
+    assert (spec.ladder.widths, spec.ladder.seeds, spec.target.width) == ((16, 32), (0, 1), 64)
+    assert (spec.axes["lr"].low, spec.axes["lr"].points) == (0.25, 3)
+    assert spec.costs == {16: 1.0, 32: 4.0}
+    json.dumps(spec.as_dict())
+    for key, wrong, shown in (
+        ("width", np.bool_(True), "target.width: got True, must be an integer"),
+        ("width", np.float64(64.5), r"target.width: got 64\.5, must be an integer"),
+        ("width", np.str_("64"), "target.width: got '64', must be an integer"),
+        ("width", np.array([64]), r"target.width: got \[64\], must be an integer"),
+    ):
+        with pytest.raises(SpecError, match=shown):
+            Spec.from_dict({**given, "target": {key: wrong}})

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+from telescope.dispatch.children import plain_children
 from telescope.dispatch.device import check_device
 from telescope.dispatch.packs import Limit, Pack, PackSize
 from telescope.dispatch.queue import (
@@ -107,7 +108,7 @@ class Packer:
             LostError: this process can no longer use its device.
         """
         trials = order.trials
-        with self._guard(self._timeout * len(trials)):
+        with self._guard(self._timeout * len(trials)), plain_children():
             if order.look:
                 return self._look(trials)
             if len(trials) == 1:

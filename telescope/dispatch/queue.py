@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from telescope.dispatch.children import plain_children
 from telescope.dispatch.device import check_device
 from telescope.dispatch.packs import Limit, Pack, Packs
 from telescope.errors import TrialError
@@ -249,7 +250,7 @@ def attempt(trainer: Trainer, trial: Trial, *, timeout: float = 0.0) -> Result:
     """
     start = time.perf_counter()
     try:
-        with time_limit(timeout):
+        with time_limit(timeout), plain_children():
             result = checked(trainer(trial), [trial])
     except KeyboardInterrupt:
         raise

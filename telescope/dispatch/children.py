@@ -1,0 +1,49 @@
+"""Gives the processes that a trial forks the system's own signal handlers.
+
+This program and Ray's workers turn SIGTERM into an exception, to leave in good order. A forked
+child inherits that, and `multiprocessing.Pool` ends its children by SIGTERM: one that raises
+instead, in the middle of its queue's lock, leaves the others and its parent waiting for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+DEFAULTS: dict[signal.Signals, Any] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGALRM: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+}
+"""Signals that are handled here, and what a new Python does at them."""
+
+_inherited: dict[signal.Signals, Any] = {}
+"""Signal → handler as the trial found it; empty where none runs."""
+
+
+@contextmanager
+def plain_children() -> Iterator[None]:
+    """Let what the code inside forks start with `DEFAULTS`, but for what that code has set itself.
+
+    A signal that is ignored stays so.
+    """
+    before = dict(_inherited)
+    _inherited.update({number: signal.getsignal(number) for number in DEFAULTS})
+    try:
+        yield
+    finally:
+        _inherited.clear()
+        _inherited.update(before)
+
+
+def _reset() -> None:
+    """Set the defaults, in a child."""
+    for number, inherited in _inherited.items():
+        if inherited is not signal.SIG_IGN and signal.getsignal(number) == inherited:
+            signal.signal(number, DEFAULTS[number])
+
+
+os.register_at_fork(after_in_child=_reset)
