@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from rich.console import Console
 from test_cli import telescope as in_process
 
 from telescope import Ladder, Spec
+from telescope.dispatch.sources import read_source
 from telescope.errors import ResumeError, SpecError
 from telescope.foreign import Foreign
 from telescope.planning import make_plan
@@ -196,6 +198,134 @@ def test_what_differs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bowl.py").write_text(BOWL + "pass\n")
     with pytest.raises(ResumeError, match=r"trainer\.bowl\.py \(hash\) was"):
         inline(tmp_path)
+
+
+EDITS = {
+    "a comment": (f"# a comment\n{BOWL}# and one more\n", True),
+    "line ends": (BOWL.replace("\n", "\r\n"), True),
+    "layout": (BOWL.replace("start = time.time()", "\n\nstart=( time.time( ) )  # now"), True),
+    "quotes": (BOWL.replace('"a"', "'a'"), True),
+    "a statement": (f"{BOWL}pass\n", False),
+    "a text": (BOWL.replace('"cpus"', '"# cpus"'), False),
+    "no Python": (f"{BOWL}(", False),
+    "an interpreter": (f"#!/usr/bin/python3 -O\n{BOWL}", False),
+    "packages": (f"# /// script\n# dependencies = ['torch']\n# ///\n{BOWL}", False),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_of_a_python_script_its_code_counts(name: str, tmp_path: Path) -> None:
+    edited, is_same = EDITS[name]
+    first, second = (read_source(script(tmp_path, text)) for text in (BOWL, edited))
+    assert (second.code == first.code) == is_same
+    assert second.text != first.text
+    for other in ("x.sh", "x"):  # of any other file its bytes
+        (tmp_path / other).write_text(edited)
+        assert read_source(tmp_path / other).code == read_source(tmp_path / other).text
+
+
+def script(folder: Path, text: str) -> Path:
+    (folder / "bowl.py").write_bytes(text.encode())
+    return folder / "bowl.py"
+
+
+def accepting(folder: Path, **tables: Any) -> Any:
+    spec = Spec.from_dict(bowl_spec(folder, **tables))
+    options = Options(folder / "results", dispatcher="inline", accept_trainer=True)
+    return run(spec, options, quiet)
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    text = (folder / "results" / "bowl" / "spec.json").read_text()
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+def test_an_edited_trainer_can_be_accepted(tmp_path: Path) -> None:
+    """What is stored then counts on, whichever of the accepted texts is there."""
+    _, ladder = inline(tmp_path)
+    runs, first = (tmp_path / "runs.jsonl").read_text(), record_of(tmp_path)
+    script(tmp_path, f"# a comment\n{BOWL}")
+    inline(tmp_path)
+    assert record_of(tmp_path)["trainer_texts"] == first["trainer_texts"]
+    script(tmp_path, f"{BOWL}pass\n")
+    with pytest.raises(ResumeError, match=r"now \w+; undo .*, or say --accept-trainer if it tra"):
+        inline(tmp_path)
+    with pytest.raises(ResumeError, match=r"environment was .*; undo the change, or start another"):
+        accepting(tmp_path, trainer={"environment": {"A": "1"}})
+    assert record_of(tmp_path) == first
+    assert accepting(tmp_path)[1].choices == ladder.choices
+    for text in (BOWL, f"{BOWL}pass  # again\n"):
+        script(tmp_path, text)
+        assert inline(tmp_path)[1].choices == ladder.choices
+    second = record_of(tmp_path)
+    (listed,) = second["trainer_texts"].values()
+    assert [text["accepted"] for text in listed] == [False, True]
+    assert all(text["since"] and text["text"] and text["code"] for text in listed)
+    for key in ("fingerprint", "comparable_if_equal"):
+        assert second[key] == first[key]
+    assert (tmp_path / "runs.jsonl").read_text() == runs
+    assert open_result("bowl", tmp_path / "results").ladder.choices == ladder.choices
+    assert "finished" in telescope(tmp_path, "status", "bowl")
+    script(tmp_path, f"{BOWL}pass\npass\n")
+    with pytest.raises(ResumeError, match="--accept-trainer"):
+        inline(tmp_path)
+
+
+def test_a_folder_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """It knows the first text alone, by the same digest."""
+    _, ladder = inline(tmp_path)
+    path, runs = tmp_path / "results" / "bowl" / "spec.json", (tmp_path / "runs.jsonl").read_text()
+    old = {key: value for key, value in record_of(tmp_path).items() if key != "trainer_texts"}
+    digest = hashlib.sha256((tmp_path / "bowl.py").read_bytes()).hexdigest()[:16]
+    assert old["comparable_if_equal"]["trainer.bowl.py (hash)"] == digest
+    for other in (old, {**old, "trainer_texts": 3}, {**old, "trainer_texts": {"a": [1]}}):
+        path.write_text(json.dumps(other))
+        assert inline(tmp_path)[1].choices == ladder.choices
+    script(tmp_path, f"{BOWL}# a comment\n")
+    inline(tmp_path)  # what its code was is known by now
+    path.write_text(json.dumps(old))
+    with pytest.raises(ResumeError, match="--accept-trainer"):
+        inline(tmp_path)
+    accepting(tmp_path)
+    assert record_of(tmp_path)["fingerprint"] == old["fingerprint"]
+    assert (tmp_path / "runs.jsonl").read_text() == runs
+
+
+def test_there_must_be_a_trainer_to_accept(tmp_path: Path) -> None:
+    message = "--accept-trainer: is for the script or function"
+    assert message in telescope(tmp_path, "run", "quickstart", "--accept-trainer", code=2)
+
+
+def test_a_comment_in_the_middle_of_a_sweep_changes_nothing(tmp_path: Path) -> None:
+    edit = "if len(open('runs.jsonl').readlines()) == 2: open('bowl.py', 'a').write('# ok')"
+    script(tmp_path, f"{BOWL}{edit}\n")
+    assert inline(tmp_path)[1].is_finished
+
+
+def test_a_loss_on_the_way_does_not_stand_for_one_that_became_nan(tmp_path: Path) -> None:
+    """Every lr beyond 0.3 has the best loss half way, and ends with NaN, which is no JSON."""
+    last = '\'[rank0]: 100%%|##|\\r{"step": 100, "loss": %s},\' % ("nan" if lr > 0.3 else loss)'
+    says = f'print(\'{{"step": 50, "loss": 1.9}}\')\nprint({last})\n'
+    script(tmp_path, BOWL.partition("print(")[0] + says)
+    _, ladder = inline(tmp_path)
+    assert ladder.choices[-1].point.lr == pytest.approx(0.1, rel=0.2)
+    results = open_result("bowl", tmp_path / "results").results
+    assert all((r.status is Status.DIVERGED) == (r.trial.lr > 0.3) for r in results)
+    assert any(r.status is Status.DIVERGED for r in results)
+
+
+def test_a_trainer_that_cannot_work_stops_the_sweep_at_once(tmp_path: Path) -> None:
+    is_mended = "import os\nis_mended = os.path.exists('mended')\n"
+    script(tmp_path, is_mended + BOWL.replace("print(", "is_mended and print("))
+    (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
+    line = telescope(tmp_path, "run", "bowl.toml", "--dispatcher", "inline", code=1)
+    assert "bowl: stuck: width 8: " in line
+    assert "failed as the first 3 trials of width 8 did, so tried once: no result: stdout" in line
+    assert "run again to retry them" in line
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    assert "stuck" in telescope(tmp_path, "status", "bowl")
+    (tmp_path / "mended").touch()
+    telescope(tmp_path, "run", "bowl.toml", "--dispatcher", "inline")
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
         ('{"status": "diverged", "reason": x}\n', "cut off or garbled"),
         ('{"loss": 1.5} {"loss": \n', "cut off or garbled"),
         ('"loss": 1.7\n', "no whole JSON object with it on one line"),
+        ('"loss": 1.7, "more": {\n', "no whole JSON object with it on one line"),
         ('{\n  "step": 100,\n  "loss": 1.7\n}\n', "no whole JSON object with it on one line"),
         ('{\\"step\\": 100, \\"loss\\": 1.7}\n', "no whole JSON object with it"),
         ('[{"loss": 2.0}, {"loss": 1.7}]\n', "part of something larger; print it alone"),

@@ -406,6 +406,15 @@ def test_functions_of_two_repositories_with_the_same_names(tmp_path: Path) -> No
         ("import torch\ndef train(**all): return torch.tensor(2.0)", 2),
         ("def train(width, seed, lr, weight_decay, base_width): return base_width", 16),
         ("class train:\n  def __new__(cls, **all): return 4.0", 4),
+        ("import torch\ndef train(**all): return {'loss': torch.ones(1).cumsum(0)}", 1),
+        ("def train(**all): return '2.5'", 2.5),
+        (
+            "from telescope import Point, Result, Status, Trial\n"
+            "def train(width, seed, **point):\n"
+            "    trial = Trial(width, Point.of(point), seed)\n"
+            "    return Result(trial, Status.COMPLETE, loss=3.5)",
+            3.5,
+        ),
     ],
 )
 def test_a_function_returns_a_loss(text: str, loss: float, tmp_path: Path) -> None:
@@ -419,6 +428,12 @@ def test_a_function_returns_a_loss(text: str, loss: float, tmp_path: Path) -> No
     [
         ("return float('nan')", Status.DIVERGED, "loss nan"),
         ("return {'status': 'diverged'}", Status.DIVERGED, "the trainer says so"),
+        ("return {'loss': None}", Status.DIVERGED, "loss null"),
+        ("return '-inf'", Status.DIVERGED, "loss -inf"),
+        ("import torch; return torch.tensor(float('nan'))", Status.DIVERGED, "loss nan"),
+        ("import torch; return torch.ones(2)", Status.FAILED, "must be a number"),
+        ("return True", Status.FAILED, "has loss True, must be a number"),
+        ("return 1.9, {}", Status.FAILED, "has loss (1.9, {}), must be a number"),
         ("raise ValueError('out of memory')", Status.FAILED, "ValueError: out of memory"),
         ("return None", Status.FAILED, "has loss None, must be a number"),
         ("return 'low'", Status.FAILED, "has loss 'low', must be a number"),

@@ -300,6 +300,9 @@ def test_what_is_kept_can_be_shown_and_gone_on_with(tmp_path: Path) -> None:
         {"loss": math.inf},
         {"status": "diverged"},
         {"status": "diverged", "loss": 2},
+        {"loss": None},
+        {"loss": "-Infinity"},
+        {"loss": 10**400},
     ],
 )
 def test_a_divergence_is_the_points_fault(bad: dict[str, Any]) -> None:
@@ -314,6 +317,8 @@ def test_a_divergence_is_the_points_fault(bad: dict[str, Any]) -> None:
     ("bad", "reason"),
     [
         ({"loss": "two"}, "'loss' is a str, must be a number"),
+        ({"loss": True}, "'loss' is a bool, must be a number"),
+        ({"loss": [1.9, 2]}, "'loss' is a list, must be a number"),
         ({"status": "failed", "reason": "GPU lost"}, "GPU lost"),
         ({"other": 1}, "reported no 'loss'"),
     ],

@@ -74,6 +74,8 @@ def read_line(line: bytes | str, *, is_cut: bool = False) -> Line:
     if "\0" in text and _SPEAKS.search(text.replace("\0", "")):
         return Line([], "it has NUL bytes, as UTF-16 text has; print UTF-8")
     found, outside, broken = _objects(text)
+    if any(_SPEAKS.search(part) for part in outside):
+        return Line(found, "it has no whole JSON object with it on one line")
     if broken is not None:
         problem = "it is cut off or garbled"
         if "'" in broken[:10] and '"' not in broken:
@@ -82,8 +84,6 @@ def read_line(line: bytes | str, *, is_cut: bool = False) -> Line:
             return Line(found, problem)
         key = _FIRST_KEY.match(broken)
         return Line(found, first_key=key[1] if key else None)
-    if any(_SPEAKS.search(part) for part in outside):
-        return Line(found, "it has no whole JSON object with it on one line")
     if found and (_INSIDE_BEFORE.search(outside[0]) or _INSIDE_AFTER.match(outside[-1])):
         if any(_SPEAKS.search(json.dumps(said)) for said in found):
             return Line([], "its object is part of something larger; print it alone")
