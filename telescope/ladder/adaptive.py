@@ -12,11 +12,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
 
 from telescope.ladder import paper
 from telescope.ladder.failures import FAILED_SHARE, all_diverged, failures_reason
-from telescope.ladder.observe import diverged_points, observe
+from telescope.ladder.observe import lost_points, observe, unit_of
+from telescope.ladder.paper import mean_loss
 from telescope.ladder.state import Move, State
 from telescope.ladder.view import BUDGET_SPENT, MOST_TRIALS, View, round_size
 from telescope.ladder.window import (
@@ -114,8 +114,7 @@ def _taking_over(state: State, stage: Stage) -> Stage:
 def _says_as_much_as_a_first_round(state: State) -> bool:
     """Whether the given trials of the base width have as many losses, on three values per axis."""
     results = [state.known[trial] for trial in state.given_at(state.spec.widths[0])]
-    diverged = diverged_points(results)
-    points = {r.trial.point for r in results if r.loss is not None} - diverged
+    points = {r.trial.point for r in results if r.loss is not None} - lost_points(state, results)
     values = [{point[axis.name] for point in points} for axis in state.spec.swept]
     return len(points) >= len(star(state.spec)) and all(len(found) >= 3 for found in values)
 
@@ -254,14 +253,14 @@ def _repeats(view: View) -> tuple[Stage, Sequence[Point], str]:
 
 
 def _best_points(state: State, stage: Stage) -> list[Point]:
-    """A stage's points by the mean of their losses, those with a divergence left out."""
+    """A stage's points by the mean of their losses, those beyond a wall left out."""
     results = state.results(stage)
-    diverged = diverged_points(results)
+    diverged = lost_points(state, results)
     losses: dict[Point, list[float]] = {}
     for result in results:
         if result.loss is not None and result.trial.point not in diverged:
             losses.setdefault(result.trial.point, []).append(result.loss)
-    return sorted(losses, key=lambda point: (fmean(losses[point]), point.axes))
+    return sorted(losses, key=lambda point: (mean_loss(losses[point]), point.axes))
 
 
 def _is_good_enough(view: View) -> str | None:
@@ -310,7 +309,7 @@ def _close(view: View, reason: str, *, ends: bool) -> Move:
     choice = Choice(
         width=stage.width,
         point=view.point(stage.width),
-        loss=view.surface.loss_at(stage.width, optimum.place),
+        loss=view.surface.loss_at(stage.width, optimum.place) * unit_of(state),
         intervals=view.intervals(stage.width),
         at_edge=tuple(edges),
         reason="; ".join([*parts, reason]),
@@ -381,7 +380,7 @@ def _search_lower(state: State, stage: Stage) -> Move:
     """Too few losses to fit: ask for lower learning rates where trials diverged, else for more."""
     spec, results = state.spec, state.results(stage)
     lr = next((axis for axis in spec.swept if axis.name == "lr"), None)
-    if lr is None or not diverged_points(results):
+    if lr is None or not lost_points(state, results):
         return _ask_for_more(state, stage)
     tried = {trial.point["lr"] for trial in stage.trials}
     for wider in (stage, _extended(spec, stage, lr, upward=False)):
@@ -401,7 +400,9 @@ def _ask_for_more(state: State, stage: Stage) -> Move:
     middle = place_of(spec, star(spec)[0])
     fresh = [point for point in cells(spec, stage.grid, middle) if point not in tried]
     fresh.sort(key=lambda point: float(abs(place_of(spec, point) - middle).sum()))
-    survived = list(dict.fromkeys(r.trial.point for r in results if r.loss is not None))
+    lost = lost_points(state, results)
+    with_loss = dict.fromkeys(r.trial.point for r in results if r.loss is not None)
+    survived = [point for point in with_loss if point not in lost]
     chosen = [] if _is_full(state, stage) else (fresh or survived)[: round_size(spec)]
     if grown := _grown(state, stage, chosen, "too few losses to fit: look at more of the lattice"):
         return Move(stage=grown)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from statistics import median
 
 import numpy as np
 
@@ -11,6 +13,10 @@ from telescope.ladder.state import State
 from telescope.ladder.surface import Data
 from telescope.ladder.window import octaves, place_of
 from telescope.records import Point, Result, Status
+
+WALL = 30.0
+"""Multiples of the scale of good losses by which a loss may lie above the best and still be a
+number to fit; above, it says as little of the optimum as a divergence, and is a wall too."""
 
 
 def frame_of(state: State, target: int) -> Frame:
@@ -28,23 +34,77 @@ def frame_of(state: State, target: int) -> Frame:
         widths=tuple(widths),
         step=np.array([step for step, _ in steps]),
         span=np.array([span for _, span in steps]),
-        expected_noise=spec.expected_noise * reference_loss(state),
+        expected_noise=max(spec.expected_noise * (reference_loss(state) / unit_of(state)), 1e-12),
     )
 
 
 def reference_loss(state: State) -> float:
-    """The first complete loss at base width, in the order of asking: a scale that stays."""
-    first = next(r.loss for r in state.results(state.stages[0]) if r.loss is not None)
-    return max(abs(first), 1e-12)
+    """The first loss at base width that is no wall, in the order of asking; never 0.
+
+    A scale that stays: nothing that is learnt at wider models changes it.
+    """
+    base = _base_losses(state)
+    wall = highest_loss(state)
+    first = next((loss for loss in base if loss <= wall), 0.0)
+    return abs(first) or max((abs(loss) for loss in base if loss <= wall), default=0.0) or 1.0
 
 
-def diverged_points(results: Iterable[Result]) -> set[Point]:
-    """Points with a diverged seed: the whole point counts as diverged."""
-    return {r.trial.point for r in results if r.status is Status.DIVERGED}
+def unit_of(state: State) -> float:
+    """The power of two by which losses are divided for the fit, so that no square overflows."""
+    wall = highest_loss(state)
+    losses = [r.loss for r in state.evidence if r.loss is not None]
+    largest = max((abs(loss) for loss in losses if loss <= wall), default=0.0) or 1.0
+    return math.ldexp(0.5, math.frexp(largest)[1])
+
+
+def highest_loss(state: State) -> float:
+    """The highest loss that is a number to fit: one above it is a wall, at any width.
+
+    It lies `WALL` scales above the best of the base width. The scale is the best loss itself or,
+    where that is more (losses near 0), the median excess over it. Losses are taken in from the
+    best upwards, so that no number of huge ones moves it.
+
+    Returns:
+        Infinite while the base width has no loss.
+    """
+    losses = sorted(_base_losses(state))
+    if not losses:
+        return math.inf
+    best = losses[0]
+    above = [loss - best for loss in losses]
+    least = abs(best) or next((excess for excess in above if excess > 0), 1.0)
+    taken = 0
+    while taken < len(above) and above[taken] <= _most_above(least, above[:taken]):
+        taken += 1
+    return best + _most_above(least, above[:taken])
+
+
+def _base_losses(state: State) -> list[float]:
+    """The losses of the base width, in the order of asking."""
+    base = (r.loss for r in state.evidence if r.trial.width == state.spec.widths[0])
+    return [loss for loss in base if loss is not None]
+
+
+def _most_above(least: float, above: list[float]) -> float:
+    """The excess up to which a loss is a number, once those with a lower one are taken in."""
+    return WALL * max(least, median(above)) if above else math.inf
+
+
+def lost_points(state: State, results: Iterable[Result]) -> set[Point]:
+    """Points with a seed that diverged or lies beyond the wall: the whole point counts as lost."""
+    wall = highest_loss(state)
+    return {
+        r.trial.point
+        for r in results
+        if r.status is Status.DIVERGED or (r.loss is not None and r.loss > wall)
+    }
 
 
 def observe(state: State, *, widths: Iterable[int] | None = None) -> Data:
-    """All that was measured, or at some widths alone; failed trials say nothing."""
+    """All that was measured, or at some widths alone; failed trials say nothing.
+
+    Losses are in the unit of `unit_of`.
+    """
     spec = state.spec
     of_width: dict[int, list[Result]] = {}
     for result in state.evidence:
@@ -53,16 +113,17 @@ def observe(state: State, *, widths: Iterable[int] | None = None) -> Data:
     walls: list[Point] = []
     for width in of_width if widths is None else widths:
         results = of_width.get(width, [])
-        diverged = diverged_points(results)
+        diverged = lost_points(state, results)
         walls += sorted(diverged, key=lambda point: point.axes)
         complete += [r for r in results if r.loss is not None and r.trial.point not in diverged]
     # By loss: an order that neither the order of asking nor a reflection of an axis changes.
     complete.sort(key=lambda r: (r.trial.width, r.loss, r.trial.seed))
     k = len(spec.swept)
+    unit = unit_of(state) if complete else 1.0
     return Data(
         places=np.array([place_of(spec, r.trial.point) for r in complete]).reshape(-1, k),
         widths=np.array([r.trial.width for r in complete], dtype=np.int64),
         seeds=np.array([r.trial.seed for r in complete], dtype=np.int64),
-        losses=np.array([r.loss for r in complete], dtype=float),
+        losses=np.array([(r.loss or 0.0) / unit for r in complete], dtype=float),
         walls=np.array([place_of(spec, point) for point in walls]).reshape(-1, k),
     )

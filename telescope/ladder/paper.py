@@ -59,9 +59,22 @@ def _ranked(results: Sequence[Result]) -> list[tuple[float, Point]]:
             unranked.add(result.trial.point)
         else:
             losses.setdefault(result.trial.point, []).append(result.loss)
-    # The sum of floats depends on their order; fmean adds exactly, so results may come in any.
-    means = [(fmean(values), point) for point, values in losses.items() if point not in unranked]
+    means = [
+        (mean_loss(values), point) for point, values in losses.items() if point not in unranked
+    ]
     return sorted(means, key=lambda pair: (pair[0], tuple(pair[1].values())))
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """The mean of a point's losses, the same in any order; of huge ones too.
+
+    >>> mean_loss([1e308, 1.5e308]), mean_loss([1, 2])
+    (1.25e+308, 1.5)
+    """
+    try:  # The sum of floats depends on their order; fmean adds exactly.
+        return fmean(losses)
+    except OverflowError:
+        return fmean(sorted(loss / len(losses) for loss in losses)) * len(losses)
 
 
 def _at_edge(stage: Stage, point: Point) -> tuple[str, ...]:
