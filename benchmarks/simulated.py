@@ -1,12 +1,15 @@
 """Simulated loss surfaces with a known optimum, for tests and benchmarks of the ladder.
 
 None has the form that the ladder fits: along an axis the excess loss is a LINEX bowl, exponential
-on one side, linear on the other, with a wall of divergence beyond. Loss at width n is
+on one side, linear on the other, with a wall of divergence beyond; or, where a `plateau` is given,
+a well that ends in a plateau below and in an exponential wall above, as weight decay of Muon has in
+recorded sweeps. Loss at width n is
 
     level(n) · (1 + excess + noise),   excess = Σ_axes κ · 2/a² · (e^(−a x) − 1 + a x)
 
 where x is the distance from the optimum in octaves, κ the curvature in shares of the loss per
-square octave and a the skew; each later axis is tilted against the first.
+square octave and a the skew; each later axis is tilted against the first. κ may deepen with the
+width.
 """
 
 from __future__ import annotations
@@ -54,6 +57,12 @@ class Surface:
     """Standard deviation between seeds."""
     cliff: float = 3.0
     """Octaves above the optimal lr beyond which a trial diverges."""
+    plateau: Mapping[str, float] = field(default_factory=dict)
+    """Axis → what the lowest values cost at most, a share of the loss; the axis is no LINEX bowl."""
+    wall: float = 1.2
+    """Steepness per octave above the optimum of an axis with a plateau."""
+    deepening: float = 1.0
+    """Curvature at the target over that at base width; a power of the width between."""
     seed: int = 0
     """Of the noise."""
     level: Callable[[int], float] = lambda width: 1.3 + (width / 256) ** -0.31
@@ -76,8 +85,13 @@ class Surface:
         for number, (axis, x) in enumerate(away.items()):
             if number:
                 x = -(x + self.tilt * first)  # steep towards high decay
-            total += self.curvature[axis] * _linex(x, self.skew)
-        return total
+            if axis in self.plateau:
+                total += _well(-x, self.curvature[axis], self.plateau[axis], self.wall)
+            else:
+                total += self.curvature[axis] * _linex(x, self.skew)
+        widths = math.log(self.spec.target / self.spec.widths[0])
+        deeper = math.log(width / self.spec.widths[0]) / widths if widths else 0.0
+        return total * self.deepening**deeper
 
     def __call__(self, trial: Trial) -> Result:
         """Answer a trial; the noise depends on its content alone."""
@@ -95,3 +109,10 @@ def _linex(x: float, skew: float) -> float:
     if abs(skew) < 1e-6:
         return x * x
     return 2 / skew**2 * (math.exp(-skew * x) - 1 + skew * x)
+
+
+def _well(x: float, curvature: float, plateau: float, wall: float) -> float:
+    """A bowl with curvature · x² at its minimum, `plateau` far below it, exponential above."""
+    if x > 0:
+        return curvature * _linex(-x, wall)
+    return plateau * -math.expm1(-curvature * x * x / plateau)

@@ -308,6 +308,11 @@ class Certificate:
     """What keeps it from PASS, each with what would mend it."""
     assumptions: tuple[str, ...]
     """What was taken for granted."""
+    excess_bound: float = math.nan
+    """What the answer costs at most with 90 %, as a share of the loss: PASS says that this is
+    within the tolerance."""
+    advice: str = ""
+    """One sentence: whether the answer can be used, and what to do next."""
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON's keys; width and point stand beside it there."""
@@ -318,6 +323,8 @@ class Certificate:
             "evidence": list(self.evidence),
             "problems": list(self.problems),
             "assumptions": list(self.assumptions),
+            "excess_bound": self.excess_bound,
+            "advice": self.advice,
         }
 
 

@@ -18,16 +18,19 @@ from telescope.ladder.failures import FAILED_SHARE, all_diverged, failures_reaso
 from telescope.ladder.observe import lost_points, observe, unit_of
 from telescope.ladder.paper import mean_loss
 from telescope.ladder.state import Move, State
-from telescope.ladder.view import BUDGET_SPENT, MOST_TRIALS, View, round_size
+from telescope.ladder.view import BUDGET_SPENT, MOST_TRIALS, SURE, View, round_size
 from telescope.ladder.window import (
     EXTENSION_CELLS,
     WINDOW,
     WINDOW_OF_MANY,
+    Grid,
     base_grid,
     cells,
     extended,
     grid_around,
+    marks_per_step,
     place_of,
+    refined,
     star,
 )
 from telescope.records import Axis, Choice, LadderSpec, Point, Skipped, Stage, Status, Trial
@@ -136,12 +139,31 @@ def _decide(view: View) -> Move:
         if ending:
             return _close(view, ending, ends=not goes_on)
         return _close(view, widening or giving_up or "", ends=not (widening or goes_on))
-    best = _best(view, stage, view.candidates(stage.width, stage.grid), round_size(view.spec))
-    if move := _grow(view, stage, best, "these say most about the optimum at the target"):
+    finer = _finer(view, stage)
+    best = _best(view, stage, view.candidates(stage.width, finer), round_size(view.spec))
+    if move := _grow(
+        view, _with(stage, best), best, "these say most about the optimum at the target"
+    ):
         return move
     if not best:
         return _close(view, ALL_WALLED, ends=_next_width(view) is None)
     return _close(view, _out_of_budget(state), ends=True)
+
+
+def _finer(view: View, stage: Stage) -> Grid:
+    """The base width's lattice with marks between near the optimum; a wider window has them."""
+    if len(view.state.stages) > 1:
+        return stage.grid
+    return refined(view.spec, stage.grid, view.surface.optimum(stage.width).place)
+
+
+def _with(stage: Stage, points: Sequence[Point]) -> Stage:
+    """The stage, its grid with the values of some points."""
+    grid = {
+        name: tuple(sorted({*values, *(point[name] for point in points)}))
+        for name, values in stage.grid.items()
+    }
+    return replace(stage, grid=grid)
 
 
 def _without_a_loss(view: View) -> Move:
@@ -193,7 +215,8 @@ def _should_widen(view: View) -> str | None:
     if _is_full(view.state, stage):
         return f"{MOST_TRIALS} trials per seed are the most at one width"
     own, at_target = view.excess(stage.width), view.excess(view.target)
-    if _is_unproven(view) and len(view.state.stages) > 1 and at_target <= view.tolerance:
+    within = view.bound(view.target) <= view.tolerance
+    if _is_unproven(view) and len(view.state.stages) > 1 and within:
         return (
             f"predicted excess loss at width {view.target} is {at_target:.2%}, but a drift that "
             f"never settles is not ruled out and would cost {view.unsettled_excess:.2%}"
@@ -235,11 +258,14 @@ def _beyond_the_border(view: View) -> tuple[Stage, Sequence[Point], str]:
 
 def _extended(spec: LadderSpec, stage: Stage, axis: Axis, *, upward: bool) -> Stage | None:
     """The stage with a wider window, or None where it has grown as often as it may."""
-    first = WINDOW.get(len(spec.swept), WINDOW_OF_MANY)
-    start = axis.points if stage.width == spec.widths[0] else len(first)
-    if len(stage.grid[axis.name]) >= start + MOST_EXTENSIONS * EXTENSION_CELLS:
+    window, values = WINDOW.get(len(spec.swept), WINDOW_OF_MANY), stage.grid[axis.name]
+    spacing = window.step
+    if stage.width == spec.widths[0]:  # what lies inside is no extension
+        values = tuple(v for v in values if not axis.low * 0.999 < v < axis.high * 1.001)
+        window, spacing = range(0), marks_per_step(axis)
+    if len(values) >= len(window) + MOST_EXTENSIONS * EXTENSION_CELLS:
         return None
-    return replace(stage, grid=extended(stage.grid, axis, upward=upward))
+    return replace(stage, grid=extended(stage.grid, axis, spacing, upward=upward))
 
 
 def _repeats(view: View) -> tuple[Stage, Sequence[Point], str]:
@@ -266,15 +292,15 @@ def _best_points(state: State, stage: Stage) -> list[Point]:
 def _is_good_enough(view: View) -> str | None:
     """Why the answer for the target is good enough, or None."""
     only_width = len(view.spec.widths) == 1
-    excess = view.excess(view.target)
-    if excess > view.tolerance or not (len(view.state.stages) > 1 or only_width):
+    bound = view.bound(view.target)
+    if bound > view.tolerance or not (len(view.state.stages) > 1 or only_width):
         return None
     if _is_unproven(view) and _next_width(view) is not None:
         return None
     what = "the tolerance" if view.tolerance == view.spec.tolerance else "what the noise can show"
     return (
-        f"predicted excess loss at width {view.target} is {excess:.2%}, within {what}, "
-        f"{view.tolerance:.2%}"
+        f"excess loss at width {view.target} is at most {bound:.2%} with {SURE:.0%}, within "
+        f"{what}, {view.tolerance:.2%}"
     )
 
 

@@ -1,8 +1,8 @@
 """What a ladder says of a width that it did not train, and whether that is proven.
 
-PASS: the loss that the answer is expected to cost is within the tolerance, several widths agree,
-and nothing that would make the prediction worthless was seen. WARN: something is missing; each
-problem says what would mend it. FAIL: the results contradict the prediction, or the width rule.
+PASS: the answer costs no more than the tolerance with 90 % probability, several widths agree, and
+nothing that would make the prediction worthless was seen. WARN: something is missing; each problem
+says what would mend it. FAIL: the results contradict the prediction, or the width rule.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import numpy as np
 from telescope.ladder.basis import Array
 from telescope.ladder.drift import DRIFT_OCTAVES, LAWS
 from telescope.ladder.state import State
-from telescope.ladder.surface import Data
-from telescope.ladder.view import BUDGET_SPENT, View
+from telescope.ladder.surface import MISFIT, Data, Surface
+from telescope.ladder.view import BUDGET_SPENT, SURE, View
 from telescope.records import Certificate, Skipped, Status
 
 FAIL_EXCESS = 0.02
 """Predicted excess loss, as a share of the loss, from which an answer is no answer."""
+USABLE = 5.0
+"""Tolerances that an answer may cost at most and be called usable without a proof."""
 CONTRADICTION = 3.0
 """Standard errors by which the last width may miss what those before it predicted."""
 NOTICEABLE_DRIFT = 0.1
@@ -35,7 +37,8 @@ ALIKE = ("depth", "batch size", "steps", "data", "schedule")
 ASSUMPTIONS = (
     f"before any result, an optimum is taken to move by {DRIFT_OCTAVES:g} octaves or less over the "
     "first doubling, and to settle as 1/width (60 %), as 1/√width (30 %) or not at all (10 %)",
-    "the loss bends alike at all widths, up to a few per cent",
+    "around its optimum the loss has one basin of the same form at all widths, which may deepen or "
+    "flatten with the width by a power of it; how much is measured and counted",
 )
 
 
@@ -65,8 +68,9 @@ def certify(
     view = View(closed, width)
     failures = _contradictions(view)
     problems = _problems(view, skipped, rule_checked=rule_checked)
+    verdict = "FAIL" if failures else "WARN" if problems else "PASS"
     return Certificate(
-        verdict="FAIL" if failures else "WARN" if problems else "PASS",
+        verdict=verdict,
         width=width,
         point=view.point(width),
         predicted_excess_loss=view.excess(width),
@@ -74,6 +78,26 @@ def certify(
         evidence=tuple(_evidence(view, rule_checked=rule_checked)),
         problems=(*failures, *problems),
         assumptions=(assumed_alike(), *ASSUMPTIONS),
+        excess_bound=view.bound(width),
+        advice=_advice(view, verdict, width),
+    )
+
+
+def _advice(view: View, verdict: str, width: int) -> str:
+    """Whether the answer can be used, and what to do next, in one sentence."""
+    expected, bound = _percent(view.excess(width)), _percent(view.bound(width))
+    if verdict == "PASS":
+        return f"use it: the answer costs {expected} of the loss in expectation, {bound} at most"
+    if verdict == "FAIL":
+        return "do not use it: mend what speaks against it and run again"
+    if view.bound(width) <= USABLE * view.spec.tolerance:
+        return (
+            f"usable if {bound} of the loss, which it costs at most with {SURE:.0%}, is little to "
+            "you; what is missing below would prove it"
+        )
+    return (
+        f"a start, not an answer: it may cost {bound} of the loss; do what is missing below and "
+        "run again"
     )
 
 
@@ -92,9 +116,10 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
             f"between seeds it can show {_percent(view.floor)}, not {_percent(spec.tolerance)}; "
             "train longer, measure the loss on more held-out tokens, or raise ladder.tolerance"
         )
-    if view.excess(view.target) > view.tolerance:
+    if view.bound(view.target) > view.tolerance:
         problems.append(
-            f"predicted excess loss {_percent(view.excess(view.target))} is above the tolerance of "
+            f"the answer costs {_percent(view.excess(view.target))} of loss in expectation and up "
+            f"to {_percent(view.bound(view.target))} with {SURE:.0%}, above the tolerance of "
             f"{_percent(view.tolerance)}; append a width to ladder.widths, or raise "
             "budget.max_over_target"
         )
@@ -131,7 +156,7 @@ def _problems_of_axes(view: View) -> list[str]:
     # chance.
     least = view.surface.frame.expected_noise / 3
     noise = max(view.surface.data.noise_of_repeats, least)
-    if rivals := two_minima(view.surface.data, noise):
+    if rivals := two_minima(view.surface.data, noise, view.surface):
         problems.append(
             f"the loss has two minima at width {rivals}; narrow the axes to one of them"
         )
@@ -247,12 +272,16 @@ def _evidence(view: View, *, rule_checked: bool) -> list[str]:
     return evidence
 
 
-def two_minima(data: Data, noise: float) -> int | None:
+def two_minima(data: Data, noise: float, surface: Surface | None = None) -> int | None:
     """The width at which two points are about as good as each other and one between them is not.
+
+    A valley that is tilted or bent leaves the straight line between its points: where the fitted
+    surface explains all three losses and joins the two points by a low path, they are one minimum.
 
     Args:
         data: what was measured.
         noise: nats between seeds.
+        surface: the fit; left out, the straight line decides.
     """
     for width in data.seen:
         here = data.widths == width
@@ -267,8 +296,20 @@ def two_minima(data: Data, noise: float) -> int | None:
             alike = losses[other] - losses[best] < RIVAL_WITHIN * noise
             above = losses[middle] - losses[other] > RIVAL_ABOVE * noise
             if between.all() and apart and alike and above:
-                return width
+                three = [best, other, middle]
+                if not (surface and _is_one_valley(surface, width, places[three], losses[three])):
+                    return width
     return None
+
+
+def _is_one_valley(surface: Surface, width: int, places: Array, losses: Array) -> bool:
+    """Whether the fit explains best, other and middle, and leads from best to other low down."""
+    expected = np.array([surface.loss_at(width, place) for place in places])
+    error = RIVAL_WITHIN * surface.noise + MISFIT[-1] * (losses - losses[0])
+    if np.any(np.abs(expected - losses) > error):
+        return False
+    level = float(expected[:2].max()) + RIVAL_WITHIN * surface.noise
+    return surface.joins(width, places[0], places[1], level)
 
 
 def _percent(share: float) -> str:

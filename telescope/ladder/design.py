@@ -1,7 +1,7 @@
 """Which trials to ask for next: those that say most about the optimum at the target, per cost.
 
 Everything is read off the surface's draws. A trial's worth is how much its loss, once known, would
-narrow the place of the target's optimum, counted as excess loss: curvature × variance.
+narrow what is wanted: the place of the target's optimum, counted as excess loss.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Pick:
     """Nats that the predicted excess loss at the target would fall by, picks before it counted."""
 
 
-def pick(surface: Surface, options: Sequence[Candidates], aim: Array, count: int) -> list[Pick]:
+def pick(surface: Surface, options: Sequence[Candidates], wanted: Array, count: int) -> list[Pick]:
     """Choose trials greedily by gain per cost; each counts what those before it will have said.
 
     Args:
         surface: the fit.
         options: one per width.
-        aim: (draws, k) octaves, the target's optima.
+        wanted: (draws, k) what is not known: the square of its length is what it costs, in nats.
         count: how many to choose; none twice.
     """
     predicted = [_losses(surface, option) for option in options]
@@ -54,7 +54,7 @@ def pick(surface: Surface, options: Sequence[Candidates], aim: Array, count: int
     owner = np.concatenate([np.full(len(o.places), i) for i, o in enumerate(options)])
     cost = np.array([option.cost for option in options])[owner]
     start = np.cumsum([0, *(len(option.places) for option in options)])
-    wanted = (aim - aim.mean(axis=0)) * np.sqrt(surface.curvature)
+    wanted = wanted - wanted.mean(axis=0)
     together = losses.T @ losses / len(losses)
     says = wanted.T @ losses / len(losses)
     picks: list[Pick] = []

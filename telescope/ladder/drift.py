@@ -1,15 +1,18 @@
-"""How the optimum moves with the width: three candidate laws, and how far each has gone at a width.
+"""How the surface follows the width: candidate laws of where its optimum is and how deep it is.
 
 Under muP an optimum settles: x(n) = x − α/n when the loss is analytic in 1/n (arXiv 2505.02222
 §3.3), at the slowest as 1/√n (the proved bound, arXiv 2511.01734). Under a wrong width rule it
 moves by the same factor at every doubling and never settles. All three agree at the base width and
 at the first doubling, so two widths cannot tell them apart; a third can.
+
+The bowl itself may deepen: here the same factor of weight decay costs five times as much at width
+256 as at 32. It does so by a power of the width, of four that are considered.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,8 @@ class Law:
     """Probability before any result. An assumption: muP is right more often than not."""
     pace: float
     """Standard deviation of the drift over the first doubling, as a multiple of `DRIFT_OCTAVES`."""
+    deepening: float = 0.0
+    """Octaves by which all of the excess loss grows per doubling of the width."""
 
     def progress(self, width: float, base_width: float) -> float:
         """How far the optimum has gone, in units of the drift over the first doubling.
@@ -37,6 +42,14 @@ class Law:
             return math.log2(ratio)
         return float((1 - ratio**-self.exponent) / (1 - 2**-self.exponent))
 
+    def depth(self, width: float, base_width: float) -> float:
+        """Excess loss at a width over that at base width, at the same distance from the optimum.
+
+        >>> Law("", 1.0, 1.0, 1.0, deepening=0.5).depth(128, 32)
+        2.0
+        """
+        return float((width / base_width) ** self.deepening)
+
 
 LAWS = (
     Law("1/width", 1.0, 0.6, 1.0),
@@ -44,10 +57,18 @@ LAWS = (
     Law("never settles", 0.0, 0.1, 2.0),
 )
 """The last is what a wrong width rule looks like."""
+DEEPENINGS = {-0.33: 0.1, 0.0: 0.45, 0.33: 0.3, 0.67: 0.15}
+"""Octaves per doubling → probability before any result. An assumption: measured here were 0 to 0.8
+(results/reference/ladder)."""
+HYPOTHESES = tuple(
+    replace(law, prior=law.prior * prior, deepening=deepening)
+    for law in LAWS
+    for deepening, prior in DEEPENINGS.items()
+)
+"""Every law of drift with every deepening; those of one law stand together."""
 DRIFT_OCTAVES = 0.25
 """Prior standard deviation of the drift over the first doubling, in octaves (factors of two) of the
 axis, and at most a quarter of the lattice's step. An assumption; measured here it is under 0.1 for
 `mup` and 0.5 for a rule that is wrong by √width (results/reference/width-rules)."""
 SCATTER = 0.05
-"""Prior standard deviation of a width's own departure from the law, in lattice steps. An
-assumption."""
+"""Prior standard deviation of a width's own departure from the law, in octaves. An assumption."""

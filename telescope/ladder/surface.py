@@ -25,11 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from telescope.ladder.basis import Array, Basis, Frame
-from telescope.ladder.drift import LAWS
+from telescope.ladder.drift import DEEPENINGS, HYPOTHESES, LAWS
 
-MISFIT = (0.1, 0.3)
+MISFIT = (0.05, 0.2)
 """Standard deviation of the model's error, as a share of the loss above the best; both count."""
-NOISE_SCALES = np.logspace(-1.5, 1.5, 13)
+BENDS = (0.0, 0.2, 0.5)
+"""Standard deviation of the bend of the bowl, as a share of it; all count."""
+NOISE_SCALES = np.logspace(-1.5, 1.5, 9)
 """Noise between seeds that is considered, in multiples of what is expected."""
 NOISE_PRIOR = 1.0
 """Its prior is log-normal around what is expected: the standard deviation of the logarithm."""
@@ -39,7 +41,9 @@ REACH = 3.0
 """An optimum is looked for within this many lattice steps of the centre."""
 DRAWS = 128
 """Draws before they are reflected in every axis."""
-ITERATIONS = 4
+ITERATIONS = 3
+NEGLIGIBLE = 1e-3
+"""Of the weight of the most probable hypothesis: less counts for nothing in a first guess."""
 LEAST_CURVATURE = 1e-3
 """Of the first guess of the curvature: what a flat axis is taken to have, for the priors alone."""
 LEAST_BOWLS = 0.05
@@ -48,8 +52,10 @@ ROUNDING = 1e-4
 """Octaves within which places are the same: values on the lattice are rounded."""
 AT_WALL = 0.1
 """Lattice steps from the last place that is allowed before a divergence."""
-ZOOMS = 4
-NEWTON_STEPS = 3
+ZOOMS = 3
+SIGNS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+PATH = {1: 101, 2: 41, 3: 15, 4: 9}
+"""Swept axes → points per axis of the grid on which two places are joined."""
 GRID = {1: 61, 2: 25, 3: 13, 4: 9}
 """Swept axes → points per axis of the grid on which a draw's minimum is first looked for."""
 
@@ -118,48 +124,72 @@ class Optimum:
 
 @dataclass(frozen=True)
 class _Posterior:
-    """What the data say for each hypothesis (law, noise, misfit)."""
+    """What the data say for each hypothesis: how the width is followed, and a setting.
 
-    columns: tuple[Array, ...]
-    """Per law (n, columns)."""
+    A setting is noise, misfit and share of the bend.
+    """
+
+    columns: Array
+    """(hypotheses, n, columns)."""
     covariance: Array
-    """(laws, settings, n, n) of the measured losses."""
+    """(hypotheses, settings, n, n) of the measured losses."""
     weights: Array
-    """(laws, settings), sum 1."""
+    """(hypotheses, settings), sum 1."""
     noise: Array
     """(settings,) nats."""
     misfit: Array
     """(settings,)"""
+    variances: Array
+    """(settings, columns) of the coefficients, before any result."""
 
-    def mean(self, losses: Array, variances: Array) -> Array:
-        """(columns,) expected coefficients over all hypotheses."""
-        solved = np.linalg.solve(self.covariance, losses[:, None])[..., 0]
-        per_law = np.einsum("ls,lsn->ln", self.weights, solved)
-        moved = [x @ columns for x, columns in zip(per_law, self.columns, strict=True)]
-        mean: Array = variances * np.sum(moved, axis=0)
+    def mean(self, losses: Array) -> Array:
+        """(columns,) expected coefficients over all that is probable."""
+        of_law, setting = np.nonzero(self.weights > NEGLIGIBLE * self.weights.max())
+        weights = self.weights[of_law, setting]
+        solved = np.linalg.solve(self.covariance[of_law, setting], losses[:, None])[..., 0]
+        moved = np.einsum("hn,hnc->hc", solved, self.columns[of_law])
+        mean: Array = (weights / weights.sum()) @ (moved * self.variances[setting])
         return mean
 
 
-def _weigh(basis: Basis, data: Data) -> _Posterior:
+def _weigh(basis: Basis, data: Data, *, scales: Array = NOISE_SCALES) -> _Posterior:
     """Evidence of every hypothesis: how probable the losses are under it."""
-    noise, misfit = (
+    noise, misfit, _ = (
         grid.ravel()
-        for grid in np.meshgrid(basis.frame.expected_noise * NOISE_SCALES, MISFIT, indexing="ij")
+        for grid in np.meshgrid(basis.frame.expected_noise * scales, MISFIT, BENDS, indexing="ij")
     )
     prior = -0.5 * (np.log(noise / basis.frame.expected_noise) / NOISE_PRIOR) ** 2
     variance = noise[:, None] ** 2 + (misfit[:, None] * data.above_best) ** 2
     measured = (SEED_SHIFT * noise[:, None, None]) ** 2 * data.same_shift + variance[
         :, None, :
     ] * np.eye(len(data.losses))
-    columns = tuple(basis.columns(data.places, data.widths, law) for law in LAWS)
-    covariance = np.stack([(rows * basis.deviations**2) @ rows.T + measured for rows in columns])
-    lower = np.linalg.cholesky(covariance)
-    whitened = np.linalg.solve(lower, data.above_best[:, None])[..., 0]
-    log_evidence = -0.5 * (whitened**2).sum(-1)
-    log_evidence -= np.log(np.diagonal(lower, axis1=-2, axis2=-1)).sum(-1)
-    log_evidence += prior + np.log([law.prior for law in LAWS])[:, None]
+    columns = basis.columns(data.places, data.widths, HYPOTHESES)
+    variances = np.tile(basis.deviations**2, (len(BENDS), 1))
+    variances[:, basis.bend] *= np.square(BENDS)[:, None]
+    by_bend = [(columns * v) @ columns.transpose(0, 2, 1) for v in variances]
+    number = np.tile(np.arange(len(BENDS)), len(noise) // len(BENDS))
+    covariance = np.stack(by_bend, axis=1)[:, number] + measured
+    log_evidence = _log_evidence(covariance, data.above_best)
+    log_evidence += prior + np.log([h.prior for h in HYPOTHESES])[:, None]
     weights = np.exp(log_evidence - log_evidence.max())
-    return _Posterior(columns, covariance, weights / weights.sum(), noise, misfit)
+    return _Posterior(
+        columns, covariance, weights / weights.sum(), noise, misfit, variances[number]
+    )
+
+
+def _log_evidence(covariance: Array, losses: Array) -> Array:
+    """Log density of the losses, mean 0, under each of many covariances, up to a constant."""
+    n = len(losses)
+    # A row more: the last row of the factor is then what the losses are solved to.
+    wider = np.empty((*covariance.shape[:-2], n + 1, n + 1))
+    wider[..., :n, :n] = covariance
+    wider[..., n, :n] = wider[..., :n, n] = losses
+    # Enough for the last diagonal element, which is not looked at, to exist.
+    wider[..., n, n] = 1 + 2 * (losses**2).sum() / np.diagonal(covariance, 0, -2, -1).min() * 1e6
+    lower = np.linalg.cholesky(wider)
+    diagonal = np.diagonal(lower, axis1=-2, axis2=-1)[..., :n]
+    density: Array = -0.5 * (lower[..., n, :n] ** 2).sum(-1) - np.log(diagonal).sum(-1)
+    return density
 
 
 class Surface:
@@ -172,6 +202,7 @@ class Surface:
         curvature: (k,) nats per square octave, the expected one.
         noise: nats between seeds, the root of the expected variance.
         law_weights: probability of each of `drift.LAWS`.
+        deepening: octaves per doubling of the width by which the excess loss grows, expected.
         laws: (draws,) the law of each draw, its number among `drift.LAWS`.
         bends: (k,) probability that the loss curves upwards along an axis, before draws of which
             it does not were left out.
@@ -190,22 +221,34 @@ class Surface:
         self.curvature = spread / (frame.span / 4) ** 2
         least = self.curvature * LEAST_CURVATURE
         for _ in range(ITERATIONS):
-            self.basis = Basis(frame, self.centre, self.curvature, spread=spread, height=height)
-            posterior = _weigh(self.basis, data)
-            mean = posterior.mean(above, self.basis.deviations**2)
-            law = LAWS[int(posterior.weights.sum(1).argmax())]
+            self.basis = self._basis_at(spread, height)
+            posterior = _weigh(self.basis, data, scales=NOISE_SCALES[::2])
+            mean = posterior.mean(above)
+            law = HYPOTHESES[int(posterior.weights.sum(1).argmax())]
             shape = self.basis.polynomial(data.seen[-1], law) @ mean
             self.centre = self._lowest(shape, self.support())
             k = self.basis.axes
-            self.curvature = np.maximum(shape[k : 2 * k], least)
-        self.basis = Basis(frame, self.centre, self.curvature, spread=spread, height=height)
+            at_base = self.basis.polynomial(frame.widths[0], law) @ mean
+            self.curvature = np.maximum(at_base[k : 2 * k], least)
+        self.basis = self._basis_at(spread, height)
         posterior = _weigh(self.basis, data)
-        self.law_weights = posterior.weights.sum(1)
+        of_hypothesis = posterior.weights.sum(1)
+        self.law_weights = of_hypothesis.reshape(len(LAWS), -1).sum(1)
+        self.deepening = float(of_hypothesis @ [h.deepening for h in HYPOTHESES])
         self.noise = float(np.sqrt(posterior.weights.sum(0) @ posterior.noise**2))
-        self._coefficients, self.laws = self._draw(posterior)
+        self._coefficients, self._hypothesis = self._draw(posterior)
+        self.laws = self._hypothesis // len(DEEPENINGS)
+
+    def _basis_at(self, spread: float, height: float) -> Basis:
+        """The columns around the centre as it is taken to be now."""
+        low, high = self.data.places.min(0), self.data.places.max(0)
+        reach = np.maximum(high - self.centre, self.centre - low) + self.frame.step
+        return Basis(
+            self.frame, self.centre, self.curvature, spread=spread, height=height, reach=reach
+        )
 
     def _draw(self, posterior: _Posterior) -> tuple[Array, NDArray[np.int64]]:
-        """(draws, columns) coefficients and the law of each; those that are no bowl are left out.
+        """(draws, columns) coefficients and the hypothesis of each; without those that are no bowl.
 
         Every draw comes with its reflections in all axes, so that the set as a whole follows a
         reflection of the data.
@@ -213,38 +256,32 @@ class Surface:
         flat = posterior.weights.ravel()
         quantiles = (np.arange(DRAWS) + 0.5) / DRAWS
         chosen = np.minimum(np.searchsorted(np.cumsum(flat), quantiles), len(flat) - 1)
+        of_law, setting = np.divmod(chosen, len(posterior.noise))
         generator = np.random.default_rng(0)
         normal = generator.standard_normal((DRAWS, len(self.basis.deviations)))
         errors = generator.standard_normal((2, DRAWS, len(self.data.losses)))
         signs = np.array(list(itertools.product((1, -1), repeat=self.basis.axes)))
         reflections = np.where(self.basis.odd, signs[:, :, None], 1).prod(axis=1)
-        drawn, laws = [], []
-        for hypothesis in np.unique(chosen):
-            law, setting = divmod(int(hypothesis), len(posterior.noise))
-            mine = chosen == hypothesis
-            prior = (normal[mine] * self.basis.deviations)[None] * reflections[:, None]
-            drawn.append(
-                self._condition(
-                    posterior,
-                    law,
-                    setting,
-                    prior.reshape(-1, prior.shape[-1]),
-                    np.tile(errors[:, mine], (1, len(signs), 1)),
-                )
-            )
-            laws.append(np.full(len(drawn[-1]), law))
-        coefficients, of_law = np.concatenate(drawn), np.concatenate(laws)
+        prior = (normal * np.sqrt(posterior.variances[setting]))[:, None] * reflections
+        drawn = self._condition(posterior, of_law, setting, prior, errors)
+        coefficients = drawn.reshape(-1, drawn.shape[-1])
+        hypothesis = np.repeat(of_law, len(signs))
         k, start = self.basis.axes, self.basis.shape.start
         self.bends = (coefficients[:, start + k : start + 2 * k] > 0).mean(axis=0)
         bowl = self.basis.is_bowl(coefficients)
         if bowl.mean() < LEAST_BOWLS:
-            return coefficients, of_law
-        return coefficients[bowl], of_law[bowl]
+            return coefficients, hypothesis
+        return coefficients[bowl], hypothesis[bowl]
 
     def _condition(
-        self, posterior: _Posterior, law: int, setting: int, prior: Array, errors: Array
+        self,
+        posterior: _Posterior,
+        of_law: NDArray[np.int64],
+        setting: NDArray[np.int64],
+        prior: Array,
+        errors: Array,
     ) -> Array:
-        """Turn draws of the prior into draws of the posterior: add what the data correct.
+        """Turn (draws, reflections, columns) of the prior into draws of the posterior.
 
         A draw of prior and noise gives losses; its coefficients move by what these miss of the
         measured ones (Matheron's rule).
@@ -253,12 +290,13 @@ class Surface:
         above, shift = self.data.above_best, self.data.same_shift
         # The shift's covariance is singular: all trials of a seed move together.
         root = np.linalg.cholesky(shift + 1e-9 * np.eye(len(above)))
-        error = errors[0] * np.hypot(noise, misfit * above)
-        error += SEED_SHIFT * noise * errors[1] @ root.T
-        columns = posterior.columns[law]
-        missed = above - prior @ columns.T - error
-        solved = np.linalg.solve(posterior.covariance[law, setting], missed.T)
-        corrected: Array = prior + (solved.T @ columns) * self.basis.deviations**2
+        error = errors[0] * np.hypot(noise[:, None], misfit[:, None] * above)
+        error += SEED_SHIFT * noise[:, None] * errors[1] @ root.T
+        columns = posterior.columns[of_law]
+        missed = above - error[:, None] - prior @ columns.transpose(0, 2, 1)
+        solved = np.linalg.solve(posterior.covariance[of_law, setting], missed.transpose(0, 2, 1))
+        moved = solved.transpose(0, 2, 1) @ columns
+        corrected: Array = prior + moved * posterior.variances[setting][:, None]
         return corrected
 
     def support(self, margin: float = 0.5) -> tuple[Array, Array]:
@@ -296,9 +334,11 @@ class Surface:
 
     def polynomials(self, width: int) -> Array:
         """(draws, shape) coefficients of the polynomial at one of the frame's widths."""
-        maps = np.stack([self.basis.polynomial(width, law) for law in LAWS])
-        of_law = np.eye(len(LAWS))[self.laws]
-        shapes: Array = np.einsum("lsc,dc,dl->ds", maps, self._coefficients, of_law, optimize=True)
+        maps = np.stack([self.basis.polynomial(width, h) for h in HYPOTHESES])
+        shapes = np.empty((len(self._coefficients), self.basis.shape_size))
+        for number in np.unique(self._hypothesis):
+            mine = self._hypothesis == number
+            shapes[mine] = self._coefficients[mine] @ maps[number].T
         return shapes
 
     def levels(self, width: int) -> Array:
@@ -312,6 +352,50 @@ class Surface:
         shape = self.polynomials(width) @ self.basis.shapes(place[None])[0]
         return float(lowest + (self.levels(width) + shape).mean())
 
+    def joins(self, width: int, one: Array, other: Array, level: float) -> bool:
+        """Whether a path leads from a place to another on which no expected loss is above a level.
+
+        Args:
+            width: one that was measured.
+            one: (k,) octaves.
+            other: (k,) octaves.
+            level: nats.
+        """
+        low, high = np.minimum(one, other), np.maximum(one, other)
+        margin = self.frame.step
+        axes = [
+            np.linspace(a, b, PATH.get(len(low), 5))
+            for a, b in zip(low - margin, high + margin, strict=True)
+        ]
+        grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
+        lowest = self.data.losses[self.data.widths == width].min()
+        losses = self.polynomials(width).mean(0) @ self.basis.shapes(grid).T
+        losses += lowest + self.levels(width).mean()
+        sizes = [len(axis) for axis in axes]
+        start, end = (
+            np.unravel_index(int(((grid - place) ** 2).sum(1).argmin()), sizes)
+            for place in (one, other)
+        )
+        open_cells = (losses <= level).reshape(sizes)
+        open_cells[start] = open_cells[end] = True
+        reached = np.zeros(sizes, dtype=bool)
+        reached[start] = True
+        for _ in range(open_cells.size):
+            wider = reached.copy()
+            for axis in range(len(sizes)):  # a step along every axis: corners too
+                padded = np.pad(
+                    wider, [(int(a == axis), int(a == axis)) for a in range(len(sizes))]
+                )
+                size = sizes[axis]
+                wider = (
+                    wider | padded.take(range(size), axis) | padded.take(range(2, size + 2), axis)
+                )
+            wider &= open_cells
+            if wider[end] or (wider == reached).all():
+                break
+            reached = wider
+        return bool(wider[end])
+
     def optimum(
         self, width: int, *, margin: float = 0.5, held: Mapping[int, float] | None = None
     ) -> Optimum:
@@ -323,16 +407,90 @@ class Surface:
             held: axis → octaves at which the answer, but not the draws, keeps it.
         """
         low, high = self.support(margin)
-        grid, spacing = self._grid(low, high)
         polynomials = self.polynomials(width)
-        coarse = grid[np.argmin(polynomials @ self.basis.shapes(grid).T, axis=1)]
-        draws = self._polish(polynomials, coarse, spacing, (low.copy(), high.copy()))
+        draws = self._downhill(polynomials, low, high)
         for axis, value in (held or {}).items():
             low[axis] = high[axis] = value
         place = self._lowest(polynomials.mean(axis=0), (low, high))
-        lowest = np.einsum("ds,ds->d", polynomials, self.basis.shapes(draws))
+        lowest = self._values(polynomials, draws)
         there = polynomials @ self.basis.shapes(place[None])[0]
         return Optimum(place, draws, np.maximum(there - lowest, 0.0))
+
+    def _downhill(self, polynomials: Array, low: Array, high: Array) -> Array:
+        """(draws, k) octaves where each draw leads from the centre, downhill in a box.
+
+        Over the cells of a grid, then to the vertex of the parabola through the last one and its
+        neighbours. So a draw's optimum is that of the basin that was found: what the draws make of
+        corners that nobody measured says nothing of it.
+        """
+        count = GRID.get(len(low), 5)
+        values = [np.linspace(a, b, count if b > a else 1) for a, b in zip(low, high, strict=True)]
+        sizes = [len(axis) for axis in values]
+        grid = np.stack([axis.ravel() for axis in np.meshgrid(*values, indexing="ij")], axis=1)
+        out = self.is_walled(grid)
+        if out.all():
+            return np.tile(self.centre, (len(polynomials), 1))
+        spacing = np.maximum((high - low) / (count - 1), 1e-9)
+        away = (((grid - self.centre) / spacing) ** 2).sum(1) + np.where(out, np.inf, 0.0)
+        losses = polynomials @ self.basis.shapes(grid).T
+        losses[:, out] = np.inf
+        # Numbers of cells with a border all around, so that every cell has all its neighbours.
+        bordered = np.pad(np.arange(len(grid)).reshape(sizes), 1, constant_values=len(grid))
+        losses = np.concatenate([losses, np.full((len(losses), 1), np.inf)], axis=1)
+        shifts = np.array(list(itertools.product((0, -1, 1), repeat=len(low))))
+        beside = np.stack(
+            [
+                bordered[tuple(slice(1 + d, 1 + d + n) for d, n in zip(shift, sizes, strict=True))]
+                for shift in shifts
+            ],
+            axis=-1,
+        ).reshape(len(grid), -1)
+        at = np.full(len(polynomials), int(np.argmin(away)))
+        rows = np.arange(len(polynomials))[:, None]
+        for _ in range(sum(sizes)):
+            lower = losses[rows, beside[at]].argmin(axis=1)
+            if not lower.any():
+                break
+            at = beside[at, lower]
+        places = grid[at] + spacing * self._vertex(losses[rows, beside[at]], shifts)
+        places = np.clip(places, low, high)
+        better = self._values(polynomials, places) < losses[rows[:, 0], at]
+        return np.where((better & ~self.is_walled(places))[:, None], places, grid[at])
+
+    def _vertex(self, beside: Array, shifts: NDArray[np.int64]) -> Array:
+        """(draws, k) cells from the lowest cell to the vertex; none beyond a cell.
+
+        Args:
+            beside: (draws, 3^k) losses of a cell and its neighbours; infinite outside.
+            shifts: (3^k, k) where they are.
+        """
+        k = shifts.shape[1]
+        number = {tuple(shift): i for i, shift in enumerate(shifts.tolist())}
+        unit = np.eye(k, dtype=int)
+        here = beside[:, 0]
+        up = np.stack([beside[:, number[tuple(e)]] for e in unit.tolist()], axis=1)
+        down = np.stack([beside[:, number[tuple((-e).tolist())]] for e in unit], axis=1)
+        inside = np.isfinite(up) & np.isfinite(down)
+        up, down = np.where(inside, up, here[:, None]), np.where(inside, down, here[:, None])
+        gradient, bent = (up - down) / 2, np.maximum(up + down - 2 * here[:, None], 1e-300)
+        hessian = np.zeros((len(beside), k, k))
+        hessian[:, np.arange(k), np.arange(k)] = bent
+        for a, b in self.basis.pairs:
+            corners = [
+                beside[:, number[tuple((s * unit[a] + t * unit[b]).tolist())]] for s, t in SIGNS
+            ]
+            known = np.all(np.isfinite(corners), axis=0)
+            one, two, three, four = (np.where(known, corner, 0.0) for corner in corners)
+            most = 0.95 / max(1, k - 1) * np.sqrt(bent[:, a] * bent[:, b])
+            tilt = np.clip((one + four - two - three) / 4, -most, most)
+            hessian[:, a, b] = hessian[:, b, a] = tilt
+        step = -np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        return np.clip(step, -1, 1)
+
+    def _values(self, polynomials: Array, places: Array) -> Array:
+        """(draws,) of each polynomial at its own place."""
+        values: Array = np.einsum("ds,ds->d", polynomials, self.basis.shapes(places))
+        return values
 
     def _grid(self, low: Array, high: Array) -> tuple[Array, Array]:
         """(points, k) of a grid over a box, less what lies beyond a wall; and its spacing (k,)."""
@@ -354,21 +512,6 @@ class Surface:
             place: Array = grid[np.argmin(self.basis.shapes(grid) @ shape)]
             low, high = np.maximum(place - spacing, low), np.minimum(place + spacing, high)
         return place
-
-    def _polish(
-        self, polynomials: Array, start: Array, spacing: Array, box: tuple[Array, Array]
-    ) -> Array:
-        """(draws, k) the minima near the grid's: a few Newton steps, none beyond the next cell."""
-        low, high = np.maximum(start - spacing, box[0]), np.minimum(start + spacing, box[1])
-        places = start
-        for _ in range(NEWTON_STEPS):
-            gradient, hessian = self.basis.slopes(places, polynomials, self.curvature)
-            step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
-            places = np.clip(places - step, low, high)
-        before, after = (
-            np.einsum("ds,ds->d", polynomials, self.basis.shapes(p)) for p in (start, places)
-        )
-        return np.where((after < before)[:, None], places, start)
 
 
 def walled(places: Array, walls: Array, origin: Array) -> NDArray[np.bool_]:

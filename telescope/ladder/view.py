@@ -32,8 +32,10 @@ RULED_OUT = 0.03
 """Probability below which a drift that never settles is ruled out."""
 LEAST_BENDS = 0.99
 """Probability that the loss curves upwards along an axis without which it is unidentified."""
-MOST_FOR_KEEPING = 3.0
+MOST_FOR_KEEPING = 1.0
 """Tolerances that keeping an unidentified axis may cost by the fit; above, the fit is believed."""
+SURE = 0.9
+"""Probability with which an answer that passes costs no more than the tolerance."""
 AT_BORDER = 0.25
 """An optimum within so many steps of the outermost value measured counts as lying at the border."""
 
@@ -123,6 +125,10 @@ class View:
         """Expected excess loss of the answer at a width, as a share of the loss."""
         return float(self.optimum(width).excess.mean()) / self.loss
 
+    def bound(self, width: int) -> float:
+        """What the answer at a width costs at most with 90 %, as a share of the loss."""
+        return float(np.percentile(self.optimum(width).excess, 100 * SURE)) / self.loss
+
     @property
     def noise(self) -> float:
         """Standard deviation between seeds, as a share of the loss."""
@@ -193,7 +199,10 @@ class View:
         if not given:
             return []
         chosen = pick(
-            self.surface, [self._as_candidates(*item) for item in given.items()], self._aim, count
+            self.surface,
+            [self._as_candidates(*item) for item in given.items()],
+            self._wanted,
+            count,
         )
         return [PickedPoint(p.width, given[p.width][p.index], p.gain / self.loss) for p in chosen]
 
@@ -208,8 +217,13 @@ class View:
         )
 
     @cached_property
-    def _aim(self) -> Array:
-        return self.surface.optimum(self.target, margin=DRAWN_AHEAD).draws
+    def _wanted(self) -> Array:
+        """(draws, k) from the target's optimum to each draw's, as long as the root of its cost."""
+        optimum = self.surface.optimum(self.target, margin=DRAWN_AHEAD)
+        way = (optimum.draws - optimum.place) * np.sqrt(self.surface.curvature)
+        length = np.sqrt((way**2).sum(axis=1))
+        wanted: Array = way * (np.sqrt(optimum.excess) / np.maximum(length, 1e-12))[:, None]
+        return wanted
 
     def candidates(self, width: int, grid: Grid) -> list[Point]:
         """The cells of a grid that do not lie beyond a wall."""

@@ -1,7 +1,9 @@
 """Where an adaptive stage may look: cells of a lattice, in a window that can grow.
 
-The lattice is the spec's: `points` values from `low` to `high`, and so the same cells at every
-width, or half a step between them at wider ones. Cells are counted in half steps from `low`.
+The lattice is the spec's: `points` values from `low` to `high`. Between them an adaptive ladder may
+ask at half a step, or at a quarter where a step is long: at base width near the optimum, at wider
+ones anywhere in the window. All these *marks* are fixed by the spec and counted from `low`, so that
+the same spec and results ask for the same values, to the last digit, wherever they are replayed.
 """
 
 from __future__ import annotations
@@ -17,24 +19,35 @@ from telescope.ladder.grid import round_value
 from telescope.records import Axis, LadderSpec, Point
 
 WINDOW = {1: range(-4, 5), 2: range(-4, 5), 3: range(-4, 5, 2), 4: range(-4, 5, 2)}
-"""Swept axes → a wider stage's window around its predicted optimum, in half steps."""
+"""Swept axes → a wider stage's window around its predicted optimum, in marks."""
 WINDOW_OF_MANY = range(-3, 4, 3)
 EXTENSION_CELLS = 2
 """Cells, of the stage's own spacing, that a window grows by at a border."""
+LONG_STEP = 1.5
+"""Octaves from which on a lattice's step has three marks inside, not one."""
 MAX_CELLS = 800
 """Above this, only the cells nearest to the optimum are weighed."""
 
 Grid = Mapping[str, tuple[float, ...]]
 
 
-def value_at(axis: Axis, half_steps: int) -> float:
-    """The axis's value so many half steps above `low`; whole steps are the spec's own values.
+def marks_per_step(axis: Axis) -> int:
+    """Into how many parts a step of the lattice is divided.
 
-    >>> [value_at(Axis("lr", 0.01, 1.0, 3), i) for i in (0, 1, 2, 4)]
-    [0.01, 0.0316228, 0.1, 1.0]
+    >>> [marks_per_step(Axis("weight_decay", 0.01, 1.0, points)) for points in (3, 5, 7)]
+    [4, 4, 2]
+    """
+    return 4 if octaves(axis)[0] > LONG_STEP else 2
+
+
+def value_at(axis: Axis, marks: int) -> float:
+    """The axis's value so many marks above `low`; those of whole steps are the spec's own values.
+
+    >>> [value_at(Axis("lr", 0.01, 1.0, 7), i) for i in (0, 1, 2, 12)]
+    [0.01, 0.014678, 0.0215443, 1.0]
     """
     step = math.log(axis.high / axis.low) / (axis.points - 1)
-    return round_value(axis.low * math.exp(step * half_steps / 2))
+    return round_value(axis.low * math.exp(step * marks / marks_per_step(axis)))
 
 
 def octaves(axis: Axis) -> tuple[float, float]:
@@ -44,13 +57,13 @@ def octaves(axis: Axis) -> tuple[float, float]:
 
 
 def nearest(axis: Axis, place: float) -> int:
-    """The half step nearest to a place in octaves."""
-    return round(2 * (place - math.log2(axis.low)) / octaves(axis)[0])
+    """The mark nearest to a place in octaves."""
+    return round(marks_per_step(axis) * (place - math.log2(axis.low)) / octaves(axis)[0])
 
 
 def middle(axis: Axis) -> float:
     """The value in the middle of the lattice, the lower one of two: the prior value of an axis."""
-    return value_at(axis, 2 * ((axis.points - 1) // 2))
+    return value_at(axis, marks_per_step(axis) * ((axis.points - 1) // 2))
 
 
 def base_grid(spec: LadderSpec) -> dict[str, tuple[float, ...]]:
@@ -58,7 +71,7 @@ def base_grid(spec: LadderSpec) -> dict[str, tuple[float, ...]]:
     return {
         axis.name: (axis.low,)
         if axis.is_fixed
-        else tuple(value_at(axis, 2 * i) for i in range(axis.points))
+        else tuple(value_at(axis, marks_per_step(axis) * i) for i in range(axis.points))
         for axis in spec.axes
     }
 
@@ -83,14 +96,24 @@ def grid_around(spec: LadderSpec, place: Array, within: Grid) -> dict[str, tuple
     return grid
 
 
-def extended(grid: Grid, axis: Axis, *, upward: bool) -> dict[str, tuple[float, ...]]:
-    """The same grid with `EXTENSION_CELLS` more values on one side of an axis."""
+def refined(spec: LadderSpec, grid: Grid, place: Array) -> dict[str, tuple[float, ...]]:
+    """A grid with the marks within a step of a place (octaves per swept axis), inside its range."""
+    finer = dict(grid)
+    for axis, at in zip(spec.swept, place, strict=True):
+        low, high = grid[axis.name][0], grid[axis.name][-1]
+        per_step, here = marks_per_step(axis), nearest(axis, float(at))
+        marks = (value_at(axis, here + by) for by in range(-per_step, per_step + 1))
+        inside = {value for value in marks if low <= value <= high}
+        finer[axis.name] = tuple(sorted({*grid[axis.name], *inside}))
+    return finer
+
+
+def extended(grid: Grid, axis: Axis, spacing: int, *, upward: bool) -> dict[str, tuple[float, ...]]:
+    """The same grid with `EXTENSION_CELLS` more values, `spacing` marks apart, on one side."""
     values = grid[axis.name]
-    places = [nearest(axis, math.log2(value)) for value in values]
-    spacing = places[1] - places[0] if len(places) > 1 else 2
-    start = places[-1] if upward else places[0]
-    sign = 1 if upward else -1
-    new = [value_at(axis, start + sign * spacing * (i + 1)) for i in range(EXTENSION_CELLS)]
+    start = nearest(axis, math.log2(values[-1 if upward else 0]))
+    by = spacing if upward else -spacing
+    new = [value_at(axis, start + by * (i + 1)) for i in range(EXTENSION_CELLS)]
     allowed = [value for value in new if value <= axis.most]
     return {**grid, axis.name: tuple(sorted((*values, *allowed)))}
 
@@ -109,7 +132,9 @@ def star(spec: LadderSpec) -> list[Point]:
         offset = max(1, round(most / 3))
         for index in (max(0, at - offset), min(most, at + offset)):
             if index != at:
-                points.append(Point.of({**centre, axis.name: value_at(axis, 2 * index)}))
+                points.append(
+                    Point.of({**centre, axis.name: value_at(axis, marks_per_step(axis) * index)})
+                )
     return points
 
 

@@ -220,12 +220,13 @@ def _planned(planned: Mapping[str, float] | None) -> str:
 
 def print_certificate(console: Console, certificate: Certificate) -> None:
     """Print the verdict on an answer, the intervals, and what speaks for and against it."""
-    excess = certificate.predicted_excess_loss
+    excess, bound = certificate.predicted_excess_loss, certificate.excess_bound
     console.print(
         f"verdict  {certificate.verdict}: predicted excess loss at width {certificate.width} "
-        f"{excess:.2%}",
+        f"{excess:.2%}, at most {bound:.2%} with 90 %",
         style={"PASS": "green", "WARN": "yellow", "FAIL": "red"}[certificate.verdict],
     )
+    _print_item(console, "advice", certificate.advice)
     for problem in certificate.problems:
         _print_item(console, "missing" if certificate.verdict != "FAIL" else "against", problem)
     for axis, interval in certificate.intervals.items():
