@@ -2,8 +2,8 @@
 
 A table holds losses over two axes. Its surface is a thin-plate spline (smoothing 0.3) through
 T = log(1 + excess / 5 %) in log2 of the axes; cells that broke down (50 % above the best) are left
-out of it and answer for what is nearest to them; outside, the edge's value plus a bowl. So the shape
-is real, and the optimum is known. Noise is added anew for every trial.
+out of it and answer for what is nearest to them; outside, the edge's value plus a bowl. So the
+shape is real, and the optimum is known. Noise is added anew for every trial.
 
 The public tables (`steplaw_*.csv`) lie outside of the project, in `shared/recorded` beside it or
 above it; `public_tables` is empty where they are not.
@@ -132,7 +132,7 @@ def folder_of_tables() -> Path | None:
 
 @functools.cache
 def public_tables(name: str) -> list[tuple[str, pd.DataFrame]]:
-    """(cell, rows of lr, second and loss) of `dense` or `moe`; empty where the file is not there."""
+    """(cell, rows of lr, second and loss) of `dense` or `moe`; empty without the file."""
     folder = folder_of_tables()
     file = {"dense": "steplaw_dense_part.csv", "moe": "steplaw_moe.csv"}[name]
     if folder is None or not (folder / file).exists():

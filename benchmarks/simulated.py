@@ -58,7 +58,7 @@ class Surface:
     cliff: float = 3.0
     """Octaves above the optimal lr beyond which a trial diverges."""
     plateau: Mapping[str, float] = field(default_factory=dict)
-    """Axis → what the lowest values cost at most, a share of the loss; the axis is no LINEX bowl."""
+    """Axis → what its lowest values cost at most, a share of the loss; it is no LINEX bowl then."""
     wall: float = 1.2
     """Steepness per octave above the optimum of an axis with a plateau."""
     deepening: float = 1.0

@@ -125,8 +125,9 @@ def test_picks_are_those_of_a_plain_search() -> None:
     surface = Surface(FRAME, data(GRID[::2], bowl(GRID[::2], noise=0.004)))
     places = np.array(list(itertools.product((-6.0, -4.5, -3.0), (-4.0, -1.0))))
     aim = surface.optimum(128).draws
+    wanted = (aim - aim.mean(0)) * np.sqrt(surface.curvature)
     repeats = np.array([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])
-    picks = pick(surface, [Candidates(64, places, repeats, cost=1.0)], aim, 2)
+    picks = pick(surface, [Candidates(64, places, repeats, cost=1.0)], wanted, 2)
     shapes = surface.polynomials(64) @ surface.basis.shapes(places).T
     mean = shapes.mean(0)
     error = surface.noise**2 * (1 + SEED_SHIFT**2 * repeats)

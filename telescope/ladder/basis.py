@@ -20,6 +20,10 @@ SKEW = 0.5
 public sweeps of the learning rate show."""
 SKEW_REACH = 2.5
 """Octaves after which the skew grows no faster than linearly, so that it cannot run away."""
+FAR = 3.0
+"""Multiples of a middling loss's excess at which the share of the model's error has doubled."""
+MOST_MISFIT = 0.6
+"""The model's error as a share of the loss above the best, at most."""
 BEND_LENGTH = 1.75
 """Octaves over which the bend of the bowl changes: the length of its squared-exponential kernel."""
 FINEST = 2.6
@@ -69,7 +73,7 @@ class Basis:
             height: nats between the worst loss and the best, the scale of the levels.
             reach: (k,) octaves from the centre within which the shape is asked for.
         """
-        self.frame, self.centre = frame, centre
+        self.frame, self.centre, self._spread = frame, centre, spread
         k, others = len(centre), len(frame.widths) - 1
         self.axes = k
         self._bowl = np.broadcast_to(curvature, (k,))
@@ -99,6 +103,17 @@ class Basis:
         self.drift = slice(starts[6], starts[7])
         self.own_gradient = starts[7]
         self.odd = self._odd()
+
+    def misfit(self, above: Array, share: Array) -> Array:
+        """Standard deviation of the model's error at losses so far above the best, nats.
+
+        Args:
+            above: nats.
+            share: of the loss above the best, near it; more further up, where a loss says less and
+                less of where the optimum is.
+        """
+        error: Array = np.minimum(share * (1 + above / (FAR * self._spread)), MOST_MISFIT) * above
+        return error
 
     @cached_property
     def _waves(self) -> NDArray[np.int64]:

@@ -53,6 +53,8 @@ ROUNDING = 1e-4
 AT_WALL = 0.1
 """Lattice steps from the last place that is allowed before a divergence."""
 ZOOMS = 3
+STRIDES = (0, -1, 1, -2, 2)
+"""Cells that a step downhill takes along an axis: what lies behind a ripple is still seen."""
 SIGNS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 PATH = {1: 101, 2: 41, 3: 15, 4: 9}
 """Swept axes → points per axis of the grid on which two places are joined."""
@@ -159,7 +161,7 @@ def _weigh(basis: Basis, data: Data, *, scales: Array = NOISE_SCALES) -> _Poster
         for grid in np.meshgrid(basis.frame.expected_noise * scales, MISFIT, BENDS, indexing="ij")
     )
     prior = -0.5 * (np.log(noise / basis.frame.expected_noise) / NOISE_PRIOR) ** 2
-    variance = noise[:, None] ** 2 + (misfit[:, None] * data.above_best) ** 2
+    variance = noise[:, None] ** 2 + basis.misfit(data.above_best, misfit[:, None]) ** 2
     measured = (SEED_SHIFT * noise[:, None, None]) ** 2 * data.same_shift + variance[
         :, None, :
     ] * np.eye(len(data.losses))
@@ -290,7 +292,7 @@ class Surface:
         above, shift = self.data.above_best, self.data.same_shift
         # The shift's covariance is singular: all trials of a seed move together.
         root = np.linalg.cholesky(shift + 1e-9 * np.eye(len(above)))
-        error = errors[0] * np.hypot(noise[:, None], misfit[:, None] * above)
+        error = errors[0] * np.hypot(noise[:, None], self.basis.misfit(above, misfit[:, None]))
         error += SEED_SHIFT * noise[:, None] * errors[1] @ root.T
         columns = posterior.columns[of_law]
         missed = above - error[:, None] - prior @ columns.transpose(0, 2, 1)
@@ -435,12 +437,12 @@ class Surface:
         losses = polynomials @ self.basis.shapes(grid).T
         losses[:, out] = np.inf
         # Numbers of cells with a border all around, so that every cell has all its neighbours.
-        bordered = np.pad(np.arange(len(grid)).reshape(sizes), 1, constant_values=len(grid))
+        bordered = np.pad(np.arange(len(grid)).reshape(sizes), 2, constant_values=len(grid))
         losses = np.concatenate([losses, np.full((len(losses), 1), np.inf)], axis=1)
-        shifts = np.array(list(itertools.product((0, -1, 1), repeat=len(low))))
+        shifts = np.array(list(itertools.product(STRIDES, repeat=len(low))))
         beside = np.stack(
             [
-                bordered[tuple(slice(1 + d, 1 + d + n) for d, n in zip(shift, sizes, strict=True))]
+                bordered[tuple(slice(2 + d, 2 + d + n) for d, n in zip(shift, sizes, strict=True))]
                 for shift in shifts
             ],
             axis=-1,
