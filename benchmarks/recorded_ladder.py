@@ -1,29 +1,46 @@
-"""A dense grid of real training at four widths with several seeds, for replaying ladders on.
+"""Dense grids of real training at four widths with several seeds, for replaying ladders on.
 
-    python benchmarks/recorded_ladder.py        about an hour on 2 cores, resumable
+    python benchmarks/recorded_ladder.py width-rules    about an hour on 2 cores, resumable
+    python benchmarks/recorded_ladder.py quickstart     about two hours on 2 cores, resumable
 
-Adds to the `mup` rows of `results/reference/width-rules/trials.csv` what a replay needs beyond
-them: more seeds at widths 32, 64 and 128, and every weight decay and learning rate at 256. Same
-spec, same training; the new rows go to `results/reference/ladder/trials.csv`.
+`width-rules` adds to the `mup` rows of `results/reference/width-rules/trials.csv` what a replay
+needs beyond them: more seeds at widths 32, 64 and 128, and every weight decay and learning rate at
+256. Same spec, same training; the new rows go to `results/reference/ladder/trials.csv`.
+
+`quickstart` trains the bundled quickstart's model as the quickstart does, at 9 learning rates over
+its range × 9 weight decays from 0.005 to 2, and writes to
+`results/reference/quickstart-ladder/trials.csv`. What matters most comes first: a part is of use.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
 
-from width_rules import FOLDER, Grid, Table, check_comparable, load_spec
+from width_rules import COLUMNS, EVALS, FOLDER, Grid, Table, check_comparable, load_spec
 
 from telescope.dispatch.ray_tune import run_ray
-from telescope.ladder.grid import grid_trials
+from telescope.ladder.grid import grid_trials, values_at
 from telescope.prepare import prepare
-from telescope.records import Trial
+from telescope.records import Axis, Result, Trial
 from telescope.spec import Spec
 from telescope.train.loop import TelescopeTrainer
 
 LADDER_FOLDER = FOLDER.parent / "ladder"
 SEEDS = {32: (0, 1, 2, 3), 64: (0, 1, 2, 3), 128: (0, 1, 2, 3), 256: (0, 1)}
 """Width → seeds of every cell."""
+
+QUICKSTART_FOLDER = FOLDER.parent / "quickstart-ladder"
+QUICKSTART_SEEDS = {32: (0, 1, 2), 64: (0, 1, 2), 128: (0, 1, 2), 256: (0, 1)}
+QUICKSTART_POINTS = 9
+QUICKSTART_DECAYS = (0.005, 2.0)
+CONTENDER = 0.03
+"""A cell whose loss with seed 0 is at most this share above the best of its width is a contender:
+near enough to the optimum for a ladder to ask for it, with more seeds too."""
 
 
 class DenseGrid(Grid):
@@ -46,17 +63,133 @@ class DenseGrid(Grid):
         ]
 
 
-def main() -> None:
-    """Train what the tables miss."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workers", type=int, default=2)
-    workers = parser.parse_args().workers
+class Quickstart:
+    """The dense grid of the quickstart, in the order in which a partial recording is worth most."""
+
+    def __init__(self, spec: Spec, folder: Path) -> None:
+        """Take what the table has."""
+        # Every column but those of the losses along a trial, which are not measured here.
+        self.table = Table(folder / "trials.csv", spec.base_width, COLUMNS[:-EVALS])
+        self.arm = spec.optimizer.name, spec.optimizer.rule
+        self.known: dict[Trial, Result] = dict(self.table.results(*self.arm, hidden_alone=False))
+        lr, decay = spec.ladder_spec.axes
+        low, high = QUICKSTART_DECAYS
+        self.values = {
+            axis.name: _values(replace(axis, points=QUICKSTART_POINTS))
+            for axis in (lr, replace(decay, low=low, high=high))
+        }
+
+    def tell(self, result: Result) -> None:
+        """Write the row."""
+        self.known[result.trial] = result
+        self.table.add(*self.arm, result)
+        loss = "diverged" if result.loss is None else f"{result.loss:.4f}"
+        print(f"{len(self.known)}: {result.trial} {loss} in {result.seconds:.1f} s", flush=True)
+
+    def ask(self) -> list[Trial]:
+        """The trials of the first tier that has one without a result; [] when all have."""
+        for tier in self._tiers():
+            if missing := [trial for trial in tier if trial not in self.known]:
+                return missing
+        return []
+
+    def _tiers(self) -> Iterator[list[Trial]]:
+        """The grid's middle with seed 0, contenders at the widest and with more seeds, the rest.
+
+        A contender of a width is one at the next too. Each tier needs the results of those before.
+        """
+        *narrow, before, widest = QUICKSTART_SEEDS
+        middle = [*self._trials([*narrow, before], seed=0)]
+        yield [trial for trial in middle if self._distance(trial) <= 2 or self._on_cross(trial)]
+        for seed in (0, 1, 2):
+            yield [t for width in narrow for t in self._near(width, [width], seed=seed)]
+            yield self._near(narrow[-1], [before], seed=seed)
+            if seed in QUICKSTART_SEEDS[widest]:
+                yield self._near(before, [widest], seed=seed)
+        for width, seeds in QUICKSTART_SEEDS.items():
+            for seed in seeds:
+                yield self._trials([width], seed=seed)
+
+    def _contenders(self, width: int) -> set[tuple[float, float]]:
+        """The points near the best one at a width, by seed 0."""
+        losses = {
+            (trial.lr, trial.weight_decay): loss
+            for trial, result in self.known.items()
+            if trial.width == width and trial.seed == 0 and (loss := result.loss) is not None
+        }
+        best = min(losses.values())
+        return {point for point, loss in losses.items() if loss <= best * (1 + CONTENDER)}
+
+    def _near(self, width: int, widths: Sequence[int], *, seed: int) -> list[Trial]:
+        """The trials of some widths at the contenders of one."""
+        points = self._contenders(width)
+        trials = self._trials(widths, seed=seed)
+        return [trial for trial in trials if (trial.lr, trial.weight_decay) in points]
+
+    def _trials(self, widths: Sequence[int], *, seed: int) -> list[Trial]:
+        """All cells of some widths, from the grid's middle outwards, widths in turn."""
+        trials = [trial for width in widths for trial in grid_trials(width, self.values, (seed,))]
+        return sorted(trials, key=lambda t: (self._distance(t), t.lr, t.weight_decay, t.width))
+
+    def _places(self, trial: Trial) -> list[int]:
+        """Steps of the grid from its middle, per axis."""
+        return [
+            abs(self.values[name].index(value) - QUICKSTART_POINTS // 2)
+            for name, value in trial.point.items()
+        ]
+
+    def _distance(self, trial: Trial) -> int:
+        return max(self._places(trial))
+
+    def _on_cross(self, trial: Trial) -> bool:
+        return min(self._places(trial)) == 0
+
+
+def _values(axis: Axis) -> tuple[float, ...]:
+    """The values of an axis as a ladder's first width has them."""
+    return values_at(axis, width=1, base_width=1, swept=2, centre=axis.low)
+
+
+def record_quickstart(workers: int) -> None:
+    """Train what the quickstart's table misses, in plain processes of one thread each."""
+    QUICKSTART_FOLDER.mkdir(parents=True, exist_ok=True)
+    spec = Spec.load("quickstart")
+    prepared = prepare(spec)
+    fields = spec.strict_fields(prepared.trial_config.corpus_digest)
+    check_comparable("quickstart", fields, QUICKSTART_FOLDER)
+    source = Quickstart(spec, QUICKSTART_FOLDER)
+    while trials := source.ask():
+        for result in train_all(TelescopeTrainer(prepared.trial_config), trials, workers):
+            source.tell(result)
+
+
+def train_all(trainer: TelescopeTrainer, trials: Sequence[Trial], workers: int) -> Iterator[Result]:
+    """Train trials in plain processes, about in their order; results as they come."""
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(trainer, trial) for trial in trials]):
+            yield future.result()
+
+
+def record_width_rules(workers: int) -> None:
+    """Train what the tables of the evidence on width rules miss."""
     LADDER_FOLDER.mkdir(parents=True, exist_ok=True)
     spec = load_spec("muon", "mup")
     prepared = prepare(spec)
     fields = spec.strict_fields(prepared.trial_config.corpus_digest)
     check_comparable("muon mup", fields)
     run_ray(DenseGrid(spec), TelescopeTrainer(prepared.trial_config), workers=workers)
+
+
+RECORDINGS = {"width-rules": record_width_rules, "quickstart": record_quickstart}
+
+
+def main() -> None:
+    """Train what a recording misses."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recording", choices=RECORDINGS)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    RECORDINGS[args.recording](args.workers)
 
 
 if __name__ == "__main__":

@@ -154,10 +154,11 @@ def with_adamw_at(point: Point, lr: float) -> Point:
 class Table:
     """The rows so far, appended to as results come."""
 
-    def __init__(self, path: Path, base_width: int) -> None:
-        """Read what is there."""
+    def __init__(self, path: Path, base_width: int, columns: Sequence[str] = COLUMNS) -> None:
+        """Read what is there; a new file gets `columns`, any of `COLUMNS`."""
         self.path = path
         self.base_width = base_width
+        self.columns = columns
         self.rows: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline="") as file:
@@ -196,7 +197,9 @@ class Table:
         } | {f"held_out_{i + 1}": f"{loss:.6f}" for i, loss in enumerate(held_out)}
         is_new = not self.path.exists()
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+            writer = csv.DictWriter(
+                file, self.columns, restval="", extrasaction="ignore", lineterminator="\n"
+            )
             if is_new:
                 writer.writeheader()
             writer.writerow(row)
@@ -214,9 +217,9 @@ def run(file: str, arms: Sequence[tuple[str, str]], workers: int, *, hidden_alon
         run_ray(grid, TelescopeTrainer(prepared.trial_config), workers=workers)
 
 
-def check_comparable(arm: str, fields: Mapping[str, Any]) -> None:
+def check_comparable(arm: str, fields: Mapping[str, Any], folder: Path = FOLDER) -> None:
     """Keep what makes losses comparable beside the table, and refuse to mix."""
-    path = FOLDER / "comparable.json"
+    path = folder / "comparable.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     fields = as_json(fields)
     if known.setdefault(arm, fields) != fields:
