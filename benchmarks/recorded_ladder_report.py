@@ -169,11 +169,9 @@ class Fit:
 def load() -> dict[int, Surface]:
     """The surfaces of the widths with enough cells."""
     rows = pd.read_csv(QUICKSTART_FOLDER / "trials.csv")
-    return {
-        int(width): surface
-        for width, mine in rows.groupby("width")
-        if len((surface := Surface.of(int(width), mine)).losses) >= FEWEST_CELLS
-    }
+    widths: list[int] = sorted(set(rows.width.tolist()))
+    surfaces = {width: Surface.of(width, rows[rows.width == width]) for width in widths}
+    return {width: s for width, s in surfaces.items() if len(s.losses) >= FEWEST_CELLS}
 
 
 def percent(value: float, error: float) -> str:
@@ -183,7 +181,7 @@ def percent(value: float, error: float) -> str:
     return f"{100 * value:.2f}" + ("" if math.isnan(error) else f" ± {100 * error:.2f}")
 
 
-def octaves(value: float, draws: Sequence[float]) -> str:
+def octaves(value: float, draws: Sequence[float] | NDArray[np.float64]) -> str:
     """A place on an axis and the error of its log2."""
     spread = np.std(draws)
     return f"{2**value:.3g}" + (f" ± {spread:.2f} oct." if np.isfinite(spread) else "")
@@ -221,7 +219,7 @@ def tables(surfaces: Mapping[int, Surface]) -> Iterator[str]:
         yield "|---" * (1 + len(FACTORS[name])) + "|"
         for width, s in surfaces.items():
             costs = [
-                percent(s.fit.cost(axis, f), np.nanstd([d.cost(axis, f) for d in s.redrawn]))
+                percent(s.fit.cost(axis, f), float(np.nanstd([d.cost(axis, f) for d in s.redrawn])))
                 for f in FACTORS[name]
             ]
             yield f"| {width} | " + " | ".join(costs) + " |"
