@@ -7,8 +7,8 @@
 needs beyond them: more seeds at widths 32, 64 and 128, and every weight decay and learning rate at
 256. Same spec, same training; the new rows go to `results/reference/ladder/trials.csv`.
 
-`quickstart` trains the bundled quickstart's model as the quickstart does, at 9 learning rates over
-its range × 9 weight decays from 0.005 to 2, and writes to
+`quickstart` trains the bundled quickstart's model as the quickstart does, at 9 learning rates from
+0.008 to 0.25 × 9 weight decays from 0.005 to 2, and writes to
 `results/reference/quickstart-ladder/trials.csv`. What matters most comes first: a part is of use.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,8 +35,9 @@ SEEDS = {32: (0, 1, 2, 3), 64: (0, 1, 2, 3), 128: (0, 1, 2, 3), 256: (0, 1)}
 
 QUICKSTART_FOLDER = FOLDER.parent / "quickstart-ladder"
 QUICKSTART_SEEDS = {32: (0, 1, 2), 64: (0, 1, 2), 128: (0, 1, 2), 256: (0, 1)}
-QUICKSTART_POINTS = 9
-QUICKSTART_DECAYS = (0.005, 2.0)
+QUICKSTART_AXES = (Axis("lr", 0.008, 0.25, 9), Axis("weight_decay", 0.005, 2.0, 9))
+"""Weight decay from where it does nothing to where nothing else counts; of the seven octaves of lr
+that the quickstart sweeps the middle five."""
 CONTENDER = 0.03
 """A cell whose loss with seed 0 is at most this share above the best of its width is a contender:
 near enough to the optimum for a ladder to ask for it, with more seeds too."""
@@ -72,11 +72,9 @@ class Quickstart:
         self.table = Table(folder / "trials.csv", spec.base_width, COLUMNS[:-EVALS])
         self.arm = spec.optimizer.name, spec.optimizer.rule
         self.known: dict[Trial, Result] = dict(self.table.results(*self.arm, hidden_alone=False))
-        lr, decay = spec.ladder_spec.axes
-        low, high = QUICKSTART_DECAYS
         self.values = {
-            axis.name: _values(replace(axis, points=QUICKSTART_POINTS))
-            for axis in (lr, replace(decay, low=low, high=high))
+            axis.name: values_at(axis, width=1, base_width=1, swept=2, centre=axis.low)
+            for axis in QUICKSTART_AXES
         }
 
     def tell(self, result: Result) -> None:
@@ -134,8 +132,8 @@ class Quickstart:
     def _places(self, trial: Trial) -> list[int]:
         """Steps of the grid from its middle, per axis."""
         return [
-            abs(self.values[name].index(value) - QUICKSTART_POINTS // 2)
-            for name, value in trial.point.items()
+            abs(values.index(trial.point[name]) - len(values) // 2)
+            for name, values in self.values.items()
         ]
 
     def _distance(self, trial: Trial) -> int:
@@ -143,11 +141,6 @@ class Quickstart:
 
     def _on_cross(self, trial: Trial) -> bool:
         return min(self._places(trial)) == 0
-
-
-def _values(axis: Axis) -> tuple[float, ...]:
-    """The values of an axis as a ladder's first width has them."""
-    return values_at(axis, width=1, base_width=1, swept=2, centre=axis.low)
 
 
 def record_quickstart(workers: int) -> None:

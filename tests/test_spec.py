@@ -41,7 +41,7 @@ WRONG = [
     ("train.steps=1.5", "train.steps: got 1.5", "an integer"),
     ("train.steps=0", "train.steps: got 0", "an integer >= 1"),
     ("train.warmup=nan", "train.warmup: got nan", "a share in [0, 1]"),
-    ("train.evals=101", "train.evals: got 101", "at most steps (70)"),
+    ("train.evals=251", "train.evals: got 251", "at most steps (250)"),
     ("train=3", "train: got 3", "a table [train]"),
     ("axes.lr.low=0.5", "axes.lr.low: got 0.5", "less than high (0.5)"),
     ("axes.lr.low=0.0", "axes.lr.low: got 0.0", "log-spaced"),
