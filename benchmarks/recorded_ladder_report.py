@@ -108,7 +108,9 @@ class Surface:
 
     @cached_property
     def redrawn(self) -> list[Fit]:
-        """Surfaces after adding the noise of each cell."""
+        """Surfaces after adding the noise of each cell; none where one seed does not tell it."""
+        if math.isnan(self.noise):
+            return []
         generator = np.random.default_rng(self.width)
         draws = generator.normal(size=(REDRAWS, len(self.losses))) * self.errors
         return [self.spline(self.losses * (1 + draw)) for draw in draws]
@@ -181,10 +183,16 @@ def percent(value: float, error: float) -> str:
     return f"{100 * value:.2f}" + ("" if math.isnan(error) else f" ± {100 * error:.2f}")
 
 
-def octaves(value: float, draws: Sequence[float] | NDArray[np.float64]) -> str:
+def spread(draws: Sequence[float]) -> float:
+    """Standard deviation of what is known of the draws; NaN of fewer than two."""
+    known = [draw for draw in draws if math.isfinite(draw)]
+    return float(np.std(known)) if len(known) > 1 else math.nan
+
+
+def octaves(value: float, draws: Sequence[float]) -> str:
     """A place on an axis and the error of its log2."""
-    spread = np.std(draws)
-    return f"{2**value:.3g}" + (f" ± {spread:.2f} oct." if np.isfinite(spread) else "")
+    error = spread(draws)
+    return f"{2**value:.3g}" + ("" if math.isnan(error) else f" ± {error:.2f} oct.")
 
 
 def tables(surfaces: Mapping[int, Surface]) -> Iterator[str]:
@@ -193,23 +201,23 @@ def tables(surfaces: Mapping[int, Surface]) -> Iterator[str]:
     yield "| width | cells | trials | diverged | best loss | seeds differ by | noise of cells |"
     yield "|---|---|---|---|---|---|---|"
     for width, s in surfaces.items():
-        spread, noise = percent(s.seed_spread, math.nan), percent(s.noise, math.nan)
+        seeds, noise = percent(s.seed_spread, math.nan), percent(s.noise, math.nan)
         yield (
             f"| {width} | {len(s.losses)} | {s.trials} | {s.diverged} | {s.losses.min():.4f} "
-            f"| {spread} % | {noise} % |".replace("outside %", "one seed")
+            f"| {seeds} % | {noise} % |".replace("outside %", "one seed")
         )
     yield ""
     yield "| width | lr | weight decay | lr · wd · steps | d log wd / d log lr |"
     yield "|---|---|---|---|---|"
     for width, s in surfaces.items():
         lr, decay = s.fit.optimum
-        places = np.array([f.optimum for f in s.redrawn])
-        slopes = np.array([f.coupling() for f in s.redrawn])
-        product = [float(np.sum(place)) for place in places]
+        places = [f.optimum for f in s.redrawn]
+        product = octaves(lr + decay + math.log2(steps), [float(place.sum()) for place in places])
+        slope, error = s.fit.coupling(), spread([f.coupling() for f in s.redrawn])
+        coupling = f"{slope:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
         yield (
-            f"| {width} | {octaves(lr, places[:, 0])} | {octaves(decay, places[:, 1])} "
-            f"| {octaves(lr + decay + math.log2(steps), product)} "
-            f"| {s.fit.coupling():.2f} ± {np.nanstd(slopes):.2f} |"
+            f"| {width} | {octaves(lr, [place[0] for place in places])} "
+            f"| {octaves(decay, [place[1] for place in places])} | {product} | {coupling} |"
         )
     for axis, name in enumerate(AXES):
         yield ""
@@ -219,7 +227,7 @@ def tables(surfaces: Mapping[int, Surface]) -> Iterator[str]:
         yield "|---" * (1 + len(FACTORS[name])) + "|"
         for width, s in surfaces.items():
             costs = [
-                percent(s.fit.cost(axis, f), float(np.nanstd([d.cost(axis, f) for d in s.redrawn])))
+                percent(s.fit.cost(axis, f), spread([d.cost(axis, f) for d in s.redrawn]))
                 for f in FACTORS[name]
             ]
             yield f"| {width} | " + " | ".join(costs) + " |"
