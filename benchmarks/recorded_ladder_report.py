@@ -9,7 +9,9 @@ The surface of a width is a thin-plate spline with a little smoothing through lo
 in log2 of the axes, which keeps the walls from bending the middle. Not every cell has every seed:
 a cell's loss is its own part of the additive model log loss = cell + seed, so that a cell with
 seed 0 alone is not judged by that seed's luck. What that model leaves is the noise between cells;
-errors are standard deviations over refits with that noise added to all cells.
+errors are standard deviations over refits with that noise added to all cells. Of a width with one
+seed so far, the noise is how far cells near the optimum are from a spline that was not shown them:
+its own error is in it too, so it is too large rather than too small.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ SMOOTHING = 0.3
 BROKEN = 0.5
 """Cells this far above the best are walls: no spline goes through them."""
 REDRAWS = 100
-FEWEST_CELLS = 20
+FEWEST_CELLS = 15
 """Below it a width has no table: a spline through less is a guess."""
 AXES = ("lr", "weight_decay")
 FACTORS = {"lr": (0.25, 0.5, 2.0, 4.0), "weight_decay": (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)}
@@ -53,8 +55,8 @@ class Surface:
     errors: NDArray[np.float64]
     """(cells,) standard error of a cell's loss next to other cells', as a share of the loss."""
     noise: float
-    """Standard deviation that the additive model leaves, as a share of the loss; NaN of one
-    seed."""
+    """Standard deviation of a cell's loss with one seed, next to other cells with it, as a share
+    of the loss."""
     seed_spread: float
     """Standard deviation of the seeds' part, as a share of the loss; NaN of one seed."""
     trials: int
@@ -77,11 +79,14 @@ class Surface:
         left = (logs - design @ solution)[near]
         free = len(left) - len(set(cell_of.ravel()[near])) - (len(seeds) - 1)
         noise = math.sqrt(np.square(left).sum() / free) if free > 0 else math.nan
+        places, losses = np.log2(cells), np.exp(solution[: len(cells)] + parts.mean())
+        if math.isnan(noise):
+            noise = left_out_error(places, losses)
         counts = np.bincount(cell_of.ravel(), minlength=len(cells))
         return cls(
             width=width,
-            places=np.log2(cells),
-            losses=np.exp(solution[: len(cells)] + parts.mean()),
+            places=places,
+            losses=losses,
             errors=noise / np.sqrt(counts),
             noise=noise,
             seed_spread=float(parts.std(ddof=1)) if len(seeds) > 1 else math.nan,
@@ -89,31 +94,17 @@ class Surface:
             diverged=int((rows.status == "diverged").sum()),
         )
 
-    def spline(self, losses: NDArray[np.float64]) -> Fit:
-        """The smooth surface through losses of these cells."""
-        best = float(losses.min())
-        excess = losses / best - 1
-        bent = np.log1p(excess / SCALE)
-        kept = excess < BROKEN
-        smooth = RBFInterpolator(
-            self.places[kept], bent[kept], kernel="thin_plate_spline", smoothing=SMOOTHING
-        )
-        low, high = self.places.min(axis=0), self.places.max(axis=0)
-        return Fit(smooth, best, low, high)
-
     @cached_property
     def fit(self) -> Fit:
         """The surface through the losses as recorded."""
-        return self.spline(self.losses)
+        return Fit.through(self.places, self.losses)
 
     @cached_property
     def redrawn(self) -> list[Fit]:
-        """Surfaces after adding the noise of each cell; none where one seed does not tell it."""
-        if math.isnan(self.noise):
-            return []
+        """Surfaces after adding the noise of each cell."""
         generator = np.random.default_rng(self.width)
         draws = generator.normal(size=(REDRAWS, len(self.losses))) * self.errors
-        return [self.spline(self.losses * (1 + draw)) for draw in draws]
+        return [Fit.through(self.places, self.losses * (1 + draw)) for draw in draws]
 
     def along_decay(self) -> Iterator[tuple[float, float, float]]:
         """Weight decay, loss and its share above the best, at the learning rate of the best."""
@@ -131,6 +122,18 @@ class Fit:
     best: float
     low: NDArray[np.float64]
     high: NDArray[np.float64]
+
+    @classmethod
+    def through(cls, places: NDArray[np.float64], losses: NDArray[np.float64]) -> Fit:
+        """The surface through the losses at (cells, 2) places."""
+        best = float(losses.min())
+        excess = losses / best - 1
+        kept = excess < BROKEN
+        bent = np.log1p(excess[kept] / SCALE)
+        smooth = RBFInterpolator(
+            places[kept], bent, kernel="thin_plate_spline", smoothing=SMOOTHING
+        )
+        return cls(smooth, best, places.min(axis=0), places.max(axis=0))
 
     def loss(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
         """Of (n, 2) places; NaN outside the recorded range."""
@@ -166,6 +169,18 @@ class Fit:
         ridge = np.array([self.ridge(lr) for lr in lrs])
         known = np.isfinite(ridge)
         return float(np.polyfit(lrs[known], ridge[known], 1)[0]) if known.sum() > 2 else math.nan
+
+
+def left_out_error(places: NDArray[np.float64], losses: NDArray[np.float64]) -> float:
+    """RMS of a cell's loss over that of a surface without it, near the optimum; NaN of no cell."""
+    inside = ((places > places.min(axis=0)) & (places < places.max(axis=0))).all(axis=1)
+    near = losses <= losses.min() * (1 + SCALE)
+    errors = []
+    for cell in np.flatnonzero(inside & near):
+        others = np.arange(len(losses)) != cell
+        fit = Fit.through(places[others], losses[others])
+        errors.append(losses[cell] / fit.loss(places[[cell]])[0] - 1)
+    return float(np.sqrt(np.mean(np.square(errors)))) if errors else math.nan
 
 
 def load() -> dict[int, Surface]:
