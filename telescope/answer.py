@@ -65,8 +65,11 @@ def certificate_of(
 
 
 def _for_the_target(certificate: Certificate, spec: Spec, steps: int | None) -> Certificate:
-    """The certificate, with what is assumed of a target that is not trained as the sweep was."""
-    from telescope.transfer.settings import BATCH_NOTE, horizon_note
+    """The certificate with what follows from the training.
+
+    It adds how far weight decay got, and what is assumed of a target that is trained otherwise.
+    """
+    from telescope.transfer.settings import BATCH_NOTE, horizon_note, time_scale_note
 
     steps = steps or spec.target.steps
     unknown = UNKNOWN_STEPS if steps and not spec.steps else None
@@ -76,7 +79,12 @@ def _for_the_target(certificate: Certificate, spec: Spec, steps: int | None) -> 
     }
     notes = {name: note for name, note in differing.items() if note}
     others = [text for text in certificate.assumptions if text != assumed_alike()]
-    return replace(certificate, assumptions=(assumed_alike(*notes), *notes.values(), *others))
+    reached = time_scale_note(certificate.point, spec.steps)
+    return replace(
+        certificate,
+        evidence=(*certificate.evidence, *([reached] if reached else [])),
+        assumptions=(assumed_alike(*notes), *notes.values(), *others),
+    )
 
 
 def _has_another_batch(spec: Spec) -> bool:

@@ -33,6 +33,10 @@ CONVENTION_NOTE = (
     "the schedule's peak; what other libraries call these rules is in the README's table"
 )
 
+EQUILIBRIUM = 3.0
+"""lr · weight_decay · steps from which on weight decay has had its full effect: what the weights
+were at the start is down to a twentieth. Derived, for a constant lr."""
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -95,6 +99,24 @@ def horizon_note(point: Point, sweep_steps: int | None, steps: int | None) -> st
     if sweep_steps is None or steps is None or steps == sweep_steps:
         return None
     return HORIZON_NOTE if "weight_decay" in point else STEPS_NOTE
+
+
+def time_scale_note(point: Point, sweep_steps: int | None) -> str | None:
+    """How far weight decay got in the sweep's runs; None where that is not known.
+
+    >>> time_scale_note(Point.of(lr=0.1, weight_decay=0.2), 500)
+    'lr · weight_decay · steps of the answer is 10'
+    """
+    if sweep_steps is None or not {"lr", "weight_decay"} <= set(point):
+        return None
+    reached = point.lr * point.weight_decay * sweep_steps
+    note = f"lr · weight_decay · steps of the answer is {reached:.2g}"
+    if reached >= EQUILIBRIUM:
+        return note
+    return (
+        f"{note}, below {EQUILIBRIUM:g}: weight decay has not reached its equilibrium in the "
+        "sweep's runs, which say little of one that is much longer"
+    )
 
 
 def transfer_settings(
