@@ -139,8 +139,8 @@ def public_tables(name: str) -> list[tuple[str, pd.DataFrame]]:
         return []
     rows = pd.read_csv(folder / file).rename(columns={"batch_size": "second"})
     return [
-        (f"{size / 1e6:.0f}M {tokens / 1e9:.0f}B", cell[["lr", "second", "loss"]])
-        for (size, tokens), cell in rows.groupby(["size", "tokens"])
+        (str(cell), part[["lr", "second", "loss"]])
+        for cell, part in rows.groupby(["size", "tokens"])
     ]
 
 
@@ -148,14 +148,16 @@ def public_tables(name: str) -> list[tuple[str, pd.DataFrame]]:
 def table_of(name: str, number: int) -> Table:
     """The surface of one public cell."""
     rows = public_tables(name)[number][1]
-    return Table(np.log2(rows[["lr", "second"]].to_numpy(float)), rows.loss.to_numpy(float))
+    return Table(
+        np.log2(rows[["lr", "second"]].to_numpy(float)), np.asarray(rows.loss, dtype=np.float64)
+    )
 
 
 def grid_table(rows: pd.DataFrame) -> Table:
     """The surface through the seed means of one width's rows of lr, weight_decay and loss."""
     means = rows.groupby(["lr", "weight_decay"]).loss.agg(lambda x: x.mean(skipna=False))
     places = np.log2(np.array(means.index.to_list(), dtype=float))
-    return Table(places, means.to_numpy(float))
+    return Table(places, np.asarray(means, dtype=np.float64))
 
 
 def ladder_over(

@@ -91,7 +91,7 @@ class Surface:
                 total += self.curvature[axis] * _linex(x, self.skew)
         widths = math.log(self.spec.target / self.spec.widths[0])
         deeper = math.log(width / self.spec.widths[0]) / widths if widths else 0.0
-        return total * self.deepening**deeper
+        return total * math.pow(self.deepening, deeper)
 
     def __call__(self, trial: Trial) -> Result:
         """Answer a trial; the noise depends on its content alone."""

@@ -160,7 +160,7 @@ class Basis:
         u = places - self.centre
         cross = [u[:, [a]] * u[:, [b]] for a, b in self.pairs]
         skew = u**3 / (1 + (u / SKEW_REACH) ** 2)
-        bend = (u**2 @ self._bowl)[:, None] * np.ones(len(self._waves))
+        bend = np.repeat((u**2 @ self._bowl)[:, None], len(self._waves), axis=1)
         for axis, box in enumerate(self._box):
             count = int(self._waves[:, axis].max())
             half_waves = np.pi / (2 * box) * np.arange(1, count + 1)
