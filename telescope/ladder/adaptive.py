@@ -2,8 +2,8 @@
 
 At each width, rounds of a few trials, each chosen from all answered results as those that say most
 about the optimum *at the target* (`design`). The stage closes when the next width's trials say more
-per FLOP than its own. The ladder ends when the loss that its answer is expected to cost at the
-target is within the tolerance, when another round would hardly lower it, or with the budget.
+per FLOP than its own. The ladder ends when its answer costs no more than the tolerance at the
+target with 90 % probability, when another round would hardly lower that, or with the budget.
 """
 
 from __future__ import annotations

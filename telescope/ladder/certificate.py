@@ -269,6 +269,10 @@ def _evidence(view: View, *, rule_checked: bool) -> list[str]:
             for law, weight in zip(LAWS, surface.law_weights, strict=True)
         )
         evidence.append(f"how the optimum settles: {laws}")
+        evidence.append(
+            "what it costs to be off the optimum changes by a factor of "
+            f"{2**surface.deepening:.2f} per doubling of the width"
+        )
     return evidence
 
 

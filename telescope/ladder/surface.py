@@ -2,14 +2,16 @@
 
 In octaves u of the swept axes from a centre near the optimum, the loss at width n is
 
-    level(n) + g(n)·u + Σ κ u² + Σ c u u' + Σ s skew(u)
+    level(n) + depth(n) · (g(n)·u + Σ κ u² + Σ c u u' + Σ s skew(u) + bend(u) · Σ κ u²)
 
-with one curvature κ, tilt c and skew s for all widths, up to a small share of a width's own, and a
-gradient g that drifts with the width by one of the laws of `drift`. Near its minimum loss is close
-to quadratic in log2 of the learning rate (arXiv 2601.05049), further away it is not: a measurement
-counts the less the further it lies above the best of its width, `MISFIT`, so the fit is local
-without a cut-off. Noise, misfit and law are averaged over by their evidence, never fixed. What
-comes out is a set of draws: any statement about optimum or loss is a share or a mean of these.
+with one curvature κ, tilt c, skew s and bend for all widths, a gradient g that drifts with the
+width and a depth that is a power of it, by the hypotheses of `drift`. Near its minimum loss is
+close to quadratic in log2 of the learning rate (arXiv 2601.05049), further away it is not: it may
+be one-sided, end in a plateau or in a wall. The skew and the bend, a smooth function (`basis`), are
+for that; and a measurement counts the less the further it lies above the best of its width,
+`MISFIT`, so the fit is local without a cut-off. Noise, misfit, bend and hypothesis are averaged
+over by their evidence, never fixed. What comes out is a set of draws: any statement about optimum
+or loss is a share or a mean of these.
 
 Deterministic, whatever the order of the results. Reflecting an axis reflects the draws.
 """
