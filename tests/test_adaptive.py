@@ -60,9 +60,12 @@ def regret(ladder: Ladder, truth: Surface) -> float:
 
 
 def test_it_finds_the_optimum_for_a_fraction_of_the_papers_compute() -> None:
-    """Medians over random surfaces: a fifth of the FLOPs, at half of the regret or less."""
+    """Medians over random surfaces: a fifth of the FLOPs, at half of the regret or less.
+
+    The tolerance bounds the excess with 90 %: one of 0.2 % is an expected excess of about 0.1 %.
+    """
     truths = [random_truth(seed) for seed in range(10)]
-    mine = [run(truth) for truth in truths]
+    mine = [run(truth, replace(ESSENTIAL, tolerance=0.002)) for truth in truths]
     papers = [run(truth, replace(ESSENTIAL, policy="paper")) for truth in truths]
     assert np.median([spent(ladder) for ladder in mine]) < 0.22 * spent(papers[0])
     regrets = [
