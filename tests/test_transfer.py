@@ -22,7 +22,7 @@ from telescope.records import Point, Trial
 from telescope.train.config import ModelConfig, OptimizerConfig, TrialConfig
 from telescope.train.loop import set_up, take_step, token_loss
 from telescope.train.model import build_meta
-from telescope.transfer.settings import transfer_settings
+from telescope.transfer.settings import time_scale_note, transfer_settings
 
 POINT = Point.of(lr=0.05, weight_decay=0.3)
 WIDTH = 48  # base 16; a ladder would have swept 16, 32, 64
@@ -160,6 +160,24 @@ def test_a_longer_run_keeps_lr_times_decay_times_steps(corpus_file: Path) -> Non
     assert not any("assumption" in note for note in short.notes)
     assert any("assumption" in note for note in long.notes)
     assert long.certificate is None
+
+
+def test_how_far_weight_decay_got_is_said(corpus_file: Path) -> None:
+    """By the sweep's own steps, whatever the target's; at 1.25 the start has only gone to 29 %."""
+    short = str(time_scale_note(Point.of(lr=0.05, weight_decay=0.1), 250))
+    assert short.startswith("lr · weight_decay · steps of the answer is 1.3, below 3")
+    assert time_scale_note(Point.of(lr=0.05), 250) is None
+    assert time_scale_note(POINT, None) is None
+    spec = Spec.from_dict(tiny_spec(corpus_file, ladder={"policy": "adaptive"}))
+    ladder = Ladder(spec)
+    while trials := ladder.ask():
+        for trial in trials:
+            away = math.log2(trial.lr / 0.05) ** 2 + math.log2(trial.weight_decay / 0.1) ** 2
+            ladder.tell(trial, loss=2 + 0.1 * away)
+    said = [ladder.transfer(steps=steps).certificate for steps in (None, 400)]
+    notes = [c.evidence[-1] for c in said if c]
+    assert len(notes) == 2
+    assert all(note.startswith("lr · weight_decay · steps of the answer is 0.02") for note in notes)
 
 
 @pytest.mark.parametrize("low", [0.25, 1.0])
