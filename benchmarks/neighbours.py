@@ -44,7 +44,7 @@ ANSWER = ("answer", 1.0)
 
 @dataclass(frozen=True)
 class Claim:
-    """What is checked: an answer at a width, and what its certificate says of it."""
+    """The answer to check, at a width, and what its certificate says of it."""
 
     fingerprint: str
     width: int

@@ -1,4 +1,4 @@
-"""What the quickstart's dense recorded ladder says: optimum, bowl and weight decay per width.
+"""Reads the quickstart's dense recorded ladder: optimum, bowl and weight decay per width.
 
     python benchmarks/recorded_ladder_report.py     seconds: tables and figure, from trials.csv
 

@@ -37,7 +37,7 @@ def certificate_of(
     steps: int | None = None,
     rule_checked: bool,
 ) -> Certificate | None:
-    """What a ladder says of a width, with what the spec's rule adds; None without a certificate.
+    """Certify a width by its ladder and the spec's rule; None where the policy certifies nothing.
 
     Args:
         spec: the sweep.
@@ -65,9 +65,9 @@ def certificate_of(
 
 
 def _for_the_target(certificate: Certificate, spec: Spec, steps: int | None) -> Certificate:
-    """The certificate with what follows from the training.
+    """The certificate with what follows from the sweep's training and the target's.
 
-    It adds how far weight decay got, and what is assumed of a target that is trained otherwise.
+    That is how far weight decay got, and what is assumed of a target that is trained otherwise.
     """
     from telescope.transfer.settings import BATCH_NOTE, horizon_note, time_scale_note
 
@@ -88,7 +88,7 @@ def _for_the_target(certificate: Certificate, spec: Spec, steps: int | None) -> 
 
 
 def _has_another_batch(spec: Spec) -> bool:
-    """Whether the target's batch size is known to be another than the sweep's."""
+    """Tell whether the target's batch size is known to be another than the sweep's."""
     batch_size = spec.target.batch_size
     return bool(spec.train and batch_size and batch_size != spec.train.batch_size)
 

@@ -49,13 +49,13 @@ class Ladder:
 
         Args:
             spec: the sweep.
-            results: results of an earlier ladder, of which none is asked for again; only failures
-                that left it stuck are. Where this ladder asks for all of them, as under the same
-                spec, it goes on as if they had been told. Where it does not, because the spec has
-                changed in its axes, widths, seeds, policy, tolerance, target or budget, all of them
-                are given: they count from the start.
-            given: those of `results`, or further ones, that count from the start in any case: the
-                attribute `given` of the earlier ladder, to go on exactly as it would have.
+            results: results of an earlier ladder. None is asked for again, but for failures that
+                left it stuck. Where this ladder asks for all of them, as under the same spec, it
+                goes on as if they had been told. Where it does not, because the spec has changed in
+                its axes, widths, seeds, policy, tolerance, target or budget, all of them are given:
+                they count from the start.
+            given: results that count from the start in any case, among `results` or not. Pass the
+                attribute `given` of the earlier ladder to go on exactly as that one would have.
 
         Raises:
             RefusedError: the ladder must cost more than the budget allows.
@@ -97,8 +97,8 @@ class Ladder:
 
         Args:
             trial: one that `ask` gave.
-            loss: its final loss, any unit that is lower for better; a number of any library, of
-                which NaN and the infinite ones are a divergence.
+            loss: its final loss, a number of any library in any unit in which lower is better;
+                NaN and infinities are a divergence.
             status: "diverged" (the point's fault: ranks last) or "failed" (the machine's fault:
                 never ranked) instead of a loss.
             reason: why it diverged or failed.
@@ -172,10 +172,10 @@ class Ladder:
 def _answer(
     trial: Trial, loss: SupportsFloat | None, status: str | Status | None, reason: str
 ) -> Result:
-    """What was told of a trial.
+    """The result that `tell` was given of a trial.
 
     Raises:
-        ValueError: it makes no sense.
+        ValueError: loss and status do not fit together, or are none.
     """
     try:
         given = Status(status) if status is not None else None

@@ -210,7 +210,7 @@ def run(
         bool,
         typer.Option(
             "--accept-trainer",
-            help="Say that an edited trainer trains as before: its finished trials count on.",
+            help="Say that an edited trainer trains as before: finished trials still count.",
         ),
     ] = False,
     overrides: SetOption = None,
@@ -389,7 +389,7 @@ def _make_tokens(spec: Spec) -> None:
 
 
 def _say_where_tokens_are_kept() -> None:
-    """Say it where the user's home folder cannot have them."""
+    """Tell the user where, if the home folder cannot have them."""
     from telescope.train.cache import cache_folder
 
     if is_private(folder := cache_folder()):

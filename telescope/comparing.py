@@ -1,8 +1,8 @@
-"""Says whether what a results folder holds may be one ladder with what would be trained now.
+"""Says whether the results in a folder may be one ladder with what would be trained now.
 
-An edited trainer is another one, unless only its comments and layout differ, or its user has said
-that it trains alike. The results keep the fingerprint of the first text, and spec.json lists every
-text that counts as the same.
+An edited trainer counts as another one, unless only its comments and layout differ or its user has
+said that it trains alike. The results keep the fingerprint of the first text, and spec.json lists
+every text that counts as the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check_comparable(
         say: told of each file that is taken so.
 
     Returns:
-        What spec.json is to hold of a foreign trainer; empty for another.
+        What spec.json is to hold of a foreign trainer; empty without one.
 
     Raises:
         ResumeError: naming the fields that differ, then and now.

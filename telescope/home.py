@@ -23,7 +23,7 @@ def home() -> Path | None:
 
 
 def can_write(folder: Path) -> bool:
-    """Whether files can be made in a folder, or in the nearest one above it that is there."""
+    """Tell whether files can be made in a folder, or in the nearest one above it that exists."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
@@ -48,7 +48,7 @@ def private_folder() -> Path:
 
 
 def is_private(path: Path) -> bool:
-    """Whether a path lies in such a folder, which may be emptied at any time."""
+    """Tell whether a path lies in `private_folder`, which may be emptied at any time."""
     temporary = Path(tempfile.gettempdir())
     return path.is_relative_to(temporary) and path.relative_to(temporary).parts[:1] == (_name(),)
 
@@ -62,7 +62,7 @@ def stand_in() -> None:
 
     One that is there and read-only stays HOME: settings and packages may be read from it.
     """
-    with suppress(OSError):  # no temporary folder either: who needs one says so
+    with suppress(OSError):  # no temporary folder either: the code that needs one says so
         folder = home()
         if folder is None:
             os.environ["HOME"] = str(private_folder())

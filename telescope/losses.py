@@ -25,7 +25,7 @@ _NAN, _INFINITY, _NULL = (
 
 
 def judged(value: object) -> tuple[Status, float | None, str]:
-    """How a trial with this loss has ended: status, loss, and why it diverged.
+    """Judge a loss: the trial's status, the loss if it is one, and why it diverged.
 
     >>> judged(1.9), judged("-Infinity")
     ((<Status.COMPLETE: 'complete'>, 1.9, ''), (<Status.DIVERGED: 'diverged'>, None, 'loss -inf'))
@@ -79,7 +79,7 @@ def in_text(text: str) -> float | None:
 
 
 def shown(value: object) -> str:
-    """A value as it is typed, cut where it is long, on one line."""
+    """A value as Python shows it, on one line, cut where it is long."""
     try:
         text = " ".join(repr(value).split())
     except Exception:

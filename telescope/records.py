@@ -236,7 +236,7 @@ class LadderSpec:
         return tuple(axis for axis in self.axes if not axis.is_fixed)
 
     def cost(self, width: int) -> float:
-        """Cost of one trial at a width; of one without a price, the nearest's times width².
+        """Cost of one trial at a width; one without a price is scaled from the nearest as width².
 
         A width that the ladder had before its spec changed has none.
 
@@ -309,8 +309,8 @@ class Certificate:
     assumptions: tuple[str, ...]
     """What was taken for granted."""
     excess_bound: float = math.nan
-    """What the answer costs at most with 90 %, as a share of the loss: PASS says that this is
-    within the tolerance."""
+    """The most that the answer costs with 90 % probability, as a share of the loss: PASS says that
+    this is within the tolerance."""
     advice: str = ""
     """One sentence: whether the answer can be used, and what to do next."""
 

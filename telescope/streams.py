@@ -1,8 +1,8 @@
 """The three standard streams, made safe to use, however this program was started.
 
 Text that the stream's encoding lacks is spelled in ASCII; a stream that was closed is a null
-device, so that no file which is opened later, a database say, gets its number and what is printed;
-and a reader that has left, `head` say, is no error of whoever writes.
+device, so that no file opened later, a database say, gets its number and with it what is printed;
+and a reader that has left, `head` say, is no error of the writer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SPELLED = {
     "“": '"',
     "”": '"',
 }
-"""How what the program itself says is written where an encoding lacks it."""
+"""Character of the program's own texts → its spelling where an encoding lacks it."""
 ERRORS = "telescope.spelled"
 """The name under which Python knows `_spell`."""
 
@@ -63,7 +63,7 @@ codecs.register_error(ERRORS, _spell)
 
 
 class _Stream(io.FileIO):
-    """What a standard stream writes to; once that has failed, nowhere."""
+    """The file that a standard stream writes to; nowhere, once that has failed."""
 
     def __init__(self, number: int, on_failure: Callable[[OSError], None]) -> None:
         super().__init__(number, "w", closefd=False)
@@ -121,7 +121,7 @@ def use_utf8_names() -> None:
 
 
 def open_streams() -> None:
-    """Open what of the standard streams is closed, and let none raise for what is written."""
+    """Open those of the standard streams that are closed, and let none fail at what is written."""
     for number in range(3):
         if not _is_open(number):
             _lead_nowhere(number)
@@ -138,7 +138,7 @@ def open_streams() -> None:
 
 
 def _is_open(number: int) -> bool:
-    """Whether a standard stream is; a shell that was started without may read its script there."""
+    """Tell whether a standard stream is open; a shell started without may read a script there."""
     try:
         mode = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError:

@@ -64,7 +64,7 @@ class Options:
     check: bool = True
     """Whether a sweep without a verdict gets a short coordinate check first."""
     accept_trainer: bool = False
-    """Whether an edited trainer counts as the one that made the results so far."""
+    """Take an edited trainer for the one that made the results so far."""
 
 
 @dataclass
@@ -254,7 +254,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
     is_cluster = options.ray_address is not None
     if options.accept_trainer and not spec.trainer:
         raise SpecError(
-            "--accept-trainer: is for the script or function of [trainer], which this spec has not"
+            "--accept-trainer: is for the script or function of [trainer]; this spec has none"
         )
     prepared = _prepare(spec, is_cluster=is_cluster)
     if refusal := over_budget(prepared):

@@ -31,7 +31,7 @@ MIN_STEP = 1.001
 MAX_INTEGER = 2**63 - 1
 """The largest integer of torch and of databases."""
 MAX_SEED = 2**62
-"""Repeats have the seeds that follow, and numpy's arrays and torch's generators take them all."""
+"""The largest seed: repeats have the seeds that follow, and numpy and torch must take them too."""
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]

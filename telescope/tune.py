@@ -47,8 +47,9 @@ GATE_SECONDS = 60.0
 """A worker leaves the gate after so long and is asked anew: a trial whose machine was lost may wait
 for the very place that it holds."""
 IDLE_SECONDS, IDLE_ASKS = 0.9, 10
-"""Tune asks a searcher some ten times a second while trials run, and once a second when none does.
-After so many slow asks in a row, what a restored searcher believes to run is asked for again."""
+"""Seconds between two asks that count as slow, and how many slow ones in a row mean that Tune is
+idle: it asks ten times a second while trials run, else once. Then what a restored searcher believes
+to run is asked for again."""
 UNFINISHED = ("PENDING", "RUNNING", "PAUSED")
 """Tune's words for a trial that a restored Tuner goes on with."""
 
@@ -253,7 +254,7 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
             self._forget(self._believed)
 
     def _forget(self, ids: set[str]) -> None:
-        """Take trials for not running, so that they are asked for again."""
+        """Count trials as not running, so that they are asked for again."""
         for trial_id in sorted(ids):
             trial = self._running.pop(trial_id, None)
             logger.warning(
@@ -382,7 +383,7 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
         self._believed = set(self._running)
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
-        """Replay what `save` wrote, and ask again for what Tune itself does not know to run.
+        """Replay what `save` wrote, and ask again for trials that Tune itself does not run.
 
         Tune writes its own state and the searcher's one after the other: after a kill between the
         two, one of them knows of trials of which the other does not.

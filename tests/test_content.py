@@ -272,7 +272,7 @@ def test_tokens_of_another_type_are_refused(
 
 
 def test_the_way_out_of_a_message_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it says to do, done word for word, gives the tokens."""
+    """The advice of the message, followed word for word, gives the tokens."""
     monkeypatch.chdir(tmp_path)
     IDS.astype(">i8").tofile("t.bin")
     with pytest.raises(DataError) as caught:

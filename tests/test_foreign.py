@@ -241,7 +241,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def test_an_edited_trainer_can_be_accepted(tmp_path: Path) -> None:
-    """What is stored then counts on, whichever of the accepted texts is there."""
+    """Stored results still count then, whichever of the accepted texts is there."""
     _, ladder = inline(tmp_path)
     runs, first = (tmp_path / "runs.jsonl").read_text(), record_of(tmp_path)
     script(tmp_path, f"# a comment\n{BOWL}")

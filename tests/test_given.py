@@ -77,7 +77,7 @@ def first() -> tuple[Result, ...]:
 
 
 def measured(ladder: Ladder) -> set[tuple[int, tuple[tuple[str, float], ...], int]]:
-    """What the ladder's fit is made of."""
+    """The results that the ladder's fit is made of."""
     return {
         (r.trial.width, r.trial.point.axes, r.trial.seed)
         for r in ladder._state().evidence  # what is fitted has no public name
@@ -157,7 +157,7 @@ def test_the_certificate_cannot_be_chosen() -> None:
 
 
 def moved(result: Result) -> Result:
-    """What a trial would have given, had its optimum been at two thirds of the learning rate."""
+    """The result of a trial, had the optimum been at two thirds of the learning rate."""
     values = dict(result.trial.point)
     elsewhere = replace(result.trial, point=Point.of({**values, "lr": values["lr"] * 1.5}))
     return replace(answer(elsewhere), trial=result.trial)

@@ -1,4 +1,4 @@
-"""Who owns the start: the program what muP scales, the model file all else, trained or frozen."""
+"""Owners of the start: the program of what muP scales, the model file of all else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as a trial's result in what real programs print: the last word, or none at all.
+"""The result of a trial in what real programs print: the last word, or none at all.
 
 A table of outputs, each with what a careful reader would say it means.
 """

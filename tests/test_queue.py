@@ -177,7 +177,7 @@ def test_lost_workers_are_no_fault_of_the_trainer() -> None:
 
 
 def test_a_failure_is_tried_again_after_what_has_not_been_tried() -> None:
-    """What heals with time, a full disk say, has some."""
+    """Trouble that heals with time, a full disk say, is given some."""
     order: list[Trial] = []
 
     def fail_once(trial: Trial) -> Result:

@@ -1,4 +1,4 @@
-"""What goes into softmax: worked out as torch's own formula has it, and judged by its growth."""
+"""Inputs of softmax: worked out as torch's own formula has it, and judged by their growth."""
 
 from __future__ import annotations
 

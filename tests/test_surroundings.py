@@ -1,5 +1,5 @@
-"""What a program meets outside a developer's shell: odd encodings, closed streams, no home, and
-files of the user's that are called as libraries are.
+"""Surroundings other than a developer's shell: odd encodings, closed streams, no home, and files
+of the user's that have the names of libraries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from telescope.train.cache import cache_folder
 from telescope.transfer.settings import HORIZON_NOTE
 
 SCRIPT = "import sys; del sys.path[0]; from telescope.cli import main; main()"
-"""What the installed command does: the current folder is not imported from."""
+"""As the installed command does: the current folder is not imported from."""
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 MOVING = """
 import json, math, sys

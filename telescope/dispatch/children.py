@@ -26,7 +26,7 @@ _inherited: dict[signal.Signals, Any] = {}
 
 @contextmanager
 def plain_children() -> Iterator[None]:
-    """Let what the code inside forks start with `DEFAULTS`, but for what that code has set itself.
+    """Give processes forked by the code inside `DEFAULTS`, but for handlers that this code has set.
 
     A signal that is ignored stays so.
     """

@@ -207,7 +207,7 @@ def as_result(
 
 
 def _judged(said: Mapping[str, Any]) -> tuple[Status, float | None, str]:
-    """What a loss means; see `judged`."""
+    """Status, loss and reason of a result that has a loss; see `judged`."""
     try:
         return judged(said.get("loss"))
     except ValueError as error:

@@ -1,7 +1,8 @@
-"""Reads what a trial has printed, or written to its result file: the last word on how it ended.
+"""Reads what a trial has printed, or written to its result file: its last word on how it ended.
 
-However large a log is, it takes a megabyte of memory. The result is the last line that speaks of a
-loss; where that one cannot be read there is no result, and never an earlier one.
+However large a log is, no more than a line of a megabyte is kept in memory. The result is the last
+line that speaks of a loss; where that one cannot be read there is no result, and never an earlier
+one.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class _Piece(NamedTuple):
     """A line of a log."""
 
     text: bytes
-    """Of one that is too long, its beginning."""
+    """The line; of one that is too long, its beginning."""
     size: int
     is_cut: bool = False
-    """Whether the log ends in it."""
+    """The log ends in it, without an end of line."""
     speaks: bool = False
-    """Of one that is too long: whether it says something of a loss."""
+    """It says something of a loss; asked only of one that is too long."""
 
 
 def read_output(out: Path, file: Path | None) -> tuple[dict[str, Any], Curve]:
@@ -72,7 +73,7 @@ def read_output(out: Path, file: Path | None) -> tuple[dict[str, Any], Curve]:
 
 
 class _LastWord:
-    """What lines say of how a trial has ended: the last of them that says anything counts."""
+    """The end of a trial as its lines tell it: the last one that says anything of it counts."""
 
     def __init__(self, where: str, pieces: Iterable[_Piece]) -> None:
         """Read them all."""
@@ -126,14 +127,14 @@ class _LastWord:
 
 
 def _holds_loss(said: object) -> bool:
-    """Whether a loss stands somewhere inside."""
+    """Tell whether a loss stands somewhere inside."""
     if isinstance(said, dict):
         return "loss" in said or any(map(_holds_loss, said.values()))
     return isinstance(said, list) and any(map(_holds_loss, said))
 
 
 def _read_file(file: Path) -> _LastWord:
-    """What a result file says, which is one JSON object or has lines of them."""
+    """The last word of a result file, which is one JSON object or has one per line."""
     try:
         text = file.read_bytes()
     except OSError as error:
@@ -145,7 +146,7 @@ def _read_file(file: Path) -> _LastWord:
 
 
 def _pieces(path: Path) -> Iterator[_Piece]:
-    """The lines of a file, however large it is; what is printed over is a line of its own."""
+    """The lines of a file, however large; a state that is printed over is a line of its own."""
     with path.open("rb") as file:
         line = _Open()
         while chunk := file.read(CHUNK):
@@ -159,7 +160,7 @@ def _pieces(path: Path) -> Iterator[_Piece]:
 
 
 class _Open:
-    """A line that is being read; of one that is too long no more than is needed."""
+    """A line that is being read; of one that is too long, no more is kept than is needed."""
 
     def __init__(self) -> None:
         """Nothing of it has been read."""

@@ -24,19 +24,19 @@ _CONTROL = re.compile(
     r"|[\ufeff\b]"  # a byte order mark; the backspaces of a progress bar
 )
 _OBJECT = re.compile(r"""\{\s*(?:["'}]|$)""")
-"""How an object begins; another brace is text."""
+"""The beginning of an object; any other brace is text."""
 _FIRST_KEY = re.compile(r"""\{\s*["']([^"']*)""")
 _ENDS = r"""["']loss\\*["']\s*:|["']status\\*["']\s*:\s*\\*["'](?:diverged|failed)"""
 _SPEAKS = re.compile(_ENDS)
 SPEAKS_BYTES = re.compile(_ENDS.encode())
 """A line that says how a trial ended, or would."""
 LONGEST_WORD = 64
-"""Bytes that what `SPEAKS_BYTES` finds is not longer than, blanks aside."""
+"""Most bytes that `SPEAKS_BYTES` finds, blanks aside."""
 _CUT = re.compile(r"""["'](?:l|lo|los|loss|loss["']\s*)$""")
 """A key that was cut off, and may have been loss."""
 _INSIDE_BEFORE = re.compile(r"""(?:["']\s*:|[\[{"'])\s*$""")
 _INSIDE_AFTER = re.compile(r"""\s*,?\s*["'}\]]""")
-"""What stands beside an object that is part of something larger."""
+"""Text beside an object that is part of something larger."""
 _WORDS = re.compile(
     r'(?P<text>"(?:[^"\\]|\\.)*")'
     rf"|(?<![\w.])(?:(?P<nan>{NOT_A_NUMBER})|(?P<infinite>{INFINITE})|(?P<null>{NULL})"
@@ -47,12 +47,12 @@ _WORDS = re.compile(
 
 
 class Line(NamedTuple):
-    """What a line says."""
+    """The content of a line."""
 
     objects: list[dict[str, Any]]
     """Its JSON objects, in order."""
     problem: str = ""
-    """Why what it says of a loss, after these, cannot be read; "" where it says nothing more."""
+    """The reason for which a word on a loss after these cannot be read; "" where none follows."""
     first_key: str | None = None
     """The first key of an object that cannot be read, which says nothing of a loss."""
 
@@ -67,7 +67,7 @@ def read_line(line: bytes | str, *, is_cut: bool = False) -> Line:
 
     Args:
         line: without what divides it from the next.
-        is_cut: it is the last one, and no end of line follows: what it begins may be cut off.
+        is_cut: it is the last one and no end of line follows, so that it may be cut off.
     """
     text = line.decode(errors="replace") if isinstance(line, bytes) else line
     text = without_control(text).strip().strip("\0")

@@ -29,11 +29,11 @@ from telescope.records import CurvePoint, Result, Status, Trial, TrialSource
 RETRIES = 2
 """How often a failed trial is tried again before the failure is its answer."""
 FIRST_FAILURES = 3
-"""How many trials of a width must fail alike, and none end otherwise, for no further try: one may
-be a full disk, two the same machine. With more workers as many as those, for then each has had one,
-and a bad machine among them is not taken for a bad trainer. An assumption."""
+"""Trials of a width that must fail alike, while none ends otherwise, for no further try: one may
+be a full disk, two the same machine. With more workers than that, as many trials as workers: then
+each has had one, and a bad machine among them is not taken for a bad trainer. An assumption."""
 ALIKE_LENGTH = 60
-"""Characters of two reasons that are compared, numbers aside: what follows is the trial's own."""
+"""Characters of a reason that are compared, numbers aside: what follows is the trial's own."""
 LOG_TAIL_LINES = 8
 """How many lines of a crash's traceback are kept in the result's reason."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -93,7 +93,7 @@ class Queue:
         self._looked_at: set[int] = set()  # widths that a worker is looking at
         self._failures: Counter[Trial] = Counter()
         self._works: set[int] = set()  # widths of which a trial has ended without a failure
-        self._to_retry: dict[Trial, Result] = {}  # what its trainer says has failed
+        self._to_retry: dict[Trial, Result] = {}  # failed by their trainer, not by a lost worker
         self._alike: dict[int, dict[Trial, str]] = {}  # width → trial → how it failed
 
     def take(self) -> Order | None:
@@ -108,7 +108,7 @@ class Queue:
         return None
 
     def _free(self) -> list[Trial]:
-        """What is asked for and nobody has; what has failed comes after what has not."""
+        """Trials that are asked for and that nobody has; those that have failed come last."""
         free = [trial for trial in self._source.ask() if trial not in self._in_flight]
         return sorted(free, key=self._failures.__getitem__)
 
@@ -189,9 +189,9 @@ class Queue:
             self._source.tell(*final)
 
     def _hopeless(self, width: int) -> list[Result]:
-        """Take the failures that are not worth another try: a width's first trials all fail alike.
+        """Take out the failures that are not worth another try: all first trials failed alike.
 
-        A trainer that cannot work is found out after one training of a few trials; the source
+        A trainer that cannot work is found out after a few trials, trained once each; the source
         decides what their failures mean.
         """
         failed = self._alike.get(width, {})
@@ -221,7 +221,7 @@ class Queue:
 
 
 def _kind(reason: str) -> str:
-    """What a failure has in common with others of its kind: how its reason begins, numbers aside.
+    """The beginning of a failure's reason, numbers aside: others of its kind have the same.
 
     >>> _kind("KeyError: 'lr=0.01'"), _kind("exit code 1\\nstep 3")
     ("KeyError: 'lr=#'", 'exit code #')

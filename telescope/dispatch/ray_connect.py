@@ -147,10 +147,10 @@ def _start(folder: Path, cpus: int) -> None:
 
 @contextmanager
 def _away_in(folder: Path) -> Iterator[None]:
-    """Connect to Ray from another folder than the user's: workers import from there first.
+    """Be in another folder than the user's while Ray starts: its workers import from there first.
 
-    A numpy.py or telescope.py of the user's would be what they find. Where this process itself
-    imports from the current folder, as an interactive one does, so do they.
+    In the user's folder they would find a numpy.py or telescope.py of the user's. Where this
+    process itself imports from the current folder, as an interactive one does, so do they.
     """
     if sys.path[:1] in ([""], [os.getcwd()]):
         yield

@@ -1,4 +1,4 @@
-"""Tells a trainer's file from an edited one: by its text, and by what of the text runs."""
+"""Tells a trainer's file from an edited one: by its text, and by the part of it that runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from telescope.errors import SpecError
 
 PACKAGES = b"# /// script"
-"""Begins a comment in which a script names the packages that it is run with: it changes losses."""
+"""Begins a comment that names the packages that a script is run with, which can change losses."""
 
 
 class Source(NamedTuple):

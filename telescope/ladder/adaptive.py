@@ -103,19 +103,19 @@ def _taking_over(state: State, stage: Stage) -> Stage:
     """A new stage with the trials given at its width, and the spec's seeds of the best of them."""
     given = state.given_at(stage.width)
     stage = replace(
-        stage, trials=given, rounds=(f"{len(given)} trials of before the spec changed",)
+        stage, trials=given, rounds=(f"{len(given)} trials stored before the spec changed",)
     )
     best = _best_points(state, stage)[: round_size(state.spec)]
     lacking = [t for point in best for t in _missing_seeds(state.spec, stage, point)]
     lacking = lacking[: _affordable(state, stage.width)]
     if not lacking:
         return stage
-    reason = "the spec's seeds that the best of these have not had"
+    reason = "the spec's seeds that the best of these lack"
     return replace(stage, trials=(*given, *lacking), rounds=(*stage.rounds, reason))
 
 
 def _says_as_much_as_a_first_round(state: State) -> bool:
-    """Whether the given trials of the base width have as many losses, on three values per axis."""
+    """Tell whether the given trials are a first round: as many losses, three values per axis."""
     results = [state.known[trial] for trial in state.given_at(state.spec.widths[0])]
     points = {r.trial.point for r in results if r.loss is not None} - lost_points(state, results)
     values = [{point[axis.name] for point in points} for axis in state.spec.swept]
@@ -151,7 +151,7 @@ def _decide(view: View) -> Move:
 
 
 def _finer(view: View, stage: Stage) -> Grid:
-    """The base width's lattice with marks between near the optimum; a wider window has them."""
+    """The stage's grid, at base width with the marks near the optimum; a wider one has them."""
     if len(view.state.stages) > 1:
         return stage.grid
     return refined(view.spec, stage.grid, view.surface.optimum(stage.width).place)
@@ -184,7 +184,7 @@ def _grow(view: View, stage: Stage, points: Sequence[Point], reason: str) -> Mov
 
 
 def _is_full(state: State, stage: Stage) -> bool:
-    """Whether a stage has asked for as many trials as it may, those that it was given apart."""
+    """Tell whether a stage has asked for as many trials as it may, those given not counted."""
     asked = len(stage.trials) - len(state.given_at(stage.width))
     return asked >= MOST_TRIALS * len(state.spec.seeds)
 
@@ -195,7 +195,7 @@ def _best(view: View, stage: Stage, points: Sequence[Point], count: int) -> list
 
 
 def _next_width(view: View) -> int | None:
-    """The width after this stage's, if the budget has room for a trial or some are given."""
+    """The next width, if the budget has room for a trial of it or some of it are given."""
     rest = view.spec.widths[len(view.state.stages) :]
     if rest and (_affordable(view.state, rest[0]) >= 1 or view.state.given_at(rest[0])):
         return rest[0]
@@ -260,7 +260,7 @@ def _extended(spec: LadderSpec, stage: Stage, axis: Axis, *, upward: bool) -> St
     """The stage with a wider window, or None where it has grown as often as it may."""
     window, values = WINDOW.get(len(spec.swept), WINDOW_OF_MANY), stage.grid[axis.name]
     spacing = window.step
-    if stage.width == spec.widths[0]:  # what lies inside is no extension
+    if stage.width == spec.widths[0]:  # values inside the range are no extension
         values = tuple(v for v in values if not axis.low * 0.999 < v < axis.high * 1.001)
         window, spacing = range(0), marks_per_step(axis)
     if len(values) >= len(window) + MOST_EXTENSIONS * EXTENSION_CELLS:

@@ -21,7 +21,7 @@ public sweeps of the learning rate show."""
 SKEW_REACH = 2.5
 """Octaves after which the skew grows no faster than linearly, so that it cannot run away."""
 FAR = 3.0
-"""Multiples of a middling loss's excess at which the share of the model's error has doubled."""
+"""Multiples of a middling loss's excess at which the model's error has twice its share."""
 MOST_MISFIT = 0.6
 """The model's error as a share of the loss above the best, at most."""
 BEND_LENGTH = 1.75
@@ -47,10 +47,10 @@ class Frame:
 class Basis:
     """Columns of the linear model: levels, common shape, drift, and each width's own part.
 
-    The common shape is a gradient, curvatures, tilts and skews, and what no such bowl has: its
-    *bend*, a smooth function of the place by which the bowl is multiplied, so that the surface may
-    end in a plateau or in a wall. It is a Gaussian process in the eigenfunctions of a box
-    (arXiv 1401.5508), which are even or odd about its middle.
+    The common shape has a gradient, curvatures, tilts, skews and a *bend*: a smooth function of
+    the place by which the bowl is multiplied, so that it may end in a plateau or in a wall. The
+    bend is a Gaussian process in the eigenfunctions of a box (arXiv 1401.5508), which are even or
+    odd about its middle.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class Basis:
 
         Args:
             above: nats.
-            share: of the loss above the best, near it; more further up, where a loss says less and
-                less of where the optimum is.
+            share: the error as a share of the loss above the best, near the best; it grows further
+                up, where a loss says less and less of where the optimum is.
         """
         error: Array = np.minimum(share * (1 + above / (FAR * self._spread)), MOST_MISFIT) * above
         return error

@@ -33,7 +33,7 @@ RIVAL_WITHIN, RIVAL_ABOVE = 3.0, 6.0
 """Two minima: losses alike within so many standard deviations of the noise, and a loss between
 them that lies so many above both."""
 ALIKE = ("depth", "batch size", "steps", "data", "schedule")
-"""What is taken to be the same at every width and at the target."""
+"""Names of all that is taken to be the same at every width and at the target."""
 ASSUMPTIONS = (
     f"before any result, an optimum is taken to move by {DRIFT_OCTAVES:g} octaves or less over the "
     "first doubling, and to settle as 1/width (60 %), as 1/√width (30 %) or not at all (10 %)",
@@ -43,7 +43,7 @@ ASSUMPTIONS = (
 
 
 def assumed_alike(*differing: str) -> str:
-    """The assumption that a target is trained as the widths were, but for what is known to differ.
+    """Word the assumption that the target is trained as the widths were, known differences aside.
 
     >>> assumed_alike("steps", "schedule")
     'depth, batch size and data are the same at every width and at the target'
@@ -84,16 +84,19 @@ def certify(
 
 
 def _advice(view: View, verdict: str, width: int) -> str:
-    """Whether the answer can be used, and what to do next, in one sentence."""
+    """Say in one sentence whether the answer can be used, and what to do next."""
     expected, bound = _percent(view.excess(width)), _percent(view.bound(width))
     if verdict == "PASS":
-        return f"use it: the answer costs {expected} of the loss in expectation, {bound} at most"
+        return (
+            f"use it: the answer costs {expected} of the loss in expectation, at most {bound} with "
+            f"{SURE:.0%}"
+        )
     if verdict == "FAIL":
         return "do not use it: mend what speaks against it and run again"
     if view.bound(width) <= USABLE * view.spec.tolerance:
         return (
-            f"usable if {bound} of the loss, which it costs at most with {SURE:.0%}, is little to "
-            "you; what is missing below would prove it"
+            f"usable if you can spare {bound} of the loss, the most that it costs with {SURE:.0%}; "
+            "what is missing below would prove it"
         )
     return (
         f"a start, not an answer: it may cost {bound} of the loss; do what is missing below and "
@@ -244,7 +247,7 @@ def _evidence(view: View, *, rule_checked: bool) -> list[str]:
     evidence = [f"{trials} trials at width {widths}{''.join(f', {text}' for text in ended)}"]
     if state.given:
         ahead = sorted({result.trial.width for result in state.given_ahead})
-        others = f", of width {' and '.join(map(str, ahead))} too" if ahead else ""
+        others = f", some of width {' and '.join(map(str, ahead))}" if ahead else ""
         evidence.append(f"{len(state.given)} trials were stored before the spec changed{others}")
     repeats = int(surface.data.same_shift.diagonal().sum())
     how = f"measured with {repeats} repeats and the fit" if repeats else "from the fit alone"
@@ -307,7 +310,7 @@ def two_minima(data: Data, noise: float, surface: Surface | None = None) -> int 
 
 
 def _is_one_valley(surface: Surface, width: int, places: Array, losses: Array) -> bool:
-    """Whether the fit explains best, other and middle, and leads from best to other low down."""
+    """Tell whether the fit explains best, other and middle, and joins the first two low down."""
     expected = np.array([surface.loss_at(width, place) for place in places])
     error = RIVAL_WITHIN * surface.noise + MISFIT[-1] * (losses - losses[0])
     if np.any(np.abs(expected - losses) > error):

@@ -1,12 +1,12 @@
-"""How the surface follows the width: candidate laws of where its optimum is and how deep it is.
+"""Candidate laws of how the surface follows the width: its optimum's place, and its depth.
 
 Under muP an optimum settles: x(n) = x − α/n when the loss is analytic in 1/n (arXiv 2505.02222
 §3.3), at the slowest as 1/√n (the proved bound, arXiv 2511.01734). Under a wrong width rule it
 moves by the same factor at every doubling and never settles. All three agree at the base width and
 at the first doubling, so two widths cannot tell them apart; a third can.
 
-The bowl itself may deepen: here the same factor of weight decay costs five times as much at width
-256 as at 32. It does so by a power of the width, of four that are considered.
+The bowl itself may deepen: measured here, the same factor of weight decay costs five times as much
+at width 256 as at 32. It deepens by a power of the width, one of the four in `DEEPENINGS`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Law:
     pace: float
     """Standard deviation of the drift over the first doubling, as a multiple of `DRIFT_OCTAVES`."""
     deepening: float = 0.0
-    """Octaves by which all of the excess loss grows per doubling of the width."""
+    """Octaves (factors of two) by which the excess loss grows per doubling of the width."""
 
     def progress(self, width: float, base_width: float) -> float:
         """How far the optimum has gone, in units of the drift over the first doubling.

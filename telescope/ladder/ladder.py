@@ -90,7 +90,7 @@ class Ladder:
             self._advance()
 
     def counts(self, trial: Trial) -> bool:
-        """Whether a trial's result is evidence: a stage has asked for it, or it was given."""
+        """Tell whether a trial's result is evidence: asked for by a stage, or given."""
         return trial in self._asked or trial in self._known
 
     @property
@@ -171,7 +171,7 @@ def replay(
 def _told(
     spec: LadderSpec, known: Mapping[Trial, Result], given: Iterable[Trial], *, retry_failures: bool
 ) -> Ladder:
-    """A ladder that was given some of the known results, and told the others that it asks for."""
+    """A ladder that is given some of the known results, and told those that it asks for."""
     ladder = Ladder(spec, [known[trial] for trial in given if trial in known])
     while answered := [known[trial] for trial in ladder.ask() if trial in known]:
         for result in answered:
@@ -186,7 +186,7 @@ def _told(
 
 
 def _usable(spec: LadderSpec, results: Iterable[Result]) -> list[Result]:
-    """The results that say something of the spec's axes, each point with its axes in that order."""
+    """The results that say something of the spec's axes, each point with its axes in order."""
     names = [axis.name for axis in spec.axes]
     usable = []
     for result in results:

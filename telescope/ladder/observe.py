@@ -41,7 +41,7 @@ def frame_of(state: State, target: int) -> Frame:
 def reference_loss(state: State) -> float:
     """The first loss at base width that is no wall, in the order of asking; never 0.
 
-    A scale that stays: nothing that is learnt at wider models changes it.
+    It is a scale that stays: nothing that is learnt at wider widths changes it.
     """
     base = _base_losses(state)
     wall = highest_loss(state)
@@ -101,7 +101,7 @@ def lost_points(state: State, results: Iterable[Result]) -> set[Point]:
 
 
 def observe(state: State, *, widths: Iterable[int] | None = None) -> Data:
-    """All that was measured, or at some widths alone; failed trials say nothing.
+    """All that was measured, or what was at some widths; failed trials say nothing.
 
     Losses are in the unit of `unit_of`.
     """

@@ -18,8 +18,8 @@ class State:
     """One per closed stage."""
     known: Mapping[Trial, Result]
     given: tuple[Trial, ...] = ()
-    """Those of `known` that counted before the first stage was opened. A stage of an adaptive
-    ladder begins with those of its width; all of them are fitted from the start."""
+    """Those of `known` that counted before the first stage was opened: all are fitted from the
+    start, and a stage of an adaptive ladder begins with those of its width."""
 
     @property
     def open_stage(self) -> Stage | None:
@@ -36,7 +36,7 @@ class State:
 
     @property
     def given_ahead(self) -> list[Result]:
-        """Given results of widths that no stage has been opened for, or none ever will."""
+        """Given results of widths for which no stage has been opened, or ever will be."""
         opened = {stage.width for stage in self.stages}
         return [self.known[trial] for trial in self.given if trial.width not in opened]
 

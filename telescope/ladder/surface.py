@@ -30,9 +30,9 @@ from telescope.ladder.basis import Array, Basis, Frame
 from telescope.ladder.drift import DEEPENINGS, HYPOTHESES, LAWS
 
 PRECISION = 0.06
-"""Octaves, standard deviation: what no smooth fit says better of where an optimum lies, however
-many trials. Kinks and unequal sides of real surfaces move a fit's vertex by so much. An
-assumption; without it, public sweeps of the learning rate were outside of half of the intervals."""
+"""Octaves, standard deviation, to which a smooth fit knows the place of an optimum at best, however
+many trials there are: kinks and unequal sides of real surfaces move a fit's vertex by so much. An
+assumption; without it, half of the intervals missed the optimum of public sweeps of the lr."""
 MISFIT = (0.05, 0.2)
 """Standard deviation of the model's error, as a share of the loss above the best; both count."""
 BENDS = (0.0, 0.2, 0.5)
@@ -49,7 +49,7 @@ DRAWS = 128
 """Draws before they are reflected in every axis."""
 ITERATIONS = 3
 NEGLIGIBLE = 1e-3
-"""Of the weight of the most probable hypothesis: less counts for nothing in a first guess."""
+"""Share of the most probable hypothesis's weight below which a first guess leaves one out."""
 LEAST_CURVATURE = 1e-3
 """Of the first guess of the curvature: what a flat axis is taken to have, for the priors alone."""
 LEAST_BOWLS = 0.05
@@ -132,9 +132,9 @@ class Optimum:
 
 @dataclass(frozen=True)
 class _Posterior:
-    """What the data say for each hypothesis: how the width is followed, and a setting.
+    """Findings of the data for each hypothesis with each setting.
 
-    A setting is noise, misfit and share of the bend.
+    A hypothesis is one of `drift.HYPOTHESES`; a setting is noise, misfit and share of the bend.
     """
 
     columns: Array
@@ -188,11 +188,11 @@ def _weigh(basis: Basis, data: Data, *, scales: Array = NOISE_SCALES) -> _Poster
 def _log_evidence(covariance: Array, losses: Array) -> Array:
     """Log density of the losses, mean 0, under each of many covariances, up to a constant."""
     n = len(losses)
-    # A row more: the last row of the factor is then what the losses are solved to.
+    # One more row: the factor's last row is then the losses, solved by the factor.
     wider = np.empty((*covariance.shape[:-2], n + 1, n + 1))
     wider[..., :n, :n] = covariance
     wider[..., n, :n] = wider[..., :n, n] = losses
-    # Enough for the last diagonal element, which is not looked at, to exist.
+    # Large enough for the last diagonal element, which nobody reads, to exist.
     wider[..., n, n] = 1 + 2 * (losses**2).sum() / np.diagonal(covariance, 0, -2, -1).min() * 1e6
     lower = np.linalg.cholesky(wider)
     diagonal = np.diagonal(lower, axis1=-2, axis2=-1)[..., :n]
@@ -364,7 +364,7 @@ class Surface:
         return float(lowest + (self.levels(width) + shape).mean())
 
     def joins(self, width: int, one: Array, other: Array, level: float) -> bool:
-        """Whether a path leads from a place to another on which no expected loss is above a level.
+        """Tell whether a path joins two places on which no expected loss is above a level.
 
         Args:
             width: one that was measured.
@@ -429,11 +429,11 @@ class Surface:
         return Optimum(place, shifted, np.maximum(there - lowest, 0.0))
 
     def _downhill(self, polynomials: Array, low: Array, high: Array) -> Array:
-        """(draws, k) octaves where each draw leads from the centre, downhill in a box.
+        """(draws, k) octaves, where each draw leads downhill from the centre in a box.
 
-        Over the cells of a grid, then to the vertex of the parabola through the last one and its
-        neighbours. So a draw's optimum is that of the basin that was found: what the draws make of
-        corners that nobody measured says nothing of it.
+        The way leads over the cells of a grid, then to the vertex of the parabola through the last
+        one and its neighbours. So a draw's optimum is that of the basin that was found: the shape
+        of draws in corners that nobody measured says nothing of it.
         """
         count = GRID.get(len(low), 5)
         values = [np.linspace(a, b, count if b > a else 1) for a, b in zip(low, high, strict=True)]

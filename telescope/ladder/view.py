@@ -126,7 +126,7 @@ class View:
         return float(self.optimum(width).excess.mean()) / self.loss
 
     def bound(self, width: int) -> float:
-        """What the answer at a width costs at most with 90 %, as a share of the loss."""
+        """The most that the answer at a width costs with 90 % probability, a share of the loss."""
         return float(np.percentile(self.optimum(width).excess, 100 * SURE)) / self.loss
 
     @property
@@ -218,7 +218,7 @@ class View:
 
     @cached_property
     def _wanted(self) -> Array:
-        """(draws, k) from the target's optimum to each draw's, as long as the root of its cost."""
+        """(draws, k) from the answer to each draw's optimum, as long as the root of its cost."""
         optimum = self.surface.optimum(self.target, margin=DRAWN_AHEAD)
         way = (optimum.draws - optimum.place) * np.sqrt(self.surface.curvature)
         length = np.sqrt((way**2).sum(axis=1))

@@ -24,7 +24,7 @@ WINDOW_OF_MANY = range(-3, 4, 3)
 EXTENSION_CELLS = 2
 """Cells, of the stage's own spacing, that a window grows by at a border."""
 LONG_STEP = 1.5
-"""Octaves from which on a lattice's step has three marks inside, not one."""
+"""Octaves beyond which a step of the lattice has three marks inside, not one."""
 MAX_CELLS = 800
 """Above this, only the cells nearest to the optimum are weighed."""
 
@@ -32,7 +32,7 @@ Grid = Mapping[str, tuple[float, ...]]
 
 
 def marks_per_step(axis: Axis) -> int:
-    """Into how many parts a step of the lattice is divided.
+    """Count the parts into which a step of the lattice is divided.
 
     >>> [marks_per_step(Axis("weight_decay", 0.01, 1.0, points)) for points in (3, 5, 7)]
     [4, 4, 2]

@@ -187,7 +187,7 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
 
 
 def _files_in(folder: Path) -> str:
-    """What of a results folder's files for people is there; a driver that was killed wrote none."""
+    """The files for people that a results folder has; a driver that was killed wrote none."""
     there = [name for name in ("loss.png", "trials.csv") if (folder / name).is_file()]
     if any((folder / "curves").glob("*.csv")):
         there.append("curves/")

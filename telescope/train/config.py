@@ -63,7 +63,7 @@ MAX_NUMBER = 1e30
 """The largest finite number that means anything, and its inverse the smallest: beyond them powers
 and products overflow."""
 MAX_SECONDS = 1e8
-"""Three years; clocks of the operating system end at some times that."""
+"""Three years; clocks of the operating system end not far beyond."""
 SHOWN = 60
 """Characters of a value in a message, at most."""
 
@@ -81,7 +81,7 @@ def shown(value: object) -> str:
 
 
 def require_count(key: str, count: int, least: int = 1, allowed: str = "") -> None:
-    """Check the range of a number of things, of which there must be at least so many."""
+    """Check a number of things: at least `least`, at most `MAX_COUNT`."""
     require(count >= least, key, count, allowed or f"an integer >= {least}")
     require(count <= MAX_COUNT, key, count, f"an integer <= {MAX_COUNT:,}")
 
@@ -227,8 +227,8 @@ class SourceConfig:
     weight: float = 1.0
     """Share of the sequences, next to the other sources' weights; they need not sum to 1."""
     format: Format = "auto"
-    """What the files are; auto goes by their suffix, and for ``.bin`` by its first bytes. "text"
-    takes the bytes as they are, also of what does not look like text."""
+    """Kind of the files; auto goes by their suffix, and for ``.bin`` by its first bytes. "text"
+    takes the bytes as they are, even where they do not look like text."""
     field: str = "text"
     """JSONL and Parquet only: the field, or column, with the text."""
     dtype: Literal["uint16", "uint32"] | None = None
@@ -277,8 +277,8 @@ class DataConfig:
     source: str | tuple[str, ...] | None = None
     """``python-stdlib``, or paths and globs of files of one format."""
     format: Format = "auto"
-    """What the files are; auto goes by their suffix, and for ``.bin`` by its first bytes. "text"
-    takes the bytes as they are, also of what does not look like text."""
+    """Kind of the files; auto goes by their suffix, and for ``.bin`` by its first bytes. "text"
+    takes the bytes as they are, even where they do not look like text."""
     field: str = "text"
     """JSONL and Parquet only: the field, or column, with the text."""
     dtype: Literal["uint16", "uint32"] | None = None

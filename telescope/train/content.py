@@ -1,7 +1,7 @@
 """Files that hold something else than their source says, as their bytes tell.
 
 Text is taken by its suffix and tokens by a type that the user gives, so a file of another kind
-would be trained on without a word. What is refused here no file of the right kind looks like.
+would be trained on without a word. No file of the right kind looks like what is refused here.
 """
 
 from __future__ import annotations
@@ -73,31 +73,31 @@ _MAGIC = [(kind, re.compile(magic, re.DOTALL), advice) for kind, magic, advice i
 _OTHER_UNICODE = [(kind, re.compile(magic)) for kind, magic in OTHER_UNICODE]
 _ODD = {*range(32), 127} - set(b"\t\n\v\f\r\x1b\b")
 _NOT_IN_TEXT = np.array([byte in _ODD for byte in range(256)])
-"""Control characters that text has seldom; of random bytes they are a tenth."""
+"""Bytes of control characters, seldom in text; a tenth of random bytes are such."""
 SELDOM = 0.05
-"""The share of them above which what is no UTF-8 either is no text. An assumption."""
+"""The share of them above which a file that is not UTF-8 either is no text. An assumption."""
 
 BLOCKS, BLOCK_BYTES = 32, 1 << 13
 """A file of tokens is judged by so many blocks, spread over it."""
 FEW = 16
 """Values that are not 0 where all beside them are: by chance that happens once in 2¹⁶ files."""
 MANY = 32
-"""The same of values above `HIGH`, where those beside them are not."""
+"""The same for values above `HIGH` where all beside them are at most that."""
 HIGH = 15
 """The upper half of a token's 32 bits, at most: for a vocabulary of a million."""
 DIVERSE = 512
-"""Different ids from which on their lower bytes are taken to have all values, or nearly."""
+"""Number of different ids from which on their lower bytes have all values, or nearly."""
 
 
 def is_checked(source: SourceConfig) -> bool:
-    """True where text must look like text: not where the user insists, nor of our own."""
+    """True where text must look like text: not where the user insists, nor in our corpus."""
     return source.format != "text" and source.source != PYTHON_STDLIB
 
 
 def check_content(path: Path, source: SourceConfig) -> None:
     """Check that a file does not begin as one of another kind does.
 
-    Of text, `format = "text"` takes whatever it is; this interpreter's library is text.
+    With `format = "text"` any file is taken; this interpreter's library is text.
 
     Raises:
         DataError: with what it is and what to do.
@@ -171,8 +171,8 @@ def _is_utf8(block: bytes) -> bool:
 
 
 def nul_error(path: Path | str, place: int) -> DataError:
-    """The error of a text file that has a NUL at a byte, as UTF-16 and tokens have many."""
-    return DataError(f"{path}: byte {place}: a NUL, which UTF-8 text has not; {WHAT_IT_MAY_BE}")
+    """The error of a text file with a NUL at a byte; UTF-16 text and tokens have many."""
+    return DataError(f"{path}: byte {place}: a NUL; UTF-8 text has none; {WHAT_IT_MAY_BE}")
 
 
 def bom_bytes(path: Path) -> int:

@@ -101,7 +101,7 @@ class _Slope:
     """None where there is no line to fit."""
     error: float | None = None
     certain: float = -math.inf
-    """How steep it is at least, by its standard errors; infinite where sizes make no line."""
+    """The least that its steepness can be, by its errors; infinite where sizes make no line."""
     problem: str = ""
     """Why it fails; empty where it does not."""
     is_uncertain: bool = False

@@ -1,11 +1,11 @@
-"""What goes into softmax while a model runs: the attention logits, which no module gives out.
+"""Watches what goes into softmax as a model runs: attention logits, which no module gives out.
 
 Under muP they are as large at every width. Where head_dim grows with it and q·k is divided by its
-root, they grow, as the queries and keys that training aligns do: divide by head_dim there.
+root, they grow with what training aligns in queries and keys: divide by head_dim there.
 
 Seen are torch's `scaled_dot_product_attention`, worked out again from what it is given, torch's
-softmax in all its spellings, and `nn.MultiheadAttention`. Kernels of others are not: then it is
-said which modules split their features into heads that grow.
+softmax in all its spellings, and `nn.MultiheadAttention`. Kernels of others are not seen: then the
+check names the modules that split their features into heads that grow.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 ELEMENTS = 2**18
-"""About how many logits of a call are looked at: of the queries, evenly, no more than that takes.
-The check's batch is 2048 tokens, and a head has as many logits as tokens times tokens."""
+"""About how many logits of a call are looked at: those of some queries, evenly spread. The check's
+batch is 2048 tokens, and a head has as many logits as tokens times tokens."""
 MASKED = -1e4
 """Logits at or below this are masked out: they are -inf, the least number of a type, or -1e4."""
 SOFTMAX = {
@@ -33,7 +33,7 @@ SOFTMAX = {
     Tensor.softmax,
 }
 SPLITS = {Tensor.view, Tensor.reshape, Tensor.unflatten, torch.reshape, torch.unflatten}
-"""What a model splits its features into heads with; einops calls `reshape`."""
+"""Functions with which a model splits its features into heads; einops calls `reshape`."""
 
 
 class SoftmaxInputs(TorchFunctionMode):
@@ -147,7 +147,7 @@ class SoftmaxInputs(TorchFunctionMode):
 
 
 def _some(count: int, of_each: int, like: Tensor) -> Tensor:
-    """The numbers of so many of `count` rows that `ELEMENTS` hold, evenly and with the last."""
+    """Numbers of as many of `count` rows as fit `ELEMENTS`, evenly spread, the last among them."""
     stride = max(1, math.ceil(count * of_each / ELEMENTS))
     return torch.arange(count - 1, -1, -stride, device=like.device).flip(0)
 
@@ -162,7 +162,7 @@ def _attention_logits(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What torch's function of these arguments takes the softmax of, of some queries; and a mask.
+    """The logits of some queries in torch's function of these arguments; and a mask.
 
     A mask that is added, such as a bias by distance, only masks here.
     """
@@ -216,7 +216,7 @@ def _module_logits(
 def _softmax_logits(
     input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """What softmax is taken of, the dimension it is over last, of some rows; and no mask."""
+    """Some rows of what softmax is taken of, its own dimension last; and a mask of nothing."""
     dim = kwargs.get("dim", dim)
     logits = input.movedim(-1 if dim is None else dim, -1)
     if logits.ndim > 1:

@@ -21,13 +21,13 @@ INNER = " (inner)"
 noise, which Adam's normalised steps turn into logits that shrink as 1/√width under the right rule
 too (measured: -0.46 ± 0.12 with two experts); so only growth fails it."""
 SOFTMAX = " softmax input"
-"""Marks what goes into a softmax. With q·k divided by a head_dim that grows it shrinks at first, by
-right, and what training adds stays; so only growth fails it."""
+"""Marks what goes into a softmax. Where q·k is divided by a head_dim that grows, it rightly
+shrinks at first, and what training adds stays as large; so only growth fails it."""
 SOFTMAX_ADVICE = "where head_dim grows, attention must divide q·k by head_dim, not by its root"
 
 
 def steepness(name: str, slope: float) -> float:
-    """How far a quantity's slope is from passing: of what may shrink only growth counts."""
+    """Steepness of a quantity's slope, either way; of what may shrink, only growth counts."""
     return slope if INNER in name or SOFTMAX in name else abs(slope)
 
 
@@ -63,12 +63,12 @@ class CoordCheck:
 
     @property
     def blind_spot(self) -> str:
-        """What the check could not see and should have, in words; "" if nothing."""
+        """A warning of what the check should have seen and could not; "" if nothing."""
         if not self.unseen_heads:
             return ""
         first, *others = self.unseen_heads
         named = first + (f" and {len(others)} others" if others else "")
-        return f"softmax in {named} not seen, whose heads grow with the width: {SOFTMAX_ADVICE}"
+        return f"softmax in {named} not seen, and heads there grow: {SOFTMAX_ADVICE}"
 
     @property
     def passed(self) -> bool:

@@ -47,7 +47,7 @@ class Part:
     held_out: View = field(repr=False)
     digest: str
     indivisible: str = ""
-    """The reason for which nothing of it is held out, and advice; empty where something is."""
+    """The reason why nothing of it is held out, and advice; empty where it can be divided."""
     scan: Scan | None = None
     """The highest token id and its place, where no tokenizer vouches for the ids."""
 

@@ -169,8 +169,8 @@ def build_model(
 ) -> TaggedModel:
     """The model at `width`, initialised and with its readout multipliers set, on `device`.
 
-    The global random states are seeded on the way: the file may draw what is its own, and what
-    draws in training (dropout) goes on from there.
+    The global random states are seeded first: the file may draw what is its own, and what draws
+    in training (dropout) goes on from there.
 
     Raises:
         ModelError: the file fails, a parameter has no clear role, or no start.
@@ -178,7 +178,7 @@ def build_model(
     zeroed = ungiven_biases(config, base_width=base_width)
     torch.manual_seed(seed)
     with _other_draws(seed):
-        # What a file takes from numpy is on the CPU, whatever the device.
+        # Tensors that a file makes from numpy are on the CPU, whatever the device.
         model = _build(config, width, device).to(device)
     tagged = _tagged(config, model, width, base_width)
     initialise(tagged.module, tagged.tags, seed=seed, init_scale=init_scale, zeroed=zeroed)
@@ -296,7 +296,7 @@ def without_values() -> Iterator[None]:
 def build_without_values(
     config: ModelConfig, device: str, *, width: int, base_width: int
 ) -> TaggedModel:
-    """As `build_meta`, but on a device that is called otherwise; inside `without_values`."""
+    """As `build_meta`, but on a device of another name; called inside `without_values`."""
     return _tagged(config, _build(config, width, device), width, base_width)
 
 
@@ -341,7 +341,7 @@ def checked_logits(
 
 
 def _no_tensor(value: Any, wanted: tuple[int, ...]) -> str:
-    """What a forward pass gave that is no tensor, and what of it to return."""
+    """Describe what a forward pass gave that is no tensor, and what of it to return."""
     items: dict[Any, Any] = {}
     if isinstance(value, Mapping):
         items = dict(value)

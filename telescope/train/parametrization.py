@@ -157,7 +157,7 @@ def initialise(
     """Initialise what the width rules scale: matrices and tables, by their role.
 
     The model file's own are vectors, scalars, all that is frozen, and an embedding's padding row:
-    they stay as `build` gave them, less the biases that nobody gave. Drawn on the CPU from one
+    they stay as `build` gave them, but for the biases in `zeroed`. Drawn on the CPU from one
     generator in the order of the names, so that a seed means the same on every device.
 
     Args:
@@ -197,8 +197,8 @@ def _padding_rows(model: nn.Module) -> dict[int, set[int]]:
 def layer_biases(model: nn.Module) -> list[str]:
     """The names of all biases that stand beside a matrix in one module, as nn.Linear's.
 
-    torch draws those of its layers at random, with a size that goes with the width, where the model
-    file does not say otherwise.
+    Where the model file does not set them, torch draws those of its layers at random, with a size
+    that changes with the width.
     """
     owners = owners_of(model)
     layers = {

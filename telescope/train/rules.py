@@ -176,7 +176,7 @@ def check_growth(name: str, shapes: Sequence[tuple[int, ...]], widths: Sequence[
 def owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
     """Parameter identity → the modules that hold it; more than one where weights are tied.
 
-    What a torch parametrization makes a module's weight of is that module's.
+    The tensors from which a torch parametrization makes a module's weight count as that module's.
     """
     wrapped = {
         id(part): module

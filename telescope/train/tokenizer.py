@@ -64,7 +64,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _newline(inner: tokenizers.Tokenizer) -> list[int]:
-    """The ids of a newline; none where the tokenizer drops it, or has none and no unknown token."""
+    """The ids of a newline; none where the tokenizer drops it, or has no token for it."""
     try:
         return list(inner.encode("\n", add_special_tokens=False).ids)
     except Exception:  # the library raises bare Exceptions
@@ -82,7 +82,7 @@ def _pieces(inner: tokenizers.Tokenizer, text: str) -> list[str]:
 def _no_token(
     inner: tokenizers.Tokenizer, name: str, texts: Sequence[str], error: Exception
 ) -> SpecError:
-    """The error of a tokenizer that knows no token for something in some texts, and no unknown."""
+    """The error of a tokenizer with no token for something in the texts, nor an unknown token."""
     for piece in (piece for text in texts for piece in _pieces(inner, text)):
         try:
             inner.model.tokenize(piece)

@@ -34,8 +34,8 @@ CONVENTION_NOTE = (
 )
 
 EQUILIBRIUM = 3.0
-"""lr · weight_decay · steps from which on weight decay has had its full effect: what the weights
-were at the start is down to a twentieth. Derived, for a constant lr."""
+"""lr · weight_decay · steps from which on weight decay has had its full effect: a twentieth is left
+of the weights of the start. Derived, for a constant lr."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ def at_horizon(point: Point, sweep_steps: int | None, steps: int | None) -> Poin
 
 
 def horizon_note(point: Point, sweep_steps: int | None, steps: int | None) -> str | None:
-    """What is assumed of a run of another number of steps; None where that is not known."""
+    """The assumption on a run of another number of steps; None if it is the same or not known."""
     if sweep_steps is None or steps is None or steps == sweep_steps:
         return None
     return HORIZON_NOTE if "weight_decay" in point else STEPS_NOTE
 
 
 def time_scale_note(point: Point, sweep_steps: int | None) -> str | None:
-    """How far weight decay got in the sweep's runs; None where that is not known.
+    """Say how far weight decay got in the sweep's runs; None where that is not known.
 
     >>> time_scale_note(Point.of(lr=0.1, weight_decay=0.2), 500)
     'lr · weight_decay · steps of the answer is 10'
