@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,13 @@ def answer(trial: Trial) -> Result:
     return Result(trial, Status.COMPLETE, loss=loss + noise)
 
 
-def climb(ladder: Ladder, limit: int = 10**6) -> list[Result]:
+def climb(
+    ladder: Ladder, limit: int = 10**6, train: Callable[[Trial], Result] = answer
+) -> list[Result]:
     """Answer what a ladder asks for, one trial at a time; returns the results."""
     told: list[Result] = []
     while len(told) < limit and (trials := ladder.ask()):
-        told.append(answer(trials[0]))
+        told.append(train(trials[0]))
         ladder.tell(told[-1])
     return told
 
@@ -161,6 +164,42 @@ def moved(result: Result) -> Result:
     values = dict(result.trial.point)
     elsewhere = replace(result.trial, point=Point.of({**values, "lr": values["lr"] * 1.5}))
     return replace(answer(elsewhere), trial=result.trial)
+
+
+LONGER = {"widths": (16, 32, 64), "costs": COSTS}
+
+
+def bowl(trial: Trial) -> Result:
+    """Train: a bowl in lr alone, with little noise and drift."""
+    noise = 0.001 * math.sin(1e4 * (trial.lr + trial.seed + 3 * trial.width))
+    away = math.log2(trial.lr / 0.1 / (1 + 1 / trial.width))
+    return Result(trial, Status.COMPLETE, loss=2 + away**2 / 50 + noise)
+
+
+@pytest.mark.parametrize(("tolerance", "most_at_base"), [(0.001, 0), (0.0001, 12)])
+def test_an_appended_width_is_no_reason_to_train_the_narrow_ones_again(
+    tolerance: float, most_at_base: int
+) -> None:
+    """An answer within the tolerance stays so; one that is not is bettered at wide models."""
+    short = replace(BEFORE, axes=BEFORE.axes[:1], tolerance=tolerance)
+    ladder = replay(replace(short, **LONGER), climb(Ladder(short), train=bowl))
+    assert ladder.given
+    new = climb(ladder, train=bowl)
+    assert sum(result.trial.width == 16 for result in new) <= most_at_base
+    assert bool(new) == (tolerance < 0.001)
+    certificate = ladder.certificate()
+    assert certificate is not None
+    assert certificate.excess_bound <= 0.001
+
+
+def test_what_is_given_twice_counts_once() -> None:
+    swapped = [replace(r, trial=replace(r.trial, point=backwards(r.trial.point))) for r in first()]
+    ladder = Ladder(replace(BEFORE, **LONGER), [*first(), *first(), *swapped])
+    assert sorted(map(str, ladder.given)) == sorted(map(str, first()))
+
+
+def backwards(point: Point) -> Point:
+    return Point.of(dict(reversed(list(dict(point).items()))))
 
 
 def test_what_was_given_counts_towards_the_budget() -> None:

@@ -216,17 +216,34 @@ def _should_widen(view: View) -> str | None:
         return f"{MOST_TRIALS} trials per seed are the most at one width"
     own, at_target = view.excess(stage.width), view.excess(view.target)
     within = view.bound(view.target) <= view.tolerance
-    if _is_unproven(view) and len(view.state.stages) > 1 and within:
+    if _is_unproven(view) and len(view.surface.data.seen) > 1 and within:
         return (
             f"predicted excess loss at width {view.target} is {at_target:.2%}, but a drift that "
             f"never settles is not ruled out and would cost {view.unsettled_excess:.2%}"
         )
     if own > OWN_SHARE * at_target:
-        return None
+        return _says_more_ahead(view)
     return (
         f"what is not known here costs {own:.2%} of loss, of {at_target:.2%} at width "
         f"{view.target}: only a wider model can say more"
     )
+
+
+def _says_more_ahead(view: View) -> str | None:
+    """Why a wider model that has given trials is worth more than this stage's, or None.
+
+    What is not known at the target is little then, and its share of this width's no measure.
+    """
+    stage, seen = view.stage, view.surface.data.seen
+    ahead = [width for width in view.spec.widths[len(view.state.stages) :] if width in seen]
+    options = {stage.width: view.candidates(stage.width, stage.grid)}
+    for width in ahead:
+        grid = grid_around(view.spec, view.optimum(width).place, view.state.stages[0].grid)
+        options[width] = view.candidates(width, grid)
+    best = view.picks(options, 1) if ahead else []
+    if not best or best[0].width == stage.width:
+        return None
+    return f"trials of width {best[0].width}, which has some already, say more about the target"
 
 
 def _beyond_the_border(view: View) -> tuple[Stage, Sequence[Point], str]:
@@ -293,7 +310,7 @@ def _is_good_enough(view: View) -> str | None:
     """Why the answer for the target is good enough, or None."""
     only_width = len(view.spec.widths) == 1
     bound = view.bound(view.target)
-    if bound > view.tolerance or not (len(view.state.stages) > 1 or only_width):
+    if bound > view.tolerance or not (len(view.surface.data.seen) > 1 or only_width):
         return None
     if _is_unproven(view) and _next_width(view) is not None:
         return None

@@ -49,8 +49,9 @@ class Ladder:
 
         Args:
             spec: the ladder's spec.
-            given: results made before, in any order, one per trial. Failed ones say nothing, nor do
-                those of other axes or of another value of a fixed axis: they are left aside.
+            given: results made before, in any order; of one trial's, the first counts. Failed ones
+                say nothing, nor do those of other axes or of another value of a fixed axis: they
+                are left aside.
         """
         self.spec = spec
         self.given = tuple(sorted(_usable(spec, given), key=_by_content))
@@ -186,17 +187,18 @@ def _told(
 
 
 def _usable(spec: LadderSpec, results: Iterable[Result]) -> list[Result]:
-    """The results that say something of the spec's axes, each point with its axes in order."""
+    """The results that say something of the spec's axes, one per trial, its axes in order."""
     names = [axis.name for axis in spec.axes]
-    usable = []
+    usable: dict[Trial, Result] = {}
     for result in results:
         point = result.trial.point
         if result.status is Status.FAILED or set(point) != set(names):
             continue
         if all(point[axis.name] == axis.low for axis in spec.axes if axis.is_fixed):
             ordered = Point.of({name: point[name] for name in names})
-            usable.append(replace(result, trial=replace(result.trial, point=ordered)))
-    return usable
+            trial = replace(result.trial, point=ordered)
+            usable.setdefault(trial, replace(result, trial=trial))
+    return list(usable.values())
 
 
 def _by_content(result: Result) -> tuple[int, tuple[tuple[str, float], ...], int]:
