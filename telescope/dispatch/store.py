@@ -87,13 +87,15 @@ class Store:
 
     def _add(self, result: Result) -> None:
         trial = result.trial
+        axes = {axis.name: axis for axis in self._axes}
         self._study(trial.width).add_trial(
             create_trial(
                 state=STATES[result.status],
                 value=result.loss,
                 params=dict(trial.point),
+                # Of the point's own axes: a pack whose storing was cut off may have had others.
                 distributions={
-                    axis.name: _range(axis, trial.point[axis.name]) for axis in self._axes
+                    name: _range(axes.get(name), value) for name, value in trial.point.items()
                 },
                 user_attrs=_attributes(result),
             )
@@ -167,10 +169,11 @@ class Store:
             )
 
 
-def _range(axis: Axis, value: float) -> FloatDistribution:
+def _range(axis: Axis | None, value: float) -> FloatDistribution:
     """The axis's range, stretched to a value outside it; a study's floats may have any."""
     # Never log: Optuna refuses a study whose axis is log-spaced today and fixed at 0 tomorrow.
-    return FloatDistribution(min(axis.low, value), max(axis.high, value))
+    low, high = (axis.low, axis.high) if axis else (value, value)
+    return FloatDistribution(min(low, value), max(high, value))
 
 
 def _attributes(result: Result) -> dict[str, Any]:
