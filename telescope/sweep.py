@@ -131,13 +131,26 @@ class Recorder:
         self.running.discard(result.trial)
         self.known.append(result)
         self._note_seconds(result)
+        if not self.ladder.counts(result.trial):
+            self._give()
         closed = len(self.ladder.choices)
-        self.ladder.tell(result)
+        if self.ladder.counts(result.trial):
+            self.ladder.tell(result)
         self.view.result(result, self.beat("running"))
         for choice in self.ladder.choices[closed:]:
             self.view.choice(choice)
         if len(self.ladder.choices) > closed:
             self.write_table()
+
+    def _give(self) -> None:
+        """Begin the ladder anew with all results given: a trial of before its spec changed ended.
+
+        A kill before that is written down comes to the same: the next run finds it in the store.
+        """
+        given = [result.trial for result in self.ladder.given]
+        self.ladder = replay(self.ladder.spec, self.known, given=given)
+        record = {**self.folder.read_spec(), "given": _given_record(self.ladder)}
+        self.folder.write_spec(record, None)
 
     def on_release(self, trials: Sequence[Trial]) -> None:
         """Note that a worker has given trials back."""
@@ -226,7 +239,7 @@ class Recorder:
             return None
         seconds = {width: fmean(times) for width, times in self._seconds.items()}
         widest, spec = max(seconds), self.ladder.spec
-        rate = seconds[widest] / spec.cost(widest) if widest in self.planned else 0.0
+        rate = seconds[widest] / spec.cost(widest)
         stage = self.ladder.stages[-1]
         done = {stage.width: len(self.ladder.results(stage))}
         return sum(
@@ -388,7 +401,7 @@ def _recording(
         ours = prepared.trial_config if isinstance(prepared, Prepared) else None
         given = given_trials(before)
         ladder = replay(prepared.ladder_spec, known, given=given, retry_failures=True)
-        record["given"] = [result.trial.as_dict() for result in ladder.given]
+        record["given"] = _given_record(ladder)
         folder.write_spec(record, ours.model.text if ours else None)
         recorder = Recorder(
             ladder=ladder,
@@ -411,6 +424,11 @@ def _recording(
             raise
         ended = "finished" if recorder.ladder.is_finished else "interrupted"
         recorder.leave("stuck" if recorder.ladder.stuck else ended)
+
+
+def _given_record(ladder: Ladder) -> list[dict[str, Any]]:
+    """What `given_trials` reads."""
+    return [result.trial.as_dict() for result in ladder.given]
 
 
 def given_trials(record: Mapping[str, Any]) -> list[Trial]:

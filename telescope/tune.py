@@ -30,7 +30,7 @@ from ray.tune.search import Searcher
 
 from telescope.api import Ladder
 from telescope.dispatch.ray_worker import Gate
-from telescope.errors import ResumeError, SpecError
+from telescope.errors import ResumeError, SpecError, TrialError
 from telescope.files import write_json
 from telescope.losses import judged
 from telescope.records import Result, Status, Trial
@@ -295,8 +295,13 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
             logger.warning("%s: failed: %s", trial, result.reason)
         if self._recorder:
             self._recorder.tell(result)
-        else:
+            self._ladder = Ladder.around(self.spec, self._recorder.ladder)
+            return
+        try:
             self._ladder.tell(trial, loss=result.loss, status=result.status, reason=result.reason)
+        except TrialError:  # began before a restore under a spec that has changed since
+            known = [*self._ladder.results, result]
+            self._ladder = Ladder(self.spec, known, given=self._ladder.given)
 
     def _read(self, trial: Trial, report: Mapping[str, Any]) -> Result:
         """A trial's last report as a result.

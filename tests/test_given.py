@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from test_foreign import telescope as command
 
 from telescope import Ladder as UserLadder
 from telescope import Spec
+from telescope.dispatch.store import Store
 from telescope.errors import TrialError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Axis, LadderSpec, Point, Result, Status, Trial
-from telescope.sweep import open_result
+from telescope.sweep import Recorder, open_result
+from telescope.tune import TelescopeSearch
 
 COSTS = {16: 1.0, 32: 4.0, 64: 16.0}
 BEFORE = LadderSpec(
@@ -292,8 +295,6 @@ def test_what_another_writer_stored_is_told_not_trained(tmp_path: Path) -> None:
     spec = Spec.from_dict(bowl_spec(tmp_path))
     donor = inline(tmp_path)[1]
     kept = [result for stage in donor.stages for result in donor.results(stage)]
-    from telescope.sweep import Recorder
-
     recorder = Recorder(
         ladder=Ladder(donor.spec),
         store=None,  # type: ignore[arg-type]  # nothing is stored here
@@ -306,6 +307,63 @@ def test_what_another_writer_stored_is_told_not_trained(tmp_path: Path) -> None:
     )
     assert recorder.ask() == []
     assert recorder.ladder.choices == donor.choices
+
+
+def test_a_pack_cut_off_under_other_axes_is_stored(tmp_path: Path) -> None:
+    """Its results wait in a file while the spec's axes change."""
+    axes = (Axis("lr", 0.01, 1.0, 7), Axis("beta", 0.1, 0.9, 3))
+    with closing(Store(f"sqlite:///{tmp_path / 'trials.db'}", "bowl", axes, "f")) as store:
+        store.add(first()[0])
+        assert store.results() == [first()[0]]
+
+
+def test_time_left_knows_the_pace_of_a_width_that_the_spec_has_no_longer() -> None:
+    wide = Result(Trial(64, Point.of({"lr": 0.1, "weight_decay": 0.1}), 0), Status.COMPLETE, 2.0)
+    recorder = Recorder(
+        ladder=replay(replace(BEFORE, widths=(16,), costs={16: 1.0}), [wide]),
+        store=None,  # type: ignore[arg-type]
+        folder=None,  # type: ignore[arg-type]
+        view=None,  # type: ignore[arg-type]
+        name="bowl",
+        workers={16: 1},
+        planned={16: 9},
+        known=[replace(wide, seconds=32.0)],
+    )
+    assert recorder.progress("running").eta_seconds == pytest.approx(9 * 32 / 16)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_trial_that_a_restored_searcher_does_not_ask_for_is_given(
+    keeps: bool, tmp_path: Path
+) -> None:
+    """It ran while its Tuner was restored under a changed spec; what it ends with counts."""
+    tables = {
+        "name": "mine",
+        "target": {"width": 64},
+        "cost": {"parameters": {"8": 1, "16": 4, "64": 64}},
+        "axes": {"lr": {"low": 0.01, "high": 1.0, "points": 7}},
+    }
+    results = tmp_path / "results" if keeps else None
+    search = TelescopeSearch({**tables, "ladder": {"widths": [8, 16]}}, results=results)
+    for number in range(4):
+        search.suggest(str(number))
+    search.on_trial_complete("0", {"loss": 3.0})
+    search.save(str(tmp_path / "state.json"))
+    search.close()
+    changed = {**tables, "ladder": {"widths": [8, 16], "seeds": [4]}}
+    search = TelescopeSearch(changed, results=results)
+    search.restore(str(tmp_path / "state.json"))
+    search.on_trial_complete("1", {"loss": 2.5})
+    search.on_trial_complete("2", {"loss": 2.6})
+    search.on_trial_complete("3", {"status": "failed"})
+    assert search.suggest("4")
+    assert {result.loss for result in search.ladder.given} == {2.5, 2.6, 3.0}
+    asked = search.ladder.ask()
+    search.close()
+    if results:
+        finished = open_result("mine", results)
+        assert finished.ladder.ask() == asked
+        assert [r.loss for r in finished.ladder.given] == [r.loss for r in search.ladder.given]
 
 
 def test_a_users_ladder_is_given_what_it_would_not_ask_for() -> None:
