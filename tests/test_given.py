@@ -169,9 +169,6 @@ def moved(result: Result) -> Result:
     return replace(answer(elsewhere), trial=result.trial)
 
 
-LONGER = {"widths": (16, 32, 64), "costs": COSTS}
-
-
 def bowl(trial: Trial) -> Result:
     """Train: a bowl in lr alone, with little noise and drift."""
     noise = 0.001 * math.sin(1e4 * (trial.lr + trial.seed + 3 * trial.width))
@@ -185,7 +182,7 @@ def test_an_appended_width_is_no_reason_to_train_the_narrow_ones_again(
 ) -> None:
     """An answer within the tolerance stays so; one that is not is bettered at wide models."""
     short = replace(BEFORE, axes=BEFORE.axes[:1], tolerance=tolerance)
-    ladder = replay(replace(short, **LONGER), climb(Ladder(short), train=bowl))
+    ladder = replay(replace(short, **CHANGES["wider"]), climb(Ladder(short), train=bowl))
     assert ladder.given
     new = climb(ladder, train=bowl)
     assert sum(result.trial.width == 16 for result in new) <= most_at_base
@@ -197,7 +194,7 @@ def test_an_appended_width_is_no_reason_to_train_the_narrow_ones_again(
 
 def test_what_is_given_twice_counts_once() -> None:
     swapped = [replace(r, trial=replace(r.trial, point=backwards(r.trial.point))) for r in first()]
-    ladder = Ladder(replace(BEFORE, **LONGER), [*first(), *first(), *swapped])
+    ladder = Ladder(replace(BEFORE, **CHANGES["wider"]), [*first(), *first(), *swapped])
     assert sorted(map(str, ladder.given)) == sorted(map(str, first()))
 
 
@@ -212,6 +209,19 @@ def test_what_was_given_counts_towards_the_budget() -> None:
     ladder = replay(least, stored)
     new = climb(ladder)
     assert sum(BEFORE.cost(result.trial.width) for result in new) <= 3 * BEFORE.cost(16)
+
+
+def test_a_width_whose_trials_all_diverged_is_left_out_for_the_budget_that_is_spent() -> None:
+    base = [result for result in first() if result.trial.width == 16]
+    lost = [
+        Result(replace(result.trial, width=32), Status.DIVERGED, reason="NaN")
+        for result in base[:4]
+    ]
+    spent = sum(BEFORE.cost(result.trial.width) for result in [*base, *lost])
+    ladder = Ladder(replace(BEFORE, budget=spent, seeds=(0, 1)), [*base, *lost])
+    assert climb(ladder) == []
+    assert [width.width for width in ladder.skipped] == [32]
+    assert "budget is spent" in ladder.skipped[0].reason
 
 
 @pytest.mark.parametrize(

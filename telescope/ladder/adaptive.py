@@ -96,7 +96,8 @@ def _open_next(state: State) -> Move:
     if grown := _grown(state, stage, points, reason):
         return Move(stage=grown)
     rest = state.spec.widths[len(state.choices) :]
-    return Move(skipped=tuple(Skipped(left, ALL_WALLED) for left in rest))
+    why = _out_of_budget(state) if points else ALL_WALLED
+    return Move(skipped=tuple(Skipped(left, why) for left in rest))
 
 
 def _taking_over(state: State, stage: Stage) -> Stage:
