@@ -41,10 +41,12 @@ WAYS = {
 
 @pytest.fixture
 def sigterm_raises() -> Iterator[None]:
-    """As in a process that runs a sweep."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """As in a process that runs a sweep, whatever Ray, or who started this one, has set."""
+    raising = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in raising}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("way", WAYS)
