@@ -427,7 +427,7 @@ def _recording(
 
 
 def _given_record(ladder: Ladder) -> list[dict[str, Any]]:
-    """What `given_trials` reads."""
+    """The given trials as `spec.json` keeps them, for `given_trials` to read."""
     return [result.trial.as_dict() for result in ladder.given]
 
 

@@ -163,16 +163,25 @@ def test_a_function_can_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Interrupt(tune.Callback):  # type: ignore[misc]
-    """What Ctrl-C does, once, after three trials."""
+    """What Ctrl-C does, once, after some trials."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, mark: Path, after: int = 3) -> None:
+        self.mark, self.after = mark, after
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         ended = sum(trial.status == "TERMINATED" for trial in trials)
-        if ended >= 3 and not self.mark.exists():
+        if ended >= self.after and not self.mark.exists():
             self.mark.touch()
             raise InterruptedError
+
+
+def ends_as_by_hand(folder: Path, space: dict[str, str]) -> None:
+    """Restore an experiment and fit it to its end; nothing is trained twice."""
+    results = tune.Tuner.restore(str(folder), trainable=train, param_space=space).fit()
+    restored = TelescopeSearch(spec())
+    restored.restore_from_dir(str(folder))
+    assert restored.ladder.choices == by_hand(spec())
+    assert len(results) == len(restored.ladder.results)
 
 
 def test_tuner_restore_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,12 +192,7 @@ def test_tuner_restore_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     settings = {"reuse_actors": True, "callbacks": [Interrupt(tmp_path / "interrupted")]}
     with pytest.raises(InterruptedError):
         fit(search, train, tmp_path, param_space=space, **settings)
-    folder = str(tmp_path / "experiment")
-    results = tune.Tuner.restore(folder, trainable=train, param_space=space).fit()
-    restored = TelescopeSearch(spec())
-    restored.restore_from_dir(folder)
-    assert restored.ladder.choices == by_hand(spec())
-    assert len(results) == len(restored.ladder.results)
+    ends_as_by_hand(tmp_path / "experiment", space)
 
 
 def test_a_restored_search_asks_again_for_what_tune_does_not_know(
@@ -198,7 +202,7 @@ def test_a_restored_search_asks_again_for_what_tune_does_not_know(
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
     (tmp_path / "died").touch()
     search, space = TelescopeSearch(spec()), {"marks": str(tmp_path)}
-    callbacks = [Interrupt(tmp_path / "interrupted")]
+    callbacks = [Interrupt(tmp_path / "interrupted", after=1)]  # some are still to be asked for
     with pytest.raises(InterruptedError):
         fit(search, train, tmp_path, param_space=space, callbacks=callbacks)
     (file,) = (tmp_path / "experiment").glob("searcher-state-*.json")
@@ -211,12 +215,7 @@ def test_a_restored_search_asks_again_for_what_tune_does_not_know(
     )
     state["running"]["unknown"] = lost.as_dict()
     file.write_text(json.dumps(state))
-    folder = str(tmp_path / "experiment")
-    results = tune.Tuner.restore(folder, trainable=train, param_space=space).fit()
-    restored = TelescopeSearch(spec())
-    restored.restore_from_dir(folder)
-    assert restored.ladder.choices == by_hand(spec())
-    assert len(results) == len(restored.ladder.results)
+    ends_as_by_hand(tmp_path / "experiment", space)
     assert f"Tune does not run {lost} any more" in caplog.text
 
 

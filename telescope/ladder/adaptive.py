@@ -231,7 +231,7 @@ def _should_widen(view: View) -> str | None:
 
 
 def _says_more_ahead(view: View) -> str | None:
-    """Why a wider model that has given trials is worth more than this stage's, or None.
+    """The reason to leave for a wider model that has given trials and is worth more, or None.
 
     What is not known at the target is little then, and its share of this width's no measure.
     """
