@@ -1,8 +1,9 @@
 """Policy `adaptive`: few trials in rounds, a fitted optimum with an interval, and an end.
 
 At each width, rounds of a few trials, each chosen from all answered results as those that say most
-about the optimum *at the target* (`design`). The stage closes when the next width's trials say more
-per FLOP than its own. The ladder ends when its answer costs no more than the tolerance at the
+about the optimum *at the target* (`design`). Before each round the fit forecasts the rest of the
+ladder: the trials, of this width and of wider ones, that would bring the answer within the tolerance
+at least cost. The stage goes on while some of them are its own. The ladder ends when its answer costs no more than the tolerance at the
 target with 90 % probability, when another round would hardly lower that, or with the budget.
 """
 
@@ -13,12 +14,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from telescope.ladder import paper
 from telescope.ladder.failures import FAILED_SHARE, all_diverged, failures_reason
 from telescope.ladder.observe import lost_points, observe, unit_of
 from telescope.ladder.paper import mean_loss
 from telescope.ladder.state import Move, State
-from telescope.ladder.view import BUDGET_SPENT, MOST_TRIALS, SURE, View, round_size
+from telescope.ladder.view import BUDGET_SPENT, MOST_TRIALS, SURE, PickedPoint, View, round_size
 from telescope.ladder.window import (
     EXTENSION_CELLS,
     WINDOW,
@@ -40,12 +43,18 @@ LEAST_LOSSES = 3
 """Losses at base width, of points without a divergence, without which there is nothing to fit."""
 REPEATS = 3
 """Best cells of the base width that get a further seed before the stage closes."""
+REPEAT_WITHIN = 5.0
+"""Standard deviations of the noise above the best within which a cell is worth a further seed."""
 MOST_EXTENSIONS = 3
 """Times that the window of one axis grows at one width."""
 BORDER_TRIALS = 1
 """Trials of a round that look beyond a border."""
-OWN_SHARE = 0.2
-"""Share of the excess predicted for the target below which a width's own is small enough."""
+AHEAD = 60
+"""Trials, of all widths from the open one up, that a forecast of the rest looks at."""
+GOAL = 0.4
+"""Tolerances that the 90 % bound is to fall to in that forecast: forecasts are too bright."""
+WORTH = 0.9
+"""Share of what all those trials would say that is worth its cost: the rest is dear."""
 LEAST_GAIN = 0.1
 """Share of the predicted excess that a round must promise to take off at the last width."""
 
@@ -130,7 +139,8 @@ def _decide(view: View) -> Move:
         return _without_a_loss(view)
     if move := _grow(view, *_beyond_the_border(view)):
         return move
-    ending, widening = _is_good_enough(view), _should_widen(view)
+    rest = _rest_of_the_ladder(view)
+    ending, widening = _is_good_enough(view), _should_widen(view, rest)
     giving_up = _should_give_up(view)
     if ending or widening or giving_up:
         if move := _grow(view, *_repeats(view)):
@@ -140,8 +150,7 @@ def _decide(view: View) -> Move:
         if ending:
             return _close(view, ending, ends=not goes_on)
         return _close(view, widening or giving_up or "", ends=not (widening or goes_on))
-    finer = _finer(view, stage)
-    best = _best(view, stage, view.candidates(stage.width, finer), round_size(view.spec))
+    best = _next_round(view, rest)
     if move := _grow(
         view, _with(stage, best), best, "these say most about the optimum at the target"
     ):
@@ -195,6 +204,13 @@ def _best(view: View, stage: Stage, points: Sequence[Point], count: int) -> list
     return [picked.point for picked in view.picks({stage.width: points}, count)]
 
 
+def _next_round(view: View, rest: Sequence[PickedPoint]) -> list[Point]:
+    """The points of this width among the rest of the ladder's, or those that say most."""
+    most, stage = round_size(view.spec), view.stage
+    ahead = [picked.point for picked in rest if picked.width == stage.width]
+    return ahead[:most] or _best(view, stage, view.candidates(stage.width, stage.grid), most)
+
+
 def _next_width(view: View) -> int | None:
     """The next width, if the budget has room for a trial of it or some of it are given."""
     rest = view.spec.widths[len(view.state.stages) :]
@@ -208,7 +224,7 @@ def _is_unproven(view: View) -> bool:
     return view.spec.until_proven and not view.is_settled()
 
 
-def _should_widen(view: View) -> str | None:
+def _should_widen(view: View, rest: Sequence[PickedPoint]) -> str | None:
     """Why it is time for the next width, or None."""
     stage = view.stage
     if _next_width(view) is None:
@@ -222,29 +238,37 @@ def _should_widen(view: View) -> str | None:
             f"predicted excess loss at width {view.target} is {at_target:.2%}, but a drift that "
             f"never settles is not ruled out and would cost {view.unsettled_excess:.2%}"
         )
-    if own > OWN_SHARE * at_target:
-        return _says_more_ahead(view)
+    if any(picked.width == stage.width for picked in rest):
+        return None
     return (
         f"what is not known here costs {own:.2%} of loss, of {at_target:.2%} at width "
-        f"{view.target}: only a wider model can say more"
+        f"{view.target}: wider models say more for their cost"
     )
 
 
-def _says_more_ahead(view: View) -> str | None:
-    """The reason to leave for a wider model that has given trials and is worth more, or None.
+def _rest_of_the_ladder(view: View) -> list[PickedPoint]:
+    """The trials that bring the answer within the tolerance at least cost, by the fit's forecast.
 
-    What is not known at the target is little then, and its share of this width's no measure.
+    Of this width and of all wider ones: the shape is common to all widths, and nowhere as cheap to
+    learn as here; the drift shows at wider ones alone.
     """
-    stage, seen = view.stage, view.surface.data.seen
-    ahead = [width for width in view.spec.widths[len(view.state.stages) :] if width in seen]
-    options = {stage.width: view.candidates(stage.width, stage.grid)}
-    for width in ahead:
-        grid = grid_around(view.spec, view.optimum(width).place, view.state.stages[0].grid)
+    spec, stage = view.spec, view.stage
+    options = {stage.width: view.candidates(stage.width, _finer(view, stage))}
+    for width in spec.widths[len(view.state.stages) :]:
+        grid = grid_around(spec, view.optimum(width).place, view.state.stages[0].grid)
         options[width] = view.candidates(width, grid)
-    best = view.picks(options, 1) if ahead else []
-    if not best or best[0].width == stage.width:
-        return None
-    return f"trials of width {best[0].width}, which has some already, say more about the target"
+    picks = view.picks(options, AHEAD)
+    if not picks:
+        return []
+    said = np.cumsum([picked.gain for picked in picks])
+    goal = view.excess(view.target) * (
+        1 - GOAL * view.tolerance / max(view.bound(view.target), 1e-300)
+    )
+    picks = picks[: int(np.searchsorted(said, min(goal, WORTH * said[-1]))) + 1]
+    if spec.budget is None:
+        return picks
+    costs = np.cumsum([spec.cost(picked.width) * len(spec.seeds) for picked in picks])
+    return picks[: int(np.searchsorted(costs, spec.budget - view.state.spent, side="right"))]
 
 
 def _beyond_the_border(view: View) -> tuple[Stage, Sequence[Point], str]:
@@ -279,8 +303,11 @@ def _extended(spec: LadderSpec, stage: Stage, axis: Axis, *, upward: bool) -> St
     window, values = WINDOW.get(len(spec.swept), WINDOW_OF_MANY), stage.grid[axis.name]
     spacing = window.step
     if stage.width == spec.widths[0]:  # values inside the range are no extension
+        beyond = [v > axis.high * 1.001 if upward else v < axis.low * 0.999 for v in values]
+        grown = sum(beyond) // EXTENSION_CELLS
         values = tuple(v for v in values if not axis.low * 0.999 < v < axis.high * 1.001)
-        window, spacing = range(0), marks_per_step(axis)
+        # Each time further: a range that misses by far is left in few rounds.
+        window, spacing = range(0), marks_per_step(axis) * 2**grown
     if len(values) >= len(window) + MOST_EXTENSIONS * EXTENSION_CELLS:
         return None
     return replace(stage, grid=extended(stage.grid, axis, spacing, upward=upward))
@@ -293,7 +320,14 @@ def _repeats(view: View) -> tuple[Stage, Sequence[Point], str]:
     if len(view.state.stages) > 1 or len(seeds) > 1:
         return stage, (), ""
     best = _best_points(view.state, stage)[:REPEATS]
-    return stage, best, "a further seed at the best cells, to measure the noise"
+    lowest = view.surface.loss_at(stage.width, place_of(view.spec, best[0]))
+    near = lowest + REPEAT_WITHIN * view.surface.noise
+    alike = [
+        point
+        for point in best
+        if view.surface.loss_at(stage.width, place_of(view.spec, point)) <= near
+    ]
+    return stage, alike, "a further seed at the best cells, to measure the noise"
 
 
 def _best_points(state: State, stage: Stage) -> list[Point]:

@@ -145,10 +145,7 @@ def _problems_of_axes(view: View) -> list[str]:
             f"{axis} is unidentified: the loss hardly depends on it within its range, it keeps "
             f"{last.point[axis]:.4g}; widen axes.{axis}, train longer, or fix it"
         )
-    for axis in last.at_edge:
-        problems.append(
-            f"{axis} is on the border of what was tried at width {last.width}; move axes.{axis}"
-        )
+    problems += [_say_border(view, number, upward=up) for number, up in view.open_sides]
     for number in view.surface.at_wall(view.optimum(view.target).place):
         axis = view.spec.swept[number].name
         problems.append(
@@ -164,6 +161,16 @@ def _problems_of_axes(view: View) -> list[str]:
             f"the loss has two minima at width {rivals}; narrow the axes to one of them"
         )
     return problems
+
+
+def _say_border(view: View, number: int, *, upward: bool) -> str:
+    """Say that an optimum lies at or beyond all that was tried, and what to change."""
+    name, border = view.spec.swept[number].name, 2 ** view.measured(number)[upward]
+    low, side, key = ("low", "above", "high") if upward else ("high", "below", "low")
+    return (
+        f"the range of {name} is too {low}: at width {view.stage.width} the optimum lies at or "
+        f"{side} {border:.3g}, the last value that was tried; move axes.{name}.{key}"
+    )
 
 
 def _contradictions(view: View) -> list[str]:

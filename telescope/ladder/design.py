@@ -39,14 +39,22 @@ class Pick:
     """Nats that the predicted excess loss at the target would fall by, picks before it counted."""
 
 
-def pick(surface: Surface, options: Sequence[Candidates], wanted: Array, count: int) -> list[Pick]:
+def pick(
+    surface: Surface,
+    options: Sequence[Candidates],
+    wanted: Array,
+    count: int,
+    *,
+    enough: float = 0.0,
+) -> list[Pick]:
     """Choose trials greedily by gain per cost; each counts what those before it will have said.
 
     Args:
         surface: the fit.
         options: one per width.
         wanted: (draws, k) what is not known: the square of its length is what it costs, in nats.
-        count: how many to choose; none twice.
+        count: how many to choose at most; none twice.
+        enough: share of what is not known that may be left: fewer are chosen where they leave less.
     """
     predicted = [_losses(surface, option) for option in options]
     losses = np.concatenate([values for values, _ in predicted], axis=1)
@@ -57,9 +65,10 @@ def pick(surface: Surface, options: Sequence[Candidates], wanted: Array, count: 
     wanted = wanted - wanted.mean(axis=0)
     together = losses.T @ losses / len(losses)
     says = wanted.T @ losses / len(losses)
+    unknown = at_first = float((wanted**2).sum(axis=1).mean())
     picks: list[Pick] = []
     left = np.ones(len(cost), dtype=bool)
-    while len(picks) < count and left.any():
+    while len(picks) < count and left.any() and unknown > enough * at_first:
         gain = np.where(left, (says**2).sum(axis=0) / (np.diagonal(together) + error), 0.0)
         worth = np.where(left, gain / cost, -1.0)
         # Rounded, so that cells which a reflection swaps tie, whatever the order of the sums.
@@ -68,6 +77,7 @@ def pick(surface: Surface, options: Sequence[Candidates], wanted: Array, count: 
         left[best] = False
         option = int(owner[best])
         picks.append(Pick(options[option].width, best - int(start[option]), float(gain[best])))
+        unknown -= float(gain[best])
         row, total = together[best].copy(), together[best, best] + error[best]
         says = says - np.outer(says[:, best], row) / total
         together = together - np.outer(row, row) / total
@@ -80,5 +90,8 @@ def _losses(surface: Surface, option: Candidates) -> tuple[Array, Array]:
     mean = losses.mean(axis=0)
     variance = surface.noise**2 * (1 + SEED_SHIFT**2 * option.repeats)
     variance = variance + (np.mean(MISFIT) * (mean - mean.min())) ** 2
-    losses = losses + surface.levels(option.width)[:, None]
+    if option.width in surface.data.seen:
+        losses = losses + surface.levels(option.width)[:, None]
+    else:  # its level is not known at all: what the first trials say lies between them
+        losses = losses - losses.mean(axis=1, keepdims=True)
     return losses - losses.mean(axis=0), variance

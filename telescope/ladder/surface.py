@@ -19,7 +19,7 @@ Deterministic, whatever the order of the results. Reflecting an axis reflects th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from telescope.ladder.basis import Array, Basis, Frame
-from telescope.ladder.drift import DEEPENINGS, HYPOTHESES, LAWS
+from telescope.ladder.drift import DEEPENINGS, HYPOTHESES, LAWS, Law
 
 PRECISION = 0.06
 """Octaves, standard deviation, to which a smooth fit knows the place of an optimum at best, however
@@ -48,6 +48,8 @@ REACH = 3.0
 DRAWS = 128
 """Draws before they are reflected in every axis."""
 ITERATIONS = 3
+FIRST_GUESS = tuple(h for h in HYPOTHESES if h.deepening in (0.0, 0.33))
+"""The hypotheses of the first guesses, which look for the centre and the curvature alone."""
 NEGLIGIBLE = 1e-3
 """Share of the most probable hypothesis's weight below which a first guess leaves one out."""
 LEAST_CURVATURE = 1e-3
@@ -137,6 +139,7 @@ class _Posterior:
     A hypothesis is one of `drift.HYPOTHESES`; a setting is noise, misfit and share of the bend.
     """
 
+    hypotheses: Sequence[Law]
     columns: Array
     """(hypotheses, n, columns)."""
     covariance: Array
@@ -160,29 +163,43 @@ class _Posterior:
         return mean
 
 
-def _weigh(basis: Basis, data: Data, *, scales: Array = NOISE_SCALES) -> _Posterior:
+def _weigh(
+    basis: Basis,
+    data: Data,
+    hypotheses: Sequence[Law] = HYPOTHESES,
+    *,
+    scales: Array = NOISE_SCALES,
+    bends: Sequence[float] = BENDS,
+) -> _Posterior:
     """Evidence of every hypothesis: how probable the losses are under it."""
     noise, misfit, _ = (
         grid.ravel()
-        for grid in np.meshgrid(basis.frame.expected_noise * scales, MISFIT, BENDS, indexing="ij")
+        for grid in np.meshgrid(basis.frame.expected_noise * scales, MISFIT, bends, indexing="ij")
     )
     prior = -0.5 * (np.log(noise / basis.frame.expected_noise) / NOISE_PRIOR) ** 2
     variance = noise[:, None] ** 2 + basis.misfit(data.above_best, misfit[:, None]) ** 2
     measured = (SEED_SHIFT * noise[:, None, None]) ** 2 * data.same_shift + variance[
         :, None, :
     ] * np.eye(len(data.losses))
-    columns = basis.columns(data.places, data.widths, HYPOTHESES)
-    variances = np.tile(basis.deviations**2, (len(BENDS), 1))
-    variances[:, basis.bend] *= np.square(BENDS)[:, None]
+    columns = basis.columns(data.places, data.widths, hypotheses)
+    variances = np.tile(basis.deviations**2, (len(bends), 1))
+    variances[:, basis.bend] *= np.square(bends)[:, None]
     by_bend = [(columns * v) @ columns.transpose(0, 2, 1) for v in variances]
-    number = np.tile(np.arange(len(BENDS)), len(noise) // len(BENDS))
+    number = np.tile(np.arange(len(bends)), len(noise) // len(bends))
     covariance = np.stack(by_bend, axis=1)[:, number] + measured
     log_evidence = _log_evidence(covariance, data.above_best)
-    log_evidence += prior + np.log([h.prior for h in HYPOTHESES])[:, None]
+    log_evidence += prior + np.log([h.prior for h in hypotheses])[:, None]
     weights = np.exp(log_evidence - log_evidence.max())
-    return _Posterior(
-        columns, covariance, weights / weights.sum(), noise, misfit, variances[number]
-    )
+    weights /= weights.sum()
+    return _Posterior(hypotheses, columns, covariance, weights, noise, misfit, variances[number])
+
+
+def _probable(scales: Array, guess: _Posterior) -> Array:
+    """The scales of noise that a first guess has not ruled out, each with its neighbours."""
+    by_scale = guess.weights.sum(0).reshape(len(scales), -1).sum(1)
+    likely = np.flatnonzero(by_scale > NEGLIGIBLE * by_scale.max())
+    kept: Array = scales[max(0, likely[0] - 1) : likely[-1] + 2]
+    return kept
 
 
 def _log_evidence(covariance: Array, losses: Array) -> Array:
@@ -219,6 +236,7 @@ class Surface:
     def __init__(self, frame: Frame, data: Data) -> None:
         """Fit; `data` has two losses or more at the base width."""
         self.frame, self.data = frame, data
+        self._optima: dict[tuple[object, ...], Optimum] = {}
         above = data.above_best
         at_base = above[data.widths == frame.widths[0]]
         spread = max(float(np.median(at_base)), frame.expected_noise)
@@ -228,18 +246,19 @@ class Surface:
         self.centre = self.origin
         self.curvature = spread / (frame.span / 4) ** 2
         least = self.curvature * LEAST_CURVATURE
+        scales = NOISE_SCALES
         for _ in range(ITERATIONS):
             self.basis = self._basis_at(spread, height)
-            posterior = _weigh(self.basis, data, scales=NOISE_SCALES[::2])
+            posterior = _weigh(self.basis, data, FIRST_GUESS, scales=scales, bends=BENDS[1:2])
             mean = posterior.mean(above)
-            law = HYPOTHESES[int(posterior.weights.sum(1).argmax())]
+            law = FIRST_GUESS[int(posterior.weights.sum(1).argmax())]
             shape = self.basis.polynomial(data.seen[-1], law) @ mean
             self.centre = self._lowest(shape, self.support())
             k = self.basis.axes
             at_base = self.basis.polynomial(frame.widths[0], law) @ mean
             self.curvature = np.maximum(at_base[k : 2 * k], least)
         self.basis = self._basis_at(spread, height)
-        posterior = _weigh(self.basis, data)
+        posterior = _weigh(self.basis, data, scales=_probable(scales, posterior))
         of_hypothesis = posterior.weights.sum(1)
         self.law_weights = of_hypothesis.reshape(len(LAWS), -1).sum(1)
         self.deepening = float(of_hypothesis @ [h.deepening for h in HYPOTHESES])
@@ -417,11 +436,17 @@ class Surface:
             margin: steps beyond what was measured that are allowed.
             held: axis → octaves at which the answer, but not the draws, keeps it.
         """
+        asked = width, margin, tuple(sorted((held or {}).items()))
+        if asked not in self._optima:
+            self._optima[asked] = self._optimum(width, margin, held or {})
+        return self._optima[asked]
+
+    def _optimum(self, width: int, margin: float, held: Mapping[int, float]) -> Optimum:
         low, high = self.support(margin)
         polynomials = self.polynomials(width)
         draws = self._downhill(polynomials, low, high)
         shifted = np.clip(draws + self._shift, low, high)
-        for axis, value in (held or {}).items():
+        for axis, value in held.items():
             low[axis] = high[axis] = value
         place = self._lowest(polynomials.mean(axis=0), (low, high))
         lowest = self._values(polynomials, draws)

@@ -28,10 +28,14 @@ MOST_TRIALS = 30
 """Trials of one stage, for each of the spec's seeds, after which it closes as it is."""
 CHECKED_ODDS = 0.3
 """What a passed coordinate check multiplies the odds of a wrong width rule by. An assumption."""
-RULED_OUT = 0.03
-"""Probability below which a drift that never settles is ruled out."""
+RULED_OUT = 0.05
+"""Probability below which a drift that never settles is ruled out: half of what PASS leaves
+open."""
 LEAST_BENDS = 0.99
 """Probability that the loss curves upwards along an axis without which it is unidentified."""
+KEPT_WITHIN = 1.0
+"""Standard deviations of what keeping an unidentified axis costs by the fit: above, it is believed
+that the axis matters."""
 MOST_FOR_KEEPING = 1.0
 """Tolerances that keeping an unidentified axis may cost by the fit; above, the fit is believed."""
 SURE = 0.9
@@ -100,7 +104,8 @@ class View:
             if is_long or is_flat:
                 keeps = {number: math.log2(prior[axis.name] if prior else middle(axis))}
                 costs = self.surface.optimum(width, held=held | keeps).excess - free.excess
-                if costs.mean() / self.loss <= MOST_FOR_KEEPING * self.tolerance:
+                most = min(MOST_FOR_KEEPING * self.tolerance * self.loss, KEPT_WITHIN * costs.std())
+                if costs.mean() <= most:
                     held |= keeps
         return held
 
@@ -113,13 +118,7 @@ class View:
 
     def optimum(self, width: int) -> Optimum:
         """The answer at a width; unidentified axes keep their prior value."""
-        if width not in self._optima:
-            self._optima[width] = self.surface.optimum(width, held=self.held)
-        return self._optima[width]
-
-    @cached_property
-    def _optima(self) -> dict[int, Optimum]:
-        return {}
+        return self.surface.optimum(width, held=self.held)
 
     def excess(self, width: int) -> float:
         """Expected excess loss of the answer at a width, as a share of the loss."""
@@ -188,12 +187,15 @@ class View:
         """The swept axes whose optimum the results do not show."""
         return [self.spec.swept[number].name for number in self.held]
 
-    def picks(self, options: Mapping[int, Sequence[Point]], count: int) -> list[PickedPoint]:
+    def picks(
+        self, options: Mapping[int, Sequence[Point]], count: int, *, enough: float = 0.0
+    ) -> list[PickedPoint]:
         """The trials that say most about the target per cost, best first.
 
         Args:
             options: width → points that may be asked for.
-            count: how many.
+            count: how many at most.
+            enough: share of the predicted excess that may be left.
         """
         given = {width: points for width, points in options.items() if points}
         if not given:
@@ -203,6 +205,7 @@ class View:
             [self._as_candidates(*item) for item in given.items()],
             self._wanted,
             count,
+            enough=enough,
         )
         return [PickedPoint(p.width, given[p.width][p.index], p.gain / self.loss) for p in chosen]
 
