@@ -2,9 +2,10 @@
 
 At each width, rounds of a few trials, each chosen from all answered results as those that say most
 about the optimum *at the target* (`design`). Before each round the fit forecasts the rest of the
-ladder: the trials, of this width and of wider ones, that would bring the answer within the tolerance
-at least cost. The stage goes on while some of them are its own. The ladder ends when its answer costs no more than the tolerance at the
-target with 90 % probability, when another round would hardly lower that, or with the budget.
+ladder: the trials, of this width and of wider ones, that would bring the answer within the
+tolerance at least cost; the stage goes on while some of them are its own. The ladder ends when its
+answer costs no more than the tolerance at the target with 90 % probability, when another round
+would hardly lower that, or with the budget.
 """
 
 from __future__ import annotations
