@@ -6,6 +6,8 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from rich.console import Console
 
 from telescope.ladder.ladder import Ladder
@@ -85,15 +87,20 @@ def test_the_live_screen_has_stage_counts_best_and_time_left(ladder: Ladder) -> 
     assert "unknown" in text
 
 
+def lines_of(panel: Axes) -> dict[str, Line2D]:
+    """Marker → the line of that marker that has points; of several the last."""
+    return {str(line.get_marker()): line for line in panel.get_lines() if np.size(line.get_xdata())}
+
+
 def test_the_figure_marks_choices_and_divergence(ladder: Ladder) -> None:
     figure = loss_figure(ladder, "demo")
-    (panel,) = figure.axes  # one swept axis, one panel
-    assert panel.get_xscale() == "log"
-    lines = {
-        str(line.get_marker()): line for line in panel.get_lines() if np.size(line.get_xdata())
-    }
-    assert np.asarray(lines["*"].get_xdata()).tolist() == [ladder.choices[0].point.lr]
+    track, panel = figure.axes  # one swept axis, one row
+    assert panel.get_xscale() == track.get_yscale() == "log"
+    lines = lines_of(panel)
+    chosen = ladder.choices[0].point.lr
+    assert np.asarray(lines["*"].get_xdata()).tolist() == [chosen]
     assert np.asarray(lines["x"].get_xdata()).tolist() == [1.0]
-    legend = panel.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["32", "64"]
+    (target,) = [np.asarray(lines_of(track)["*"].get_xdata()).tolist()]
+    assert target == [64]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][:1] == ["width 32"]

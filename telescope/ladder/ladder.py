@@ -17,6 +17,7 @@ from dataclasses import replace
 from telescope.errors import TrialError
 from telescope.ladder import adaptive, paper
 from telescope.ladder.certificate import certify
+from telescope.ladder.portrait import Portrait, portrait
 from telescope.ladder.state import State
 from telescope.records import (
     Certificate,
@@ -121,6 +122,14 @@ class Ladder:
             return None
         width = width or self.spec.target
         return certify(self._state(), self.skipped, width, rule_checked=rule_checked)
+
+    def portrait(self, width: int | None = None) -> Portrait:
+        """The data of the ladder's figures, at any time; see `portrait.portrait`.
+
+        Args:
+            width: the width to predict; left out, the spec's target.
+        """
+        return portrait(self._state(), width or self.spec.target)
 
     def _state(self) -> State:
         given = tuple(result.trial for result in self.given)
