@@ -340,6 +340,41 @@ def transfer(
 
 
 @app.command()
+def report(
+    sweeps: Annotated[
+        list[str],
+        typer.Argument(metavar="SWEEP...", help="Names under the results folder, or paths."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Left out, report.html in the sweep's folder; of several, in this one.",
+        ),
+    ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Write a report to look at and to send: one HTML file that asks for nothing from anywhere.
+
+    Several sweeps stand side by side, if their losses can be compared.
+    """
+    from telescope.catalog import find_result
+
+    for sweep in sweeps:
+        find_result(sweep, results)
+    from telescope.reporting import write_report
+
+    path = write_report(sweeps, results, out)
+    _say(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB)")
+    if open_it:
+        import webbrowser
+
+        if not webbrowser.open(path.resolve().as_uri()):
+            _say(f"telescope: no browser found; open {path} in one", err=True)
+
+
+@app.command()
 def ls(results: ResultsOption = RESULTS) -> None:
     """List the sweeps there are."""
     from telescope.report.status import list_sweeps

@@ -1,4 +1,4 @@
-"""Says whether the results in a folder may be one ladder with what would be trained now.
+"""Says which losses may be compared: of one ladder with what would be trained now, of two sweeps.
 
 An edited trainer counts as another one, unless only its comments and layout differ or its user has
 said that it trains alike. The results keep the fingerprint of the first text, and spec.json lists
@@ -13,11 +13,13 @@ from typing import Any
 
 from telescope.dispatch.folder import Folder
 from telescope.dispatch.sources import Source
-from telescope.errors import ResumeError
+from telescope.errors import RefusedError, ResumeError
 from telescope.foreign import Foreign, Told
 from telescope.prepare import Prepared
 from telescope.train.config import ADDED_KEYS
 
+DATA_HASH = "data (hash)"
+"""Key of what was measured on; empty or missing where telescope did not see it."""
 TEXTS = "trainer_texts"
 """Key of spec.json: file → the texts of it that count as one; the first is the fingerprint's."""
 
@@ -71,6 +73,43 @@ def check_comparable(
         return {}
     fingerprint = record.get("fingerprint", prepared.fingerprint)
     return {TEXTS: texts, "comparable_if_equal": kept, "fingerprint": fingerprint}
+
+
+def differences(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Compare the training of several sweeps, and refuse those whose losses say nothing together.
+
+    Losses on other data, or per another tokenizer's token, are of other kinds. So are those of
+    trainers that telescope does not see, unless all that it knows of them is the same.
+
+    Args:
+        records: name of a sweep → its `spec.json`.
+
+    Returns:
+        Key → sweep → value, of all else that differs in what was trained.
+
+    Raises:
+        RefusedError: naming the sweeps and what differs.
+    """
+    fields = {name: ADDED_KEYS | record["comparable_if_equal"] for name, record in records.items()}
+    first, *others = fields
+    for other in others:
+        keys = sorted(fields[first].keys() | fields[other].keys())
+        unlike = [key for key in keys if fields[first].get(key) != fields[other].get(key)]
+        of_data = [key for key in unlike if key.startswith("data")]
+        is_seen = all(fields[name].get(DATA_HASH) for name in (first, other))
+        if of_data or (unlike and not is_seen):
+            shown = ", ".join(
+                f"{key} is {fields[first].get(key)} and {fields[other].get(key)}"
+                for key in of_data or unlike
+            )
+            unseen = "" if is_seen else "; telescope does not see what another trainer measures on"
+            raise RefusedError(
+                f"{first} and {other}: their losses cannot be compared: {shown}{unseen}; make a "
+                "report of each"
+            )
+    keys = sorted({key for table in fields.values() for key in table})
+    values = {key: {name: table.get(key) for name, table in fields.items()} for key in keys}
+    return {key: of for key, of in values.items() if any(v != of[first] for v in of.values())}
 
 
 def _texts(

@@ -574,18 +574,25 @@ class Finished:
         point = self.certificate.point if self.certificate else self.ladder.choices[-1].point
         return at_horizon(point, self.spec.steps, self.spec.target.steps)
 
+    def cost_by_width(self) -> dict[int, float]:
+        """Width → what its stored trials cost, in target runs; narrow first."""
+        spent: dict[int, float] = {}
+        for result in sorted(self.results, key=lambda r: r.trial.width):
+            cost = result.flops
+            if self.spec.cost:  # counted as planned: what its trials report may be of another kind
+                ran = result.status is not Status.FAILED
+                cost = self.ladder.spec.cost(result.trial.width) if ran else 0.0
+            width = result.trial.width
+            spent[width] = spent.get(width, 0.0) + cost / self.target_flops
+        return spent
+
     def cost(self) -> dict[str, Any]:
         """What all stored trials cost, and what was planned, in the keys of `show --json`."""
-        flops: float | None = sum(result.flops for result in self.results)
-        spent = flops
-        if self.spec.cost:  # counted as planned: what its trials report may be of another kind
-            ran = [r.trial.width for r in self.results if r.status is not Status.FAILED]
-            spent = sum(map(self.ladder.spec.cost, ran))
-            flops = flops or None
+        flops = sum(result.flops for result in self.results)
         return {
-            "flops": flops,
+            "flops": (flops or None) if self.spec.cost else flops,
             "seconds": sum(result.seconds for result in self.results),
-            "over_target": (spent or 0.0) / self.target_flops,
+            "over_target": sum(self.cost_by_width().values()),
             "planned": self.planned and dict(self.planned),
         }
 

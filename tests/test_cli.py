@@ -43,6 +43,7 @@ STABLE_OPTIONS = {
     "show": {"--json", "--csv"},
     "transfer": {"--width", "--steps", "--json", "--out"},
     "ls": {"--results"},
+    "report": {"--out", "--open"},
     "tokenize": {"--vocab-size", "--out", "--shards"},
 }
 

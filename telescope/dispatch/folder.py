@@ -13,7 +13,8 @@ Standard library only, because `status` and `ls` read it and must start at once.
         logs/          what each trial of a foreign trainer printed
         trials/        folders of the trials' own, where a foreign trainer asks for them
         checkpoints/   of the trials that are running, where the spec asks for them
-        loss.png       loss against each axis, per width, the choices marked
+        loss.png       optimum against width, and excess loss per width with the fit
+        report.html    what `telescope report` wrote
         coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure
         status.json    the driver's heartbeat
         lock           held by the running driver
@@ -38,7 +39,7 @@ from typing import Any, TextIO
 from telescope.catalog import KEPT_MODEL_FILE, SPEC_FILE
 from telescope.errors import ResumeError
 from telescope.files import remove_unfinished, write_atomic, write_json
-from telescope.records import Result, Trial
+from telescope.records import CurvePoint, Result, Trial
 
 FORMAT = 1
 """Of what a results folder holds; a folder with a higher one is a newer version's."""
@@ -153,6 +154,20 @@ class Folder:
         rows.writerow(("step", "train_loss", "held_out_loss"))
         rows.writerows((row.step, row.train_loss, row.held_out_loss) for row in result.curve)
         write_atomic(self.path / "curves" / f"{result.trial}.csv", text.getvalue(), durable=False)
+
+    def read_curve(self, trial: Trial) -> tuple[CurvePoint, ...]:
+        """What `write_curve` wrote of a trial; empty where there is none, or none to be read."""
+        path = self.path / "curves" / f"{trial}.csv"
+        try:
+            rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+            return tuple(
+                CurvePoint(
+                    int(row["step"]), _number(row["train_loss"]), _number(row["held_out_loss"])
+                )
+                for row in rows
+            )
+        except (OSError, ValueError, KeyError, TypeError, csv.Error):
+            return ()
 
     def note_pack(self, line: Mapping[str, Any]) -> None:
         """Keep what was decided about packs, before it is acted upon."""
@@ -289,6 +304,11 @@ def _check_format(record: Mapping[str, Any], path: Path) -> None:
             f"{path}: format {found!r}, this version of telescope reads up to {FORMAT}; use the "
             "version that wrote it"
         )
+
+
+def _number(cell: str) -> float | None:
+    """A cell of a curve; None where it is empty."""
+    return float(cell) if cell else None
 
 
 def _read_json(path: Path, key: str) -> dict[str, Any] | None:

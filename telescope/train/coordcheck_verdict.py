@@ -124,6 +124,36 @@ class CoordCheck:
             },
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CoordCheck:
+        """What `as_dict` was of, NaN where it had none.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is of another version, or damaged.
+        """
+        return cls(
+            rule=data["rule"],
+            widths=tuple(data["widths"]),
+            steps=tuple(data["steps"]),
+            seeds=tuple(data["seeds"]),
+            point=Point.of(data["point"]),
+            sizes={
+                name: {
+                    int(step): tuple(math.nan if v is None else float(v) for v in values)
+                    for step, values in by_step.items()
+                }
+                for name, by_step in data["sizes"].items()
+            },
+            slopes=dict(data["slopes"]),
+            errors=dict(data["errors"]),
+            slope_steps=dict(data["slope_steps"]),
+            problems=dict(data["problems"]),
+            uncertain=tuple(data["uncertain"]),
+            threshold=data["threshold"],
+            unwatched=tuple(data["unwatched"]),
+            unseen_heads=tuple(data["unseen_heads"]),
+        )
+
 
 def _or_none(value: float) -> float | None:
     """A number that JSON can hold."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from telescope.errors import RefusedError
+from telescope.markup import table, text
 from telescope.records import Certificate, Point, as_json
 from telescope.train.config import OptimizerConfig, TrainConfig
 from telescope.train.groups import Group, parameter_groups
@@ -33,12 +34,14 @@ CONVENTION_NOTE = (
     "the schedule's peak; what other libraries call these rules is in the README's table"
 )
 
+AS_BUILT = (Role.VECTOR, Role.FINITE)
+"""Roles that start as the model's own code has it."""
 EQUILIBRIUM = 3.0
 """lr · weight_decay · steps from which on weight decay has had its full effect: a twentieth is left
 of the weights of the start. Derived, for a constant lr."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Transfer:
     """What to use at a width; the attributes are the keys of `telescope transfer --json`."""
 
@@ -62,6 +65,37 @@ class Transfer:
     def weight_decay(self) -> float:
         """Weight decay in base-width units; KeyError where it is no axis."""
         return self.point.weight_decay
+
+    def __repr__(self) -> str:
+        """A line: what is to be used, and how sure it is."""
+        groups = "no groups" if self.groups is None else f"{len(self.groups)} groups"
+        steps = f", steps {self.steps}" if self.steps else ""
+        verdict = self.certificate.verdict if self.certificate else "no certificate"
+        return f"<Transfer to width {self.width}{steps}: {self.point}; {groups}; {verdict}>"
+
+    def _repr_html_(self) -> str:
+        """The same with the groups in a table, for notebooks."""
+        return f"<p>{text(repr(self)[1:-1])}</p>{self.groups_table()}"
+
+    def groups_table(self) -> str:
+        """The groups as an HTML table; "" where there are none."""
+        if self.groups is None:
+            return ""
+        head = ["role", "shape", "count", "optimizer", "lr", "weight decay", "init std", "output ×"]
+        rows = [
+            [
+                group["role"],
+                "×".join(map(str, group["shape"])),
+                group["count"],
+                group["optimizer"] or group["note"],
+                f"{group['lr']:.6g}",
+                f"{group['weight_decay']:.6g}",
+                "as built" if group["role"] in AS_BUILT else f"{group['init_std']:.4g}",
+                f"{group['multiplier']:.4g}",
+            ]
+            for group in self.groups
+        ]
+        return table(head, rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON's keys, in its order."""
@@ -261,6 +295,6 @@ def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
 
 def _init_note(group: Group) -> str:
     """How the parameter starts, where its standard deviation does not say it."""
-    if group.role in (Role.VECTOR, Role.FINITE):
+    if group.role in AS_BUILT:
         return "starts as the model's own code has it, a layer's bias at 0"
     return "starts at zero" if group.init_std == 0 else ""

@@ -1,0 +1,538 @@
+"""The report: one HTML file with everything to look at of a sweep, or of several side by side.
+
+Figures are inline SVG, drawn by matplotlib: a dozen of them take 150 kB, need no script, follow the
+page's colours and print sharply. The only script copies text. The page asks for nothing from
+anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from telescope.ladder.certificate import USABLE
+from telescope.ladder.portrait import Portrait
+from telescope.markup import table, text
+from telescope.records import Axis, Trial
+from telescope.report.figures import (
+    CHECK_PANELS,
+    CURVES_SHOWN,
+    PANEL,
+    Curves,
+    as_svg,
+    draw_check,
+    draw_contours,
+    draw_cost,
+    draw_excess,
+    draw_track,
+    draw_training,
+    label_of,
+    of_kind,
+    ranked_trials,
+)
+from telescope.report.live import describe_seconds
+from telescope.report.svg import inline
+from telescope.report.toml import as_toml
+
+if TYPE_CHECKING:
+    from telescope.sweep import Finished
+    from telescope.train.coordcheck_verdict import CoordCheck
+    from telescope.transfer.settings import Transfer
+
+HIDDEN = "(left out of the report)"
+"""In place of what a trainer's environment holds: it may be a password."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sweep with all that its report shows."""
+
+    name: str
+    """What it is called, unlike all others of the page."""
+    finished: Finished
+    settings: Transfer | None
+    no_settings: str
+    """Why there are none; "" where there are."""
+    check: CoordCheck | None
+    no_check: str
+    """Why there is none to draw; "" where there is."""
+    run_command: str
+    """What runs the sweep again."""
+
+    @cached_property
+    def portrait(self) -> Portrait:
+        """The data of its figures."""
+        return self.finished.ladder.portrait()
+
+    @cached_property
+    def curves(self) -> Curves:
+        """Trial → its training curve, of those that have one."""
+        folder = self.finished.folder
+        trials = [
+            Trial(width.width, dot.point, dot.seed)
+            for width in self.portrait.widths
+            for dot in width.dots
+        ]
+        found = {trial: folder.read_curve(trial) for trial in trials}
+        return {trial: curve for trial, curve in found.items() if curve}
+
+
+class Page:
+    """Makes figures and texts whose ids differ over a whole page."""
+
+    def __init__(self) -> None:
+        """Begin a page."""
+        self._numbers = count(1)
+
+    def figure(
+        self,
+        label: str,
+        draw: Callable[..., None],
+        *arguments: Any,
+        caption: str = "",
+        size: tuple[float, float] = PANEL,
+    ) -> str:
+        """One panel; see `figures`. The label says what it shows."""
+        svg = inline(as_svg(draw, *arguments, size=size), f"f{next(self._numbers)}", label)
+        words = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
+        return f"<figure>{svg}{words}</figure>"
+
+    def copyable(self, content: str, button: str) -> str:
+        """A text with a button that copies it."""
+        name = f"copy{next(self._numbers)}"
+        return (
+            f'<button type="button" hidden data-copy="{name}">{text(button)}</button>'
+            f'<span class="copied" id="{name}-said" role="status"></span>'
+            f'<pre id="{name}" tabindex="0">{text(content)}</pre>'
+        )
+
+
+def render(sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]]) -> str:
+    """The whole page.
+
+    Args:
+        sweeps: one, or several whose losses can be compared.
+        differences: key → sweep → value, of what was trained differently in several.
+    """
+    page = Page()
+    names = ", ".join(dict.fromkeys(shown.name for shown in sweeps))
+    sections = [
+        _section(page, name, title, note, make, sweeps)
+        for name, (title, note, make) in SECTIONS.items()
+    ]
+    if len(sweeps) > 1:
+        sections.insert(1, _comparison(sweeps, differences))
+    links = "".join(
+        f'<li><a href="#{name}">{text(title)}</a></li>' for name, (title, _, _) in SECTIONS.items()
+    )
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(names)}: telescope report</title><style>{_asset('page.css')}</style></head>"
+        '<body><a class="skip" href="#answer">to the answer</a>'
+        f'<header><h1>{text(names)}</h1><nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+        f"<main>{''.join(sections)}</main>"
+        f"<footer>written by telescope; losses are held-out losses, hyperparameters are in "
+        f"base-width units unless said otherwise</footer><script>{_asset('page.js')}</script>"
+        "</body></html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _section(
+    page: Page,
+    name: str,
+    title: str,
+    note: str,
+    make: Callable[[Page, Shown], str],
+    sweeps: Sequence[Shown],
+) -> str:
+    """One part of the page, with a column per sweep."""
+    many = len(sweeps) > 1
+    columns = "".join(
+        f'<div class="sweep">{f"<h3>{text(s.name)}</h3>" if many else ""}{make(page, s)}</div>'
+        for s in sweeps
+    )
+    words = f'<p class="note">{text(note)}</p>' if note else ""
+    return (
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{text(title)}'
+        f'</h2>{words}<div class="sweeps{" many" if many else ""}">{columns}</div></section>'
+    )
+
+
+def _comparison(sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]]) -> str:
+    """The losses of several sweeps in one table, and what was trained differently."""
+    names = [shown.name for shown in sweeps]
+    choices = [{c.width: c for c in shown.finished.ladder.choices} for shown in sweeps]
+    widths = sorted({width for of in choices for width in of})
+    rows = [
+        [width, *(f"{of[width].loss:.4f}" if width in of else "–" for of in choices)]
+        for width in widths
+    ]
+    spent = [f"{shown.finished.cost()['over_target']:.3g}" for shown in sweeps]
+    losses = table(
+        ["loss at width", *names], [*rows, ["cost, target runs", *spent]], caption="of the choices"
+    )
+    differing = table(
+        ["trained differently", *names],
+        [[key, *(of.get(name) for name in names)] for key, of in differences.items()],
+    )
+    same = '<p class="note">Everything that makes losses comparable is the same.</p>'
+    return (
+        '<section id="comparison" aria-labelledby="comparison-title"><h2 id="comparison-title">'
+        f'Side by side</h2><div class="scroll">{losses}</div>'
+        f'{f"""<div class="scroll">{differing}</div>""" if differences else same}</section>'
+    )
+
+
+def verdict_of(finished: Finished) -> tuple[str, str]:
+    """A sweep's verdict: its class (pass, warn or fail), and in words."""
+    ladder, certificate = finished.ladder, finished.certificate
+    if ladder.stuck:
+        return "fail", "STUCK: no answer"
+    if not ladder.choices:
+        return "warn", "NO ANSWER YET: no stage has finished"
+    if not ladder.is_finished:
+        width = ladder.choices[-1].width
+        return "warn", f"NOT FINISHED: this is from width {width} alone so far"
+    if certificate is None:
+        why = f"policy {finished.spec.ladder.policy} says nothing of how sure it is"
+        return "warn", f"NOT CONFIRMED: {why}"
+    if certificate.verdict == "PASS":
+        return "pass", "CONFIRMED: use it"
+    if certificate.verdict == "FAIL":
+        return "fail", "DO NOT USE: the results contradict it"
+    is_usable = certificate.excess_bound <= USABLE * finished.spec.ladder.tolerance
+    return "warn", "USABLE, NOT CONFIRMED" if is_usable else "NOT CONFIRMED: a start, no answer"
+
+
+def _answer(page: Page, shown: Shown) -> str:
+    """The card: settings, verdict, expected excess, what to do next."""
+    finished, spec = shown.finished, shown.finished.spec
+    kind, words = verdict_of(finished)
+    parts = [f'<p class="verdict {kind}">{text(words)}</p>']
+    if finished.ladder.stuck:
+        parts.append(f"<p>{text(finished.ladder.stuck)}</p>")
+    elif finished.target_point():
+        steps = spec.target.steps
+        length = f", {steps} steps" if steps else ""
+        parts.append(f"<p>For the target, width {spec.target.width}{length}:</p>")
+        settings = "".join(_setting(finished, axis) for axis in finished.ladder.spec.axes)
+        parts.append(f'<dl class="answer">{settings}{_expected_excess(finished)}</dl>')
+    return "".join(parts) + _next_steps(shown)
+
+
+def _setting(finished: Finished, axis: Axis) -> str:
+    """One setting with what is known of it."""
+    answer, certificate = finished.target_point(), finished.certificate
+    assert answer is not None
+    interval = certificate.intervals.get(axis.name) if certificate else None
+    if axis.is_fixed:
+        known = "fixed by the spec, not tuned"
+    elif certificate is None:
+        known = "the lowest measured, without an interval"
+    elif interval is None:
+        known = "not identified: it keeps its prior value"
+    else:
+        # For a run of another length the weight decay is rescaled, and its interval with it.
+        factor = answer[axis.name] / certificate.point[axis.name]
+        known = f"90 %: {interval[0] * factor:.3g} to {interval[1] * factor:.3g}"
+    return _fact(label_of(axis.name), f"{answer[axis.name]:.4g}", known)
+
+
+def _expected_excess(finished: Finished) -> str:
+    """What the answer costs, as far as the certificate says."""
+    certificate = finished.certificate
+    if certificate is None:
+        return ""
+    bound, goal = certificate.excess_bound, finished.spec.ladder.tolerance
+    return _fact(
+        "expected excess loss",
+        f"{certificate.predicted_excess_loss:.2%}",
+        f"at most {bound:.2%} with 90 %; goal {goal:.2%}",
+    )
+
+
+def _fact(title: str, value: str, known: str) -> str:
+    return (
+        f"<div><dt>{text(title)}</dt><dd><b>{text(value)}</b><span>{text(known)}</span></dd></div>"
+    )
+
+
+def _next_steps(shown: Shown) -> str:
+    """What speaks against the answer, and the command that comes next."""
+    finished = shown.finished
+    certificate, ladder = finished.certificate, finished.ladder
+    parts = []
+    if certificate and ladder.is_finished:
+        parts.append(f"<p>{text(_sentence(certificate.advice))}</p>")
+        if certificate.problems:
+            failed = certificate.verdict == "FAIL"
+            title = "What speaks against it" if failed else "What is missing"
+            items = "".join(f"<li>{text(problem)}</li>" for problem in certificate.problems)
+            parts.append(f'<p>{title}:</p><ul class="todo">{items}</ul>')
+    goes_on = not ladder.is_finished
+    command = shown.run_command if goes_on else f"telescope transfer {finished.folder.path}"
+    why = "goes on with it" if goes_on else "gives the settings below, for any width and steps"
+    return "".join(parts) + f"<p>Next: <code>{text(command)}</code> {why}.</p>"
+
+
+def _sentence(words: str) -> str:
+    """The words with a capital and a full stop."""
+    return words[:1].upper() + words[1:] + "." * (not words.endswith("."))
+
+
+def _optimum(page: Page, shown: Shown) -> str:
+    """Each axis' optimum against the width, and the table of the choices."""
+    portrait, ladder = shown.portrait, shown.finished.ladder
+    figures = [
+        page.figure(
+            f"optimum of {label_of(axis)} against width, with the target",
+            draw_track,
+            portrait,
+            axis,
+        )
+        for axis in portrait.axes
+    ]
+    axes = [axis.name for axis in ladder.spec.axes]
+    rows = [
+        [
+            choice.width,
+            *(f"{choice.point[axis]:.4g}" for axis in axes),
+            f"{choice.loss:.4f}",
+            " + ".join(f"{number} {status}" for status, number in sorted(choice.counts.items())),
+            choice.reason,
+        ]
+        for choice in ladder.choices
+    ]
+    skipped = "".join(
+        f"<p>Width {s.width} was left out: {text(s.reason)}.</p>" for s in ladder.skipped
+    )
+    chosen = table(["width", *axes, "loss", "trials", "why"], rows)
+    return _panels(figures, portrait) + skipped + _folded("what each width chose, and why", chosen)
+
+
+def _panels(figures: Sequence[str], portrait: Portrait, *, none: str = "") -> str:
+    """Figures beside each other; where there are none, the reason."""
+    if figures:
+        return f'<div class="panels">{"".join(figures)}</div>'
+    return f"<p>{text(_sentence(none or portrait.unfitted or 'nothing was measured yet'))}</p>"
+
+
+def _folded(title: str, content: str) -> str:
+    return f'<details><summary>{text(title)}</summary><div class="scroll">{content}</div></details>'
+
+
+def _excess(page: Page, shown: Shown) -> str:
+    """The excess loss of every width along every axis, and all trials in a table."""
+    portrait = shown.portrait
+    figures = [
+        page.figure(
+            f"excess loss against {label_of(axis)} at width {width.width}",
+            draw_excess,
+            portrait,
+            axis,
+            [width],
+            caption="" if width.is_fitted else "no fit: counted from the lowest measured",
+        )
+        for axis in portrait.axes
+        for width in portrait.widths
+    ]
+    axes = [axis.name for axis in shown.finished.ladder.spec.axes]
+    rows = [
+        [
+            width.width,
+            dot.seed,
+            *(f"{dot.point[axis]:.4g}" for axis in axes),
+            "–" if dot.loss is None else f"{dot.loss:.4f}",
+            "–" if dot.excess is None else portrait.describe_excess(dot.excess),
+            dot.status,
+        ]
+        for width in portrait.widths
+        for dot in width.dots
+    ]
+    trials = table(["width", "seed", *axes, "loss", "excess", "status"], rows)
+    why = f'<p class="note">{text(_sentence(portrait.unfitted))}</p>' if portrait.unfitted else ""
+    return why + _panels(figures, portrait) + _folded(f"all {len(rows)} trials", trials)
+
+
+def _surface(page: Page, shown: Shown) -> str:
+    """The fitted surface of the widest width, a slice per pair of axes."""
+    portrait = shown.portrait
+    figures = [
+        page.figure(
+            f"contours of the fitted excess loss over {label_of(c.across)} and {label_of(c.up)}",
+            draw_contours,
+            portrait,
+            c,
+            size=(4.8, 3.9),
+        )
+        for c in portrait.contours
+    ]
+    only = "one axis is swept: the curve above is the whole surface"
+    return _panels(figures, portrait, none=only if len(portrait.axes) == 1 else "")
+
+
+def _training(page: Page, shown: Shown) -> str:
+    """The training curves of every width."""
+    portrait, curves = shown.portrait, shown.curves
+    figures = []
+    for width in portrait.widths:
+        if ranked := ranked_trials(width, curves):
+            least = min(CURVES_SHOWN, len(ranked))
+            caption = f"{least} of {len(width.dots)} trials" if least < len(width.dots) else ""
+            figures.append(
+                page.figure(
+                    f"training curves at width {width.width}",
+                    draw_training,
+                    portrait,
+                    width,
+                    curves,
+                    caption=caption,
+                )
+            )
+    return _panels(figures, portrait, none="the trainer left no curves")
+
+
+def _cost(page: Page, shown: Shown) -> str:
+    """What was planned and spent."""
+    finished, cost = shown.finished, shown.finished.cost()
+    spent = finished.cost_by_width()
+    figure = page.figure(
+        "cost planned and spent, in target runs",
+        draw_cost,
+        shown.portrait,
+        spent,
+        cost["planned"],
+        finished.spec.budget.max_over_target,
+        size=(6.4, 1.9),
+    )
+    rows = [
+        [
+            width,
+            sum(r.trial.width == width for r in finished.results),
+            f"{runs:.3g}",
+            describe_seconds(sum(r.seconds for r in finished.results if r.trial.width == width)),
+        ]
+        for width, runs in spent.items()
+    ]
+    flops = "" if cost["flops"] is None else f", {cost['flops']:.3g} FLOPs"
+    total = (
+        f"<p>{cost['over_target']:.2f} target runs{flops}; {describe_seconds(cost['seconds'])} of "
+        "training, all workers together.</p>"
+    )
+    by_width = table(["width", "trials", "target runs", "training"], rows)
+    return f"{total}{figure}{_folded('by width', by_width)}"
+
+
+def _check(page: Page, shown: Shown) -> str:
+    """The coordinate check."""
+    check = shown.check
+    if check is None:
+        return f"<p>{text(_sentence(shown.no_check))}</p>"
+    kind = "pass" if check.passed else "fail"
+    problems = "".join(f"<li>{text(f'{n} {p}')}</li>" for n, p in check.problems.items())
+    figures = [
+        page.figure(f"coordinate check: {title}", draw_check, check, name)
+        for name, title in CHECK_PANELS.items()
+        if of_kind(check, name)
+    ]
+    rows = [
+        [name, "–" if slope is None else f"{slope:+.3f}", check.slope_steps[name]]
+        for name, slope in check.slopes.items()
+    ]
+    slopes = table(["quantity", "slope", "after step"], rows)
+    return (
+        f'<p class="verdict {kind}">{check.verdict}: rule {text(check.rule)}</p>'
+        + (f'<ul class="todo">{problems}</ul>' if problems else "")
+        + (f"<p>{text(_sentence(check.blind_spot))}</p>" if check.blind_spot else "")
+        + _panels(figures, shown.portrait, none="nothing moved")
+        + _folded("every slope", slopes)
+    )
+
+
+def _settings(page: Page, shown: Shown) -> str:
+    """The settings per parameter group, to copy."""
+    settings = shown.settings
+    if settings is None:
+        return f"<p>{text(_sentence(shown.no_settings))}</p>"
+    groups = settings.groups_table() or (
+        "<p>No groups: the spec names neither a model file nor shapes; "
+        "<code>telescope transfer --shapes FILE</code> gives them.</p>"
+    )
+    notes = "".join(f"<li>{text(note)}</li>" for note in settings.notes)
+    content = json.dumps(settings.as_dict(), indent=2, allow_nan=False)
+    return (
+        f"<p>Width {settings.width}: {text(settings.point)} (base-width units).</p>"
+        f'<div class="scroll">{groups}</div><ul class="todo">{notes}</ul>'
+        f"{page.copyable(content, 'Copy as JSON')}"
+    )
+
+
+def _reproduce(page: Page, shown: Shown) -> str:
+    """Command, versions, fingerprint and the spec itself."""
+    finished = shown.finished
+    record = finished.folder.read_spec()
+    versions = record.get("versions", {})
+    rows = [
+        ["fingerprint", record["fingerprint"]],
+        *([name, version] for name, version in versions.items()),
+        *([key, value] for key, value in record["comparable_if_equal"].items() if "hash" in key),
+    ]
+    spec = json.loads(json.dumps(record["spec"]))
+    environment = spec.get("trainer", {}).get("environment") or {}
+    environment.update(dict.fromkeys(environment, HIDDEN))
+    words = "What the results were made with" if versions else "What is known of the results"
+    return (
+        f"<p><code>{text(shown.run_command)}</code></p>"
+        f'<div class="scroll">{table([words, ""], rows)}</div>'
+        f"<details><summary>the spec, with every default</summary>"
+        f"{page.copyable(as_toml(spec), 'Copy as TOML')}</details>"
+    )
+
+
+SECTIONS: dict[str, tuple[str, str, Callable[[Page, Shown], str]]] = {
+    "answer": ("Answer", "", _answer),
+    "optimum": (
+        "Optimum against width",
+        "Where the fit of everything measured has its optimum, with 90 % intervals; the dashed "
+        "part is predicted, the star is the target. A hollow mark was not measured, or is kept "
+        "because the loss does not bend along that axis.",
+        _optimum,
+    ),
+    "excess": (
+        "Excess loss",
+        "What each trial lies above the fit's lowest of its width. The curve is the fit's lower "
+        "edge, the star the choice on its 90 % interval; faint trials are off along another axis "
+        "too, triangles lie above the figure, crosses diverged. Point at a mark for its trial.",
+        _excess,
+    ),
+    "surface": (
+        "Fitted surface of the widest width",
+        "Lines of equal excess, with the trials of that width; the star is the choice.",
+        _surface,
+    ),
+    "training": (
+        "Training",
+        "The best trial in full colour, its held-out loss as a dot; dashed ones diverged.",
+        _training,
+    ),
+    "cost": ("Cost", "", _cost),
+    "check": (
+        "Coordinate check",
+        "Sizes against the width, as a multiple of the base width's: a right model's lines lie "
+        "flat, inside the grey wedge.",
+        _check,
+    ),
+    "settings": ("Settings per parameter group", "", _settings),
+    "reproduce": ("Reproduce", "", _reproduce),
+}
+"""Id of each part → its title, a note on how to read it, and what makes it; in order."""
