@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from telescope.api import Ladder
+    from telescope.api import open as open
     from telescope.records import Choice, Point, Result, Status, Trial
     from telescope.spec import Spec
     from telescope.transfer.shapes import Shapes
@@ -18,7 +19,9 @@ _PUBLIC = {
     "Spec": "telescope.spec",
     "Status": "telescope.records",
     "Trial": "telescope.records",
+    "open": "telescope.api",
 }
+"""Name → where it is. `open` is not among those that `import *` takes: it would hide Python's."""
 
 __all__ = ["Choice", "Ladder", "Point", "Result", "Shapes", "Spec", "Status", "Trial"]
 

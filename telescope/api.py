@@ -1,20 +1,25 @@
-"""The Python API: a ladder that asks for trials and is told their losses, and its transfer."""
+"""The Python API: a ladder for any loop, its transfer, and sweeps that were run, to look at."""
 
 from __future__ import annotations
 
+import json
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from telescope.answer import transfer
-from telescope.errors import RefusedError, TrialError
+from telescope.errors import RefusedError, SpecError, StoreError, TrialError
+from telescope.files import write_json
 from telescope.ladder import ladder
 from telescope.ladder.ladder import replay
 from telescope.ladder.plan import over_budget
 from telescope.losses import as_number, judged, shown
+from telescope.markup import table, text
 from telescope.records import (
+    Certificate,
     Choice,
     LadderSpec,
     Result,
@@ -25,8 +30,15 @@ from telescope.records import (
 from telescope.spec import Spec
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from telescope.sweep import Finished
     from telescope.transfer.settings import Transfer
     from telescope.transfer.shapes import Shapes
+
+FORMAT = 1
+"""Of a file that `Ladder.save` writes."""
 
 
 class Ladder:
@@ -167,6 +179,214 @@ class Ladder:
             shapes=shapes,
             fold_readout=fold_readout,
         )
+
+    def save(self, path: str | Path) -> None:
+        """Keep the spec and every result so far in a JSON file, whole or not at all.
+
+        Args:
+            path: the file, in a folder that exists; what was there is replaced.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        data = {
+            "format": FORMAT,
+            "spec": self.spec.as_dict(),
+            "model": self.spec.model_source,
+            "results": [result.as_dict() for result in self.results],
+            "given": [result.trial.as_dict() for result in self.given],
+        }
+        try:
+            write_json(Path(path), data)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ladder:
+        """A ladder that goes on where the saved one was.
+
+        Args:
+            path: what `save` wrote.
+
+        Raises:
+            StoreError: the file is missing, damaged or a newer version's.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(found := data["format"], int) or found > FORMAT:
+                raise ValueError(f"format {found!r}, this version reads up to {FORMAT}")
+            model = tuple(map(str, data["model"])) if data["model"] else None
+            tables, results = dict(data["spec"]), [Result.from_dict(r) for r in data["results"]]
+            given = {Trial.from_dict(trial) for trial in data["given"]}
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise StoreError(f"{path}: no file of Ladder.save, or a damaged one ({why})") from error
+        try:
+            spec = Spec.from_dict(tables, model_source=model)  # type: ignore[arg-type]
+        except SpecError as error:
+            raise StoreError(f"{path}: {error}") from error
+        return cls(spec, results, given=[r for r in results if r.trial in given])
+
+    @property
+    def _state(self) -> str:
+        """How far it is, in words."""
+        if self.stuck:
+            return f"stuck: {self.stuck}"
+        if self._ladder.is_finished:
+            return "finished"
+        return f"{len(self.ask())} trials to answer at width {self._ladder.stages[-1].width}"
+
+    def __repr__(self) -> str:
+        """A line: the sweep, how far it is, and the last choice."""
+        chosen = (
+            f"; width {c.width}: {c.point}" if (c := next(reversed(self.choices), None)) else ""
+        )
+        return f"<Ladder {self.spec.name}: {len(self.results)} results, {self._state}{chosen}>"
+
+    def _repr_html_(self) -> str:
+        """The same with the choices in a table, for notebooks."""
+        return f"<p>{text(repr(self)[1:-1])}</p>{_choices_table(self.choices)}"
+
+
+class Sweep:
+    """A sweep that was run, finished or not; `telescope.open` gives one.
+
+    What it says is of the moment at which it was opened.
+    """
+
+    def __init__(self, finished: Finished) -> None:
+        """Wrap a results folder that was read and replayed."""
+        self._finished = finished
+
+    @property
+    def name(self) -> str:
+        """The sweep's."""
+        return self.spec.name
+
+    @property
+    def folder(self) -> Path:
+        """Where its results are."""
+        return self._finished.folder.path
+
+    @property
+    def spec(self) -> Spec:
+        """What was swept."""
+        return self._finished.spec
+
+    @property
+    def ladder(self) -> Ladder:
+        """The ladder as its results have left it."""
+        return Ladder.around(self.spec, self._finished.ladder)
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """Every stored result."""
+        return tuple(self._finished.results)
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """One row per trial, as in `trials.csv`: width, seed, axes, loss, status, reason, cost."""
+        from telescope.report.frames import trials_frame
+
+        return trials_frame(self._finished.ladder, self._finished.results)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """One per finished stage."""
+        return tuple(self._finished.ladder.choices)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """How sure the answer for the spec's target is; None under policy `paper`."""
+        return self._finished.certificate
+
+    @property
+    def cost(self) -> Mapping[str, Any]:
+        """What it cost, in the keys of `show --json`."""
+        return self._finished.cost()
+
+    def transfer(
+        self,
+        width: int | None = None,
+        steps: int | None = None,
+        *,
+        shapes: Shapes | str | Path | None = None,
+        fold_readout: bool = False,
+    ) -> Transfer:
+        """What to use at a width, as `telescope transfer` says; see `Ladder.transfer`."""
+        return transfer(
+            self.spec,
+            self._finished.ladder,
+            width=None if width is None else operator.index(width),
+            steps=None if steps is None else operator.index(steps),
+            rule_checked=self._finished.rule_checked,
+            shapes=shapes,
+            fold_readout=fold_readout,
+        )
+
+    def figure(self) -> Figure:
+        """The figure of `loss.png`, of matplotlib: optimum against width, and excess loss."""
+        from telescope.report.figures import loss_figure
+
+        return loss_figure(self._finished.ladder, self.name)
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the report of `telescope report`.
+
+        Args:
+            out: the file; left out, `report.html` in the sweep's folder.
+
+        Returns:
+            The file.
+
+        Raises:
+            SpecError: it cannot be written.
+        """
+        from telescope.reporting import write_page
+
+        return write_page([self._finished], None if out is None else Path(out))
+
+    def __repr__(self) -> str:
+        """A line: the sweep, how far it is, and the answer."""
+        answer, ladder = self._finished.target_point(), self._finished.ladder
+        state = f"stuck: {ladder.stuck}" if ladder.stuck else "finished"
+        state = state if ladder.is_finished or ladder.stuck else "not finished"
+        verdict = f", {self.certificate.verdict}" if self.certificate else ""
+        target = self.spec.target.width
+        said = f"; for width {target}: {answer}{verdict}" if answer and not ladder.stuck else ""
+        return f"<Sweep {self.name}: {len(self.results)} results, {state}{said}>"
+
+    def _repr_html_(self) -> str:
+        """The same with the choices in a table, for notebooks."""
+        return f"<p>{text(repr(self)[1:-1])}</p>{_choices_table(self.choices)}"
+
+
+def open(sweep: str | Path, results: str | Path = "results") -> Sweep:
+    """Read a sweep that was run; safe while it is running.
+
+    Args:
+        sweep: a path to its folder, or its name under `results`.
+        results: the folder of all results.
+
+    Raises:
+        SpecError: there is no such sweep.
+        ResumeError: its files or its store cannot be read.
+    """
+    from telescope.sweep import open_result
+
+    return Sweep(open_result(sweep, Path(results)))
+
+
+def _choices_table(choices: Iterable[Choice]) -> str:
+    """The choices as an HTML table, one row per width; "" without any."""
+    rows = [
+        [choice.width, *(f"{value:.4g}" for value in choice.point.values()), f"{choice.loss:.4f}"]
+        for choice in choices
+    ]
+    axes = next((list(choice.point) for choice in choices), [])
+    return table(["width", *axes, "loss"], rows) if rows else ""
 
 
 def _answer(

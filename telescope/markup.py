@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from html import escape
+
+LONG = 28
+"""Letters of a cell from which its column has words that may be broken, not numbers."""
 
 
 def text(value: object) -> str:
@@ -18,16 +21,27 @@ def text(value: object) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "") -> str:
     r"""A table, its head and cells escaped; the first cell of a row is its heading.
 
+    Columns with sentences in them have the class `words`.
+
     >>> print(table(["width", "lr"], [[32, 0.1]]).replace("<tbody>", "\n<tbody>"))
     <table><thead><tr><th scope="col">width</th><th scope="col">lr</th></tr></thead>
     <tbody><tr><th scope="row">32</th><td>0.1</td></tr></tbody></table>
     """
-    titles = "".join(f'<th scope="col">{text(title)}</th>' for title in head)
-    body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
+    shown = [[text(cell) for cell in row] for row in rows]
+    long = {i for row in shown for i, cell in enumerate(row) if len(cell) > LONG}
+    titles = "".join(
+        f'<th scope="col"{_kind(i in long)}>{text(t)}</th>' for i, t in enumerate(head)
+    )
+    body = "".join(f"<tr>{_cells(row, long)}</tr>" for row in shown)
     named = f"<caption>{text(caption)}</caption>" if caption else ""
     return f"<table>{named}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cells(row: Sequence[object]) -> str:
+def _cells(row: Sequence[str], long: Container[int]) -> str:
     first, *rest = row
-    return f'<th scope="row">{text(first)}</th>' + "".join(f"<td>{text(c)}</td>" for c in rest)
+    cells = (f"<td{_kind(i in long)}>{cell}</td>" for i, cell in enumerate(rest, 1))
+    return f'<th scope="row">{first}</th>' + "".join(cells)
+
+
+def _kind(is_long: bool) -> str:
+    return ' class="words"' if is_long else ""

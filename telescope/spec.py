@@ -107,7 +107,13 @@ class Spec(Table):
             raise SpecError(f"{path.name}: {error}") from error
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, folder: Path | None = None) -> Spec:
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        *,
+        folder: Path | None = None,
+        model_source: tuple[str, str] | None = None,
+    ) -> Spec:
         """Validate a dict with the spec's keys.
 
         Args:
@@ -115,6 +121,8 @@ class Spec(Table):
                 as Python's, and arrays as lists.
             folder: what the model file's and the corpus's paths are relative to; left out, the
                 current folder.
+            model_source: name and text of the model file, where it is kept elsewhere; left out, it
+                is read.
 
         Raises:
             SpecError: naming the key, what was given and what is allowed.
@@ -131,8 +139,13 @@ class Spec(Table):
         except pydantic.ValidationError as error:
             raise SpecError(" ".join(_one_line(error).splitlines())) from None
         if spec.model:
-            spec._model_source = read_model_file(spec.model.file, folder)
+            spec._model_source = model_source or read_model_file(spec.model.file, folder)
         return spec
+
+    @property
+    def model_source(self) -> tuple[str, str] | None:
+        """Name and text of the model file; None where the spec names none."""
+        return self._model_source
 
     @classmethod
     def from_record(cls, data: Mapping[str, Any], folder: Path) -> Spec:

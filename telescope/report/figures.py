@@ -443,6 +443,8 @@ CHECK_PANELS = {
 }
 """Kind of quantity, by the last word of its name → what its panel is called; the first has the
 rest."""
+NAMED = 3
+"""Lines of a panel of the report that are named in it, those that fail and the steepest first."""
 CHECK_LOOKS = [
     (colour, dash, marker)
     for dash, marker in (("-", "o"), ("--", "s"), (":", "D"), ("-.", "v"))
@@ -462,6 +464,7 @@ def check_figure(check: CoordCheck, title: str) -> Figure:
     figure.suptitle(f"{title}: coordinate check {check.verdict}", fontsize=11)
     for kind, panel in zip(CHECK_PANELS, figure.subplots(1, 3, sharey=True), strict=True):
         draw_check(panel, check, kind)
+        panel.set_ylabel("")
         # Below: a dozen names would cover the lines.
         panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     figure.axes[0].set_ylabel("size after the step of its slope, over that of the base width")
@@ -500,8 +503,17 @@ def draw_check(panel: Axes, check: CoordCheck, kind: str) -> None:
     _scale_widths(panel, check.widths)
     _scale_values(panel, "y", [1 / highest, highest])
     panel.set_title(CHECK_PANELS[kind], loc="left")
-    panel.set_ylabel("size, over the base width's" if kind else "")
+    panel.set_ylabel("size, over the base width's")
     panel.grid()
+    named = sorted(
+        (line for line in panel.get_lines()),
+        key=lambda line: (str(line.get_label()) not in check.problems, -_steepness(check, line)),
+    )
+    panel.legend(handles=named[:NAMED], fontsize=7.5, loc="upper left", labelspacing=0.2)
+
+
+def _steepness(check: CoordCheck, line: Line2D) -> float:
+    return abs(check.slopes[str(line.get_label())] or 0.0)
 
 
 def of_kind(check: CoordCheck, kind: str) -> list[str]:

@@ -188,8 +188,8 @@ def _comparison(sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, 
     same = '<p class="note">Everything that makes losses comparable is the same.</p>'
     return (
         '<section id="comparison" aria-labelledby="comparison-title"><h2 id="comparison-title">'
-        f'Side by side</h2><div class="scroll">{losses}</div>'
-        f'{f"""<div class="scroll">{differing}</div>""" if differences else same}</section>'
+        f"Side by side</h2>{_scrolling(losses)}"
+        f"{_scrolling(differing) if differences else same}</section>"
     )
 
 
@@ -277,7 +277,9 @@ def _next_steps(shown: Shown) -> str:
         if certificate.problems:
             failed = certificate.verdict == "FAIL"
             title = "What speaks against it" if failed else "What is missing"
-            items = "".join(f"<li>{text(problem)}</li>" for problem in certificate.problems)
+            items = "".join(
+                f"<li>{text(_unbroken(problem))}</li>" for problem in certificate.problems
+            )
             parts.append(f'<p>{title}:</p><ul class="todo">{items}</ul>')
     goes_on = not ladder.is_finished
     command = shown.run_command if goes_on else f"telescope transfer {finished.folder.path}"
@@ -287,7 +289,12 @@ def _next_steps(shown: Shown) -> str:
 
 def _sentence(words: str) -> str:
     """The words with a capital and a full stop."""
-    return words[:1].upper() + words[1:] + "." * (not words.endswith("."))
+    return words[:1].upper() + _unbroken(words[1:]) + "." * (not words.endswith("."))
+
+
+def _unbroken(words: str) -> str:
+    """The words without a line's end between a number and its per cent."""
+    return words.replace(" %", "\u00a0%")
 
 
 def _optimum(page: Page, shown: Shown) -> str:
@@ -328,7 +335,12 @@ def _panels(figures: Sequence[str], portrait: Portrait, *, none: str = "") -> st
 
 
 def _folded(title: str, content: str) -> str:
-    return f'<details><summary>{text(title)}</summary><div class="scroll">{content}</div></details>'
+    return f"<details><summary>{text(title)}</summary>{_scrolling(content)}</details>"
+
+
+def _scrolling(content: str) -> str:
+    """What may be wider than a phone; the keyboard reaches it, to scroll."""
+    return f'<div class="scroll" tabindex="0">{content}</div>'
 
 
 def _excess(page: Page, shown: Shown) -> str:
@@ -413,7 +425,7 @@ def _cost(page: Page, shown: Shown) -> str:
         spent,
         cost["planned"],
         finished.spec.budget.max_over_target,
-        size=(6.4, 1.9),
+        size=(4.8, 1.8),
     )
     rows = [
         [
@@ -472,7 +484,7 @@ def _settings(page: Page, shown: Shown) -> str:
     content = json.dumps(settings.as_dict(), indent=2, allow_nan=False)
     return (
         f"<p>Width {settings.width}: {text(settings.point)} (base-width units).</p>"
-        f'<div class="scroll">{groups}</div><ul class="todo">{notes}</ul>'
+        f'{_scrolling(groups)}<ul class="todo">{notes}</ul>'
         f"{page.copyable(content, 'Copy as JSON')}"
     )
 
@@ -493,7 +505,7 @@ def _reproduce(page: Page, shown: Shown) -> str:
     words = "What the results were made with" if versions else "What is known of the results"
     return (
         f"<p><code>{text(shown.run_command)}</code></p>"
-        f'<div class="scroll">{table([words, ""], rows)}</div>'
+        f"{_scrolling(table([words, ''], rows))}"
         f"<details><summary>the spec, with every default</summary>"
         f"{page.copyable(as_toml(spec), 'Copy as TOML')}</details>"
     )
