@@ -111,7 +111,12 @@ def _check(sweep: Finished) -> tuple[CoordCheck | None, str]:
 
 
 def _run_command(sweep: Finished) -> str:
-    """What runs the sweep: its bundled name, or a file with the spec that the report holds."""
+    """What runs the sweep: its bundled name, or a file with the spec that the report holds.
+
+    "" where telescope does not train it: a program that asks and tells does.
+    """
+    if not (sweep.spec.trainer or sweep.spec.model):
+        return ""
     name = sweep.spec.name
     spec = name if name in bundled_sweeps() else f"{name}.toml"
     folder = sweep.folder.path.parent

@@ -64,6 +64,8 @@ LEVELS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 """Contours of the excess in per cent; in another unit, so many times the finest that is seen."""
 LEAST_SPAN = 2.0
 """A figure of optima spans this factor at least, so that no noise looks like a drift."""
+FAR_BUDGET = 2.5
+"""A budget of more than so many times what was spent or planned is not drawn beside them."""
 CURVES_SHOWN = 20
 """Training curves of one width that are drawn, the best first."""
 
@@ -174,7 +176,7 @@ def draw_track(panel: Axes, portrait: Portrait, axis: str) -> None:
         )
         entitle(mark, [_describe_spot(track, spot.width, portrait.target)])
     values = [v for spot in track.spots for v in (spot.value, *(spot.interval or ()))]
-    _scale_values(panel, "y", values or [0.1, 1.0])
+    _scale_values(panel, "y", values)
     note = "" if track.is_identified else "not identified: it keeps its prior value"
     if not track.spots:
         note = "no width has an answer yet"
@@ -411,7 +413,7 @@ def draw_cost(
         portrait: for the widths' colours.
         spent: width → target runs.
         planned: best, expected and worst, where there is a plan.
-        limit: the budget.
+        limit: the budget, drawn where it is near.
     """
     left = 0.0
     for width, cost in spent.items():
@@ -428,11 +430,14 @@ def draw_cost(
             bar.set_gid(f"{HOVER}planned: {best:.2f} at best, {worst:.2f} at worst")
         (mark,) = panel.plot([expected], [0.0], "D", color=ACCENT, ms=6, clip_on=False)
         entitle(mark, [f"planned: {expected:.2f} expected"])
-    panel.axvline(limit, color=MUTED, lw=0.9, ls="--")
-    panel.text(limit, 1.62, "budget ", ha="right", va="top", color=MUTED, fontsize=8)
+    highest = max([left, *(planned or {}).values()]) or limit
+    if limit <= FAR_BUDGET * highest:
+        panel.axvline(limit, color=MUTED, lw=0.9, ls="--")
+        panel.text(limit, 1.62, "budget ", ha="right", va="top", color=MUTED, fontsize=8)
+        highest = max(highest, limit)
     panel.set_yticks([1.0, 0.0], ["spent", "planned"] if planned else ["spent", ""])
     panel.set_ylim(-0.6, 1.65)
-    panel.set_xlim(0, 1.08 * max([limit, left, *(planned or {}).values()]))
+    panel.set_xlim(0, 1.12 * highest)
     panel.set_xlabel("target runs")
 
 
@@ -559,8 +564,8 @@ def _scale_widths(panel: Axes, widths: Iterable[int]) -> None:
 
 
 def _scale_values(panel: Axes, which: str, values: Sequence[float]) -> None:
-    """A logarithmic axis of an axis' values, with plain numbers at it."""
-    low, high = min(values), max(values)
+    """A logarithmic axis of an axis' values, with plain numbers at it; any without values."""
+    low, high = min(values, default=0.1), max(values, default=1.0)
     widen = max(1.0, math.sqrt(LEAST_SPAN / (high / low))) * (high / low) ** 0.04
     low, high = low / widen, high * widen
     axis = panel.xaxis if which == "x" else panel.yaxis

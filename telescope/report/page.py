@@ -8,6 +8,7 @@ anywhere.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from telescope.ladder.certificate import USABLE
-from telescope.ladder.portrait import Portrait
+from telescope.ladder.portrait import Portrait, WidthPortrait
 from telescope.markup import table, text
 from telescope.records import Axis, Trial
 from telescope.report.figures import (
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from telescope.train.coordcheck_verdict import CoordCheck
     from telescope.transfer.settings import Transfer
 
+OWN_PROGRAM = "the program that tells this sweep its losses"
 HIDDEN = "(left out of the report)"
 """In place of what a trainer's environment holds: it may be a password."""
 
@@ -62,7 +64,7 @@ class Shown:
     no_check: str
     """Why there is none to draw; "" where there is."""
     run_command: str
-    """What runs the sweep again."""
+    """What runs the sweep, or goes on with it; "" where another program does."""
 
     @cached_property
     def portrait(self) -> Portrait:
@@ -122,13 +124,12 @@ def render(sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]]
     page = Page()
     names = ", ".join(dict.fromkeys(shown.name for shown in sweeps))
     sections = [
-        _section(page, name, title, note, make, sweeps)
-        for name, (title, note, make) in SECTIONS.items()
+        _section(page, name, title, make, sweeps) for name, (title, make) in SECTIONS.items()
     ]
     if len(sweeps) > 1:
         sections.insert(1, _comparison(sweeps, differences))
     links = "".join(
-        f'<li><a href="#{name}">{text(title)}</a></li>' for name, (title, _, _) in SECTIONS.items()
+        f'<li><a href="#{name}">{text(title)}</a></li>' for name, (title, _) in SECTIONS.items()
     )
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -151,7 +152,6 @@ def _section(
     page: Page,
     name: str,
     title: str,
-    note: str,
     make: Callable[[Page, Shown], str],
     sweeps: Sequence[Shown],
 ) -> str:
@@ -161,10 +161,9 @@ def _section(
         f'<div class="sweep">{f"<h3>{text(s.name)}</h3>" if many else ""}{make(page, s)}</div>'
         for s in sweeps
     )
-    words = f'<p class="note">{text(note)}</p>' if note else ""
     return (
         f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{text(title)}'
-        f'</h2>{words}<div class="sweeps{" many" if many else ""}">{columns}</div></section>'
+        f'</h2><div class="sweeps{" many" if many else ""}">{columns}</div></section>'
     )
 
 
@@ -202,7 +201,7 @@ def verdict_of(finished: Finished) -> tuple[str, str]:
         return "warn", "NO ANSWER YET: no stage has finished"
     if not ladder.is_finished:
         width = ladder.choices[-1].width
-        return "warn", f"NOT FINISHED: this is from width {width} alone so far"
+        return "warn", f"NOT FINISHED: this is what width {width} says so far"
     if certificate is None:
         why = f"policy {finished.spec.ladder.policy} says nothing of how sure it is"
         return "warn", f"NOT CONFIRMED: {why}"
@@ -281,10 +280,12 @@ def _next_steps(shown: Shown) -> str:
                 f"<li>{text(_unbroken(problem))}</li>" for problem in certificate.problems
             )
             parts.append(f'<p>{title}:</p><ul class="todo">{items}</ul>')
-    goes_on = not ladder.is_finished
-    command = shown.run_command if goes_on else f"telescope transfer {finished.folder.path}"
-    why = "goes on with it" if goes_on else "gives the settings below, for any width and steps"
-    return "".join(parts) + f"<p>Next: <code>{text(command)}</code> {why}.</p>"
+    command, why = shown.run_command, "goes on with it"
+    if ladder.is_finished:
+        command = f"telescope transfer {shlex.quote(str(finished.folder.path))}"
+        why = "gives the settings below, for any width and steps"
+    said = f"<code>{text(command)}</code>" if command else OWN_PROGRAM
+    return "".join(parts) + f"<p>Next: {said} {why}.</p>"
 
 
 def _sentence(words: str) -> str:
@@ -324,7 +325,14 @@ def _optimum(page: Page, shown: Shown) -> str:
         f"<p>Width {s.width} was left out: {text(s.reason)}.</p>" for s in ladder.skipped
     )
     chosen = table(["width", *axes, "loss", "trials", "why"], rows)
-    return _panels(figures, portrait) + skipped + _folded("what each width chose, and why", chosen)
+    note = _note(OPTIMUM_NOTE if portrait.is_fitted else CHOICES_NOTE) if portrait.tracks else ""
+    table_of_choices = _folded("what each width chose, and why", chosen)
+    return note + _panels(figures, portrait) + skipped + table_of_choices
+
+
+def _note(words: str) -> str:
+    """Words on how to read a figure."""
+    return f'<p class="note">{text(_unbroken(words))}</p>'
 
 
 def _panels(figures: Sequence[str], portrait: Portrait, *, none: str = "") -> str:
@@ -346,17 +354,9 @@ def _scrolling(content: str) -> str:
 def _excess(page: Page, shown: Shown) -> str:
     """The excess loss of every width along every axis, and all trials in a table."""
     portrait = shown.portrait
-    figures = [
-        page.figure(
-            f"excess loss against {label_of(axis)} at width {width.width}",
-            draw_excess,
-            portrait,
-            axis,
-            [width],
-            caption="" if width.is_fitted else "no fit: counted from the lowest measured",
-        )
+    rows_of_panels = [
+        _panels([_excess_panel(page, portrait, axis, w) for w in portrait.widths], portrait)
         for axis in portrait.axes
-        for width in portrait.widths
     ]
     axes = [axis.name for axis in shown.finished.ladder.spec.axes]
     rows = [
@@ -372,8 +372,21 @@ def _excess(page: Page, shown: Shown) -> str:
         for dot in width.dots
     ]
     trials = table(["width", "seed", *axes, "loss", "excess", "status"], rows)
-    why = f'<p class="note">{text(_sentence(portrait.unfitted))}</p>' if portrait.unfitted else ""
-    return why + _panels(figures, portrait) + _folded(f"all {len(rows)} trials", trials)
+    note = EXCESS_NOTE if portrait.is_fitted else f"{_sentence(portrait.unfitted)} {UNFITTED_NOTE}"
+    return _note(note) + "".join(rows_of_panels) + _folded(f"all {len(rows)} trials", trials)
+
+
+def _excess_panel(page: Page, portrait: Portrait, axis: str, width: WidthPortrait) -> str:
+    """One width along one axis."""
+    start = "what it chose" if width.chosen else "the lowest measured"
+    return page.figure(
+        f"excess loss against {label_of(axis)} at width {width.width}",
+        draw_excess,
+        portrait,
+        axis,
+        [width],
+        caption="" if width.is_fitted else f"no fit: counted from {start}",
+    )
 
 
 def _surface(page: Page, shown: Shown) -> str:
@@ -390,7 +403,10 @@ def _surface(page: Page, shown: Shown) -> str:
         for c in portrait.contours
     ]
     only = "one axis is swept: the curve above is the whole surface"
-    return _panels(figures, portrait, none=only if len(portrait.axes) == 1 else "")
+    only = only if len(portrait.axes) == 1 else ""
+    if figures:
+        return _note(SURFACE_NOTE) + _panels(figures, portrait)
+    return _panels(figures, portrait, none=portrait.unfitted or only)
 
 
 def _training(page: Page, shown: Shown) -> str:
@@ -411,20 +427,21 @@ def _training(page: Page, shown: Shown) -> str:
                     caption=caption,
                 )
             )
-    return _panels(figures, portrait, none="the trainer left no curves")
+    note = _note(TRAINING_NOTE) if figures else ""
+    return note + _panels(figures, portrait, none="no training curves are kept")
 
 
 def _cost(page: Page, shown: Shown) -> str:
     """What was planned and spent."""
     finished, cost = shown.finished, shown.finished.cost()
-    spent = finished.cost_by_width()
+    spent, limit = finished.cost_by_width(), finished.spec.budget.max_over_target
     figure = page.figure(
         "cost planned and spent, in target runs",
         draw_cost,
         shown.portrait,
         spent,
         cost["planned"],
-        finished.spec.budget.max_over_target,
+        limit,
         size=(4.8, 1.8),
     )
     rows = [
@@ -439,7 +456,7 @@ def _cost(page: Page, shown: Shown) -> str:
     flops = "" if cost["flops"] is None else f", {cost['flops']:.3g} FLOPs"
     total = (
         f"<p>{cost['over_target']:.2f} target runs{flops}; {describe_seconds(cost['seconds'])} of "
-        "training, all workers together.</p>"
+        f"training, all workers together. Budget: {limit:g} target runs.</p>"
     )
     by_width = table(["width", "trials", "target runs", "training"], rows)
     return f"{total}{figure}{_folded('by width', by_width)}"
@@ -463,7 +480,7 @@ def _check(page: Page, shown: Shown) -> str:
     ]
     slopes = table(["quantity", "slope", "after step"], rows)
     return (
-        f'<p class="verdict {kind}">{check.verdict}: rule {text(check.rule)}</p>'
+        f'<p class="verdict {kind}">{check.verdict}: rule {text(check.rule)}</p>{_note(CHECK_NOTE)}'
         + (f'<ul class="todo">{problems}</ul>' if problems else "")
         + (f"<p>{text(_sentence(check.blind_spot))}</p>" if check.blind_spot else "")
         + _panels(figures, shown.portrait, none="nothing moved")
@@ -504,47 +521,43 @@ def _reproduce(page: Page, shown: Shown) -> str:
     environment.update(dict.fromkeys(environment, HIDDEN))
     words = "What the results were made with" if versions else "What is known of the results"
     return (
-        f"<p><code>{text(shown.run_command)}</code></p>"
+        f"<p>{f'<code>{text(shown.run_command)}</code>' if shown.run_command else OWN_PROGRAM}</p>"
         f"{_scrolling(table([words, ''], rows))}"
         f"<details><summary>the spec, with every default</summary>"
         f"{page.copyable(as_toml(spec), 'Copy as TOML')}</details>"
     )
 
 
-SECTIONS: dict[str, tuple[str, str, Callable[[Page, Shown], str]]] = {
-    "answer": ("Answer", "", _answer),
-    "optimum": (
-        "Optimum against width",
-        "Where the fit of everything measured has its optimum, with 90 % intervals; the dashed "
-        "part is predicted, the star is the target. A hollow mark was not measured, or is kept "
-        "because the loss does not bend along that axis.",
-        _optimum,
-    ),
-    "excess": (
-        "Excess loss",
-        "What each trial lies above the fit's lowest of its width. The curve is the fit's lower "
-        "edge, the star the choice on its 90 % interval; faint trials are off along another axis "
-        "too, triangles lie above the figure, crosses diverged. Point at a mark for its trial.",
-        _excess,
-    ),
-    "surface": (
-        "Fitted surface of the widest width",
-        "Lines of equal excess, with the trials of that width; the star is the choice.",
-        _surface,
-    ),
-    "training": (
-        "Training",
-        "The best trial in full colour, its held-out loss as a dot; dashed ones diverged.",
-        _training,
-    ),
-    "cost": ("Cost", "", _cost),
-    "check": (
-        "Coordinate check",
-        "Sizes against the width, as a multiple of the base width's: a right model's lines lie "
-        "flat, inside the grey wedge.",
-        _check,
-    ),
-    "settings": ("Settings per parameter group", "", _settings),
-    "reproduce": ("Reproduce", "", _reproduce),
+OPTIMUM_NOTE = (
+    "Where the fit of everything measured has its optimum, with 90 % intervals; the dashed part is "
+    "predicted, the star is the target. A hollow mark was not measured, or is kept because the "
+    "loss does not bend along that axis."
+)
+CHOICES_NOTE = "What each width chose, and what is taken to hold at the target, the star."
+EXCESS_NOTE = (
+    "What each trial lies above the fit's lowest of its width. The curve is the fit's lower edge, "
+    "the star the choice on its 90 % interval; faint trials are off along another axis too, "
+    "triangles lie above the figure, crosses diverged. Point at a mark for its trial."
+)
+UNFITTED_NOTE = (
+    "The star is what was chosen; faint trials are off along another axis too, triangles lie above "
+    "the figure, crosses diverged. Point at a mark for its trial."
+)
+SURFACE_NOTE = "Lines of equal excess, with the trials of that width; the star is the choice."
+TRAINING_NOTE = "The best trial in full colour, its held-out loss as a dot; dashed ones diverged."
+CHECK_NOTE = (
+    "Sizes against the width, as a multiple of the base width's: a right model's lines lie flat, "
+    "inside the grey wedge. Those that fail and the steepest are named."
+)
+SECTIONS: dict[str, tuple[str, Callable[[Page, Shown], str]]] = {
+    "answer": ("Answer", _answer),
+    "optimum": ("Optimum against width", _optimum),
+    "excess": ("Excess loss", _excess),
+    "surface": ("Fitted surface of the widest width", _surface),
+    "training": ("Training", _training),
+    "cost": ("Cost", _cost),
+    "check": ("Coordinate check", _check),
+    "settings": ("Settings per parameter group", _settings),
+    "reproduce": ("Reproduce", _reproduce),
 }
-"""Id of each part → its title, a note on how to read it, and what makes it; in order."""
+"""Id of each part → its title and what makes it, in order."""
