@@ -8,7 +8,7 @@ from pathlib import Path
 
 from telescope.answer import transfer
 from telescope.catalog import bundled_sweeps
-from telescope.comparing import differences
+from telescope.comparing import DATA_HASH, differences
 from telescope.errors import SpecError, TelescopeError
 from telescope.files import write_atomic
 from telescope.report.page import Shown, render
@@ -59,7 +59,8 @@ def page_of(sweeps: Sequence[Finished]) -> str:
     names = _names(sweeps)
     records = {name: sweep.folder.read_spec() for name, sweep in names.items()}
     unlike = differences(records)
-    return render([_shown(name, sweep) for name, sweep in names.items()], unlike)
+    seen = all(record["comparable_if_equal"].get(DATA_HASH) for record in records.values())
+    return render([_shown(name, sweep) for name, sweep in names.items()], unlike, seen=seen)
 
 
 def _names(sweeps: Sequence[Finished]) -> dict[str, Finished]:

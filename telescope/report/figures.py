@@ -224,6 +224,9 @@ def draw_excess(
         if width.chosen:
             _draw_choice(panel, portrait, axis, width)
         panel.plot([], [], color=colour, marker=marker, label=str(width.width))
+    if not any(d.excess is not None for w in widths for d in w.dots):
+        words = "no trial has a loss"
+        panel.text(0.5, 0.5, words, transform=panel.transAxes, ha="center", color=MUTED)
     low = min([0.0, *(d.excess for w in widths for d in w.dots if d.excess is not None)])
     panel.set_ylim(max(low, -ceiling) - 0.07 * ceiling, 1.06 * ceiling)
     panel.set_title(

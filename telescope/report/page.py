@@ -114,12 +114,15 @@ class Page:
         )
 
 
-def render(sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]]) -> str:
+def render(
+    sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]], *, seen: bool = True
+) -> str:
     """The whole page.
 
     Args:
         sweeps: one, or several whose losses can be compared.
         differences: key → sweep → value, of what was trained differently in several.
+        seen: whether telescope knows what all of them were measured on.
     """
     page = Page()
     names = ", ".join(dict.fromkeys(shown.name for shown in sweeps))
@@ -127,7 +130,7 @@ def render(sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]]
         _section(page, name, title, make, sweeps) for name, (title, make) in SECTIONS.items()
     ]
     if len(sweeps) > 1:
-        sections.insert(1, _comparison(sweeps, differences))
+        sections.insert(1, _comparison(sweeps, differences, seen=seen))
     links = "".join(
         f'<li><a href="#{name}">{text(title)}</a></li>' for name, (title, _) in SECTIONS.items()
     )
@@ -167,7 +170,9 @@ def _section(
     )
 
 
-def _comparison(sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]]) -> str:
+def _comparison(
+    sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]], *, seen: bool
+) -> str:
     """The losses of several sweeps in one table, and what was trained differently."""
     names = [shown.name for shown in sweeps]
     choices = [{c.width: c for c in shown.finished.ladder.choices} for shown in sweeps]
@@ -184,7 +189,9 @@ def _comparison(sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, 
         ["trained differently", *names],
         [[key, *(of.get(name) for name in names)] for key, of in differences.items()],
     )
-    same = '<p class="note">Everything that makes losses comparable is the same.</p>'
+    same = _note("Everything that makes losses comparable is the same.")
+    if not seen:
+        same = _note(UNSEEN_NOTE)
     return (
         '<section id="comparison" aria-labelledby="comparison-title"><h2 id="comparison-title">'
         f"Side by side</h2>{_scrolling(losses)}"
@@ -219,7 +226,7 @@ def _answer(page: Page, shown: Shown) -> str:
     kind, words = verdict_of(finished)
     parts = [f'<p class="verdict {kind}">{text(words)}</p>']
     if finished.ladder.stuck:
-        parts.append(f"<p>{text(finished.ladder.stuck)}</p>")
+        parts.append(f"<p>{text(_sentence(finished.ladder.stuck))}</p>")
     elif finished.target_point():
         steps = spec.target.steps
         length = f", {steps} steps" if steps else ""
@@ -309,6 +316,7 @@ def _optimum(page: Page, shown: Shown) -> str:
             axis,
         )
         for axis in portrait.axes
+        if ladder.choices
     ]
     axes = [axis.name for axis in ladder.spec.axes]
     rows = [
@@ -325,7 +333,9 @@ def _optimum(page: Page, shown: Shown) -> str:
         f"<p>Width {s.width} was left out: {text(s.reason)}.</p>" for s in ladder.skipped
     )
     chosen = table(["width", *axes, "loss", "trials", "why"], rows)
-    note = _note(OPTIMUM_NOTE if portrait.is_fitted else CHOICES_NOTE) if portrait.tracks else ""
+    if not figures:
+        return f"<p>{text(_sentence(portrait.unfitted))}</p>{skipped}"
+    note = _note(OPTIMUM_NOTE if portrait.is_fitted else CHOICES_NOTE)
     table_of_choices = _folded("what each width chose, and why", chosen)
     return note + _panels(figures, portrait) + skipped + table_of_choices
 
@@ -492,7 +502,7 @@ def _settings(page: Page, shown: Shown) -> str:
     """The settings per parameter group, to copy."""
     settings = shown.settings
     if settings is None:
-        return f"<p>{text(_sentence(shown.no_settings))}</p>"
+        return f"<p>{text(shown.no_settings)}</p>"
     groups = settings.groups_table() or (
         "<p>No groups: the spec names neither a model file nor shapes; "
         "<code>telescope transfer --shapes FILE</code> gives them.</p>"
@@ -528,6 +538,10 @@ def _reproduce(page: Page, shown: Shown) -> str:
     )
 
 
+UNSEEN_NOTE = (
+    "telescope does not see what these trainers measure on; the losses compare only if that is the "
+    "same."
+)
 OPTIMUM_NOTE = (
     "Where the fit of everything measured has its optimum, with 90 % intervals; the dashed part is "
     "predicted, the star is the target. A hollow mark was not measured, or is kept because the "
