@@ -21,6 +21,8 @@ from test_cli import telescope
 from test_foreign import bowl_spec, quiet
 
 from telescope import Spec, Trial
+from telescope import open as telescope_open
+from telescope.comparing import differences
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError, SpecError
 from telescope.ladder.ladder import Ladder
@@ -150,8 +152,12 @@ def quickstart() -> Finished:
     return open_result(QUICKSTART, ROOT / "results")
 
 
-def test_the_quickstarts_report_says_what_show_and_transfer_say(quickstart: Finished) -> None:
-    page = page_of([quickstart])
+@pytest.fixture(scope="module")
+def page(quickstart: Finished) -> str:
+    return page_of([quickstart])
+
+
+def test_the_quickstarts_report_says_what_show_says(quickstart: Finished, page: str) -> None:
     found = read(page)
     assert len(page) < 400_000
     answer, certificate = quickstart.target_point(), quickstart.certificate
@@ -181,10 +187,11 @@ def test_the_quickstarts_report_says_what_show_and_transfer_say(quickstart: Fini
     assert "telescope run quickstart" in found.sections["reproduce"]
 
 
-def test_what_is_copied_is_the_transfer_and_the_spec(quickstart: Finished) -> None:
-    settings, spec = read(page_of([quickstart])).copies.values()
-    printed = telescope("transfer", QUICKSTART, "--json", cwd=ROOT)
-    assert settings + "\n" == printed.stdout
+def test_what_is_copied_is_the_transfer_and_the_spec(quickstart: Finished, page: str) -> None:
+    settings, spec = read(page).copies.values()
+    handed = telescope_open(QUICKSTART).transfer()
+    assert json.loads(settings) == json.loads(json.dumps(handed.as_dict()))
+    assert settings == json.dumps(handed.as_dict(), indent=2)
     assert tomllib.loads(spec) == quickstart.folder.read_spec()["spec"]
 
 
@@ -210,13 +217,12 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, int], str]] = {
         {"optimum": 1, "excess": 2},
         "NOT CONFIRMED: policy paper",
     ),
-    "one fixed axis": (
-        {"axes": {"lr": LR, "weight_decay": {"value": 0.25}}},
+    "one fixed axis, losses below 0": (
+        {"axes": {"lr": LR, "weight_decay": {"value": 0.25}}, "loss": lambda t: bowl(t) - 9},
         {"optimum": 1, "contours": 0},
         "fixed by the spec, not tuned",
     ),
     "losses about 0": ({"loss": lambda t: bowl(t) - 2}, {"optimum": 1}, "90 %: "),
-    "negative losses": ({"loss": lambda t: bowl(t) - 9}, {"optimum": 1}, "90 %: "),
 }
 
 
@@ -272,7 +278,7 @@ HOSTILE = '</script><b onload="x">&'
 
 
 def test_words_from_elsewhere_are_no_markup(tmp_path: Path) -> None:
-    made = swept(tmp_path, stop=2)
+    made = swept(tmp_path, stop=2, ladder=PAPER)
     record = made.folder.read_spec()
     record["versions"] = {HOSTILE: HOSTILE}
     (made.folder.path / "spec.json").write_text(json.dumps(record))
@@ -281,9 +287,13 @@ def test_words_from_elsewhere_are_no_markup(tmp_path: Path) -> None:
     assert HOSTILE in read(page).sections["reproduce"]
 
 
+PAPER = {"widths": [16, 32], "policy": "paper"}
+"""Of a sweep of which the ladder does not matter: nothing is fitted to plan it."""
+
+
 def with_data(results: Path, name: str, **comparable: Any) -> Path:
     """A sweep of a few trials whose folder says that it was trained in such a way."""
-    folder = swept(results, name=name, stop=3).folder.path
+    folder = swept(results, name=name, stop=3, ladder=PAPER).folder.path
     record = json.loads((folder / "spec.json").read_text())
     record["comparable_if_equal"] |= comparable
     (folder / "spec.json").write_text(json.dumps(record))
@@ -316,18 +326,28 @@ def test_sweeps_on_the_same_data_stand_side_by_side(tmp_path: Path) -> None:
     ids=["data", "tokenizer", "unknown", "trainers"],
 )
 def test_losses_that_cannot_be_compared_are_refused(
-    first: dict[str, Any], second: dict[str, Any], message: str, tmp_path: Path
+    first: dict[str, Any], second: dict[str, Any], message: str
 ) -> None:
-    with_data(tmp_path, "one", **first)
-    with_data(tmp_path, "two", **second)
+    records = {
+        name: {"comparable_if_equal": {"ladder.widths[0]": 16, **keys}}
+        for name, keys in (("one", first), ("two", second))
+    }
     with pytest.raises(RefusedError, match=f"^one and two: .*{message}") as caught:
-        write_report(["one", "two"], tmp_path, None)
+        differences(records)
     assert "\n" not in str(caught.value)
+
+
+def test_a_refused_comparison_writes_nothing(tmp_path: Path) -> None:
+    with_data(tmp_path, "one", **{"data (hash)": "a"})
+    with_data(tmp_path, "two", **{"data (hash)": "b"})
+    done = telescope("report", "one", "two", "--results", tmp_path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("telescope: one and two: their losses cannot be compared")
     assert not list(tmp_path.rglob("report.html"))
 
 
 def test_the_verb_writes_beside_the_results_and_says_what_is_wrong(tmp_path: Path) -> None:
-    folder = swept(tmp_path / "results", stop=2).folder.path
+    folder = swept(tmp_path / "results", stop=2, ladder=PAPER).folder.path
     done = telescope("report", "made", cwd=tmp_path)
     assert re.fullmatch(r"wrote results/made/report.html \(\d+ kB\)\n", done.stdout), done
     assert (folder / "report.html").stat().st_size > 10_000
@@ -343,7 +363,7 @@ def test_the_verb_writes_beside_the_results_and_says_what_is_wrong(tmp_path: Pat
 
 
 def test_a_check_that_cannot_be_read_is_said(tmp_path: Path) -> None:
-    made = swept(tmp_path, stop=2)
+    made = swept(tmp_path, stop=2, ladder=PAPER)
     print_of = made.folder.read_spec()["fingerprint"]
     for record, words in (
         ({"verdict": "PASS", "fingerprint": print_of}, "cannot be read"),

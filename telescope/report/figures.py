@@ -60,6 +60,8 @@ HOVER, NEXT = "hover:", "\u241e"
 """What the id of an artist begins with that has a title per point, and what stands between them."""
 PANEL = (4.3, 3.0)
 """Inches of a panel of the report; a phone shows one beside the other's end."""
+MARGINS = (0.72, 0.5, 0.12, 0.3)
+"""Inches left of a panel, below, right and above it, for its labels."""
 LEVELS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 """Contours of the excess in per cent; in another unit, so many times the finest that is seen."""
 LEAST_SPAN = 2.0
@@ -538,7 +540,10 @@ def write_check_figure(path: Path, check: CoordCheck, title: str) -> None:
 @styled
 def panel_figure(draw: Callable[..., None], *arguments: Any, size: tuple[float, float]) -> Figure:
     """Draw one panel on a figure of its own; size in inches."""
-    figure = Figure(figsize=size, layout="constrained", facecolor="none")
+    # Fixed margins: to find the right ones would draw every figure twice.
+    (width, height), (left, bottom, right, top) = size, MARGINS
+    figure = Figure(figsize=size, facecolor="none")
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
     draw(figure.subplots(), *arguments)
     return figure
 
