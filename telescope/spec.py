@@ -348,7 +348,9 @@ class Spec(Table):
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved spec as JSON-able data, defaults filled in."""
-        mute = {"optimizer", *OWN_TABLES} - self.model_fields_set if self.trainer else None
+        # A default that is written down would count as stated when it is read: `rule` above all.
+        unused = {"optimizer", *OWN_TABLES} if self.trainer else {"optimizer"}
+        mute = unused - self.model_fields_set if self.model is None else None
         return self.model_dump(mode="json", exclude_none=True, exclude=mute)
 
     def strict_fields(self, corpus_digest: str) -> dict[str, Any]:

@@ -26,10 +26,12 @@ from telescope.records import Axis, Choice, Point, Result, Status
 
 CURVE_POINTS = 61
 CONTOUR_POINTS = 41
-NEAR_ZERO = 0.01
+NEAR_ZERO = 0.05
 """A loss below this share of its width's median excess is too near to 0 to be divided by."""
 LEAST_LOSS = 1e-300
 """Smaller losses have no share that a float can hold."""
+MOST_EXCESS = 1e290
+"""So that no sum or multiple of an excess overflows."""
 ROOM = 1.4
 """Height of a figure of excess, in multiples of what the fit has one lattice step off."""
 LEAST_SHOWN = 2
@@ -201,8 +203,8 @@ class _Excess:
     """Figures' units per nat."""
 
     def __call__(self, loss: float) -> float:
-        """The excess of a loss."""
-        return (loss - self.lowest) * self.scale
+        """The excess of a loss; of one that is too large for a number the largest drawn."""
+        return min(max((loss - self.lowest) * self.scale, -MOST_EXCESS), MOST_EXCESS)
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,8 @@ def _is_share(lowest: float, results: Sequence[Result]) -> bool:
     """Tell whether losses lie far enough from 0 to be divided by the lowest."""
     losses = [r.loss for r in results if r.loss is not None]
     spread = median(losses) - lowest if losses else 0.0
-    return abs(lowest) > max(NEAR_ZERO * spread, LEAST_LOSS)
+    nearest = min([abs(lowest), *(abs(loss) for loss in losses if loss <= median(losses))])
+    return nearest > max(NEAR_ZERO * spread, LEAST_LOSS)
 
 
 def _width(
