@@ -339,9 +339,9 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
 
 
 def _draw(recorder: Recorder, spec: Spec) -> None:
-    """Write the figure of the losses."""
+    """Write the figure of the optimum and of the excess loss."""
     rule = spec.rule or "not stated"
-    title = f"{spec.name}: held-out loss, rule {rule}, policy {spec.ladder.policy}"
+    title = f"{spec.name}: rule {rule}, policy {spec.ladder.policy}"
     write_loss_figure(recorder.folder.path / "loss.png", recorder.ladder, title)
 
 

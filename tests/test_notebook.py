@@ -197,3 +197,9 @@ def test_reprs_are_short_and_say_the_answer(sweep: Sweep) -> None:
     assert f"{len(settings.groups or ())} groups" in repr(settings)
     assert settings._repr_html_().count("<tr>") == 1 + len(settings.groups or ())
     assert '<th scope="row">32</th>' in sweep._repr_html_()
+
+
+def test_what_is_kept_of_a_spec_states_no_rule_that_nobody_stated() -> None:
+    for tables in ({}, {"optimizer": {"rule": "mup"}}, {"optimizer": {"rule": "standard"}}):
+        spec = Spec.from_dict(bowl_spec(**tables))
+        assert Spec.from_dict(spec.as_dict()).rule == spec.rule

@@ -104,13 +104,14 @@ class Page:
         words = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
         return f"<figure>{svg}{words}</figure>"
 
-    def copyable(self, content: str, button: str) -> str:
-        """A text with a button that copies it."""
+    def copyable(self, content: str, button: str, summary: str) -> str:
+        """A text, folded, with a button that copies it."""
         name = f"copy{next(self._numbers)}"
         return (
             f'<button type="button" hidden data-copy="{name}">{text(button)}</button>'
             f'<span class="copied" id="{name}-said" role="status"></span>'
-            f'<pre id="{name}" tabindex="0">{text(content)}</pre>'
+            f"<details><summary>{text(summary)}</summary>"
+            f'<pre id="{name}" tabindex="0">{text(content)}</pre></details>'
         )
 
 
@@ -512,7 +513,7 @@ def _settings(page: Page, shown: Shown) -> str:
     return (
         f"<p>Width {settings.width}: {text(settings.point)} (base-width units).</p>"
         f'{_scrolling(groups)}<ul class="todo">{notes}</ul>'
-        f"{page.copyable(content, 'Copy as JSON')}"
+        f"{page.copyable(content, 'Copy as JSON', 'as JSON, with all names and keyword arguments')}"
     )
 
 
@@ -533,8 +534,7 @@ def _reproduce(page: Page, shown: Shown) -> str:
     return (
         f"<p>{f'<code>{text(shown.run_command)}</code>' if shown.run_command else OWN_PROGRAM}</p>"
         f"{_scrolling(table([words, ''], rows))}"
-        f"<details><summary>the spec, with every default</summary>"
-        f"{page.copyable(as_toml(spec), 'Copy as TOML')}</details>"
+        f"{page.copyable(as_toml(spec), 'Copy the spec as TOML', 'the spec, with every default')}"
     )
 
 
