@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from simulated import ESSENTIAL, Surface
 
+from telescope.ladder.drift import LAWS
 from telescope.ladder.grid import paper_stage
 from telescope.ladder.ladder import Ladder
-from telescope.ladder.plan import least_cost, plan_ladder, plan_stages, typical_result, what_fits
-from telescope.records import Axis, LadderSpec
+from telescope.ladder.plan import least_cost, plan_ladder, plan_stages, what_fits
+from telescope.ladder.prior import draw_truths
+from telescope.records import Axis, LadderSpec, Point, Trial
 
 SPEC = LadderSpec(
     (Axis("lr", 0.001, 1.0, 7), Axis("weight_decay", 0.01, 1.0, 3)),
@@ -97,10 +101,38 @@ def test_the_adaptive_plan_brackets_what_ladders_spend() -> None:
         assert plan.best <= spent <= plan.worst + 1e-9
 
 
-def test_typical_results_do_not_depend_on_order() -> None:
-    ladder = Ladder(ESSENTIAL)
-    one, *_ = ladder.ask()
-    assert typical_result(ESSENTIAL, one) == typical_result(ESSENTIAL, one)
+def test_truths_are_spread_evenly_over_what_the_ladder_expects() -> None:
+    """Half of them are noisier than expected; the same ones come each time; one minimum each."""
+    truths = draw_truths(ESSENTIAL, 40)
+    trial = Trial(256, Point.of(lr=0.1, weight_decay=0.1), 0)
+    assert truths[7](trial) == draw_truths(ESSENTIAL, 40)[7](trial)
+    noise = [truth.noise for truth in truths]
+    assert noise == sorted(noise)
+    assert noise[19] < ESSENTIAL.expected_noise < noise[20]
+    settle = [truth.law.name for truth in truths]
+    assert [settle.count(law.name) for law in LAWS] == [24, 12, 4]
+    for truth in truths:
+        at = {
+            axis.name: 2**place for axis, place in zip(ESSENTIAL.swept, truth.optimum, strict=True)
+        }
+        quiet = replace(truth, noise=0.0)
+        best = quiet(Trial(256, Point.of(at), 0)).loss
+        assert best == pytest.approx(1.0)
+        for name, by in itertools.product(at, (-4, -1, 1, 4)):
+            off = Point.of({**at, name: at[name] * 2**by})
+            assert (quiet(Trial(256, off, 0)).loss or 0) > 1.0
+
+
+def test_the_plan_is_the_middle_of_what_ladders_spend_on_drawn_truths() -> None:
+    spec = LadderSpec((Axis("lr", 0.004, 0.5, 7),), (32, 64), target_width=128, tolerance=0.005)
+    spent = []
+    for truth in draw_truths(spec, 9):
+        ladder = Ladder(spec)
+        while trials := ladder.ask():
+            for trial in trials:
+                ladder.tell(truth(trial))
+        spent.append(sum(len(s.trials) * spec.cost(s.width) for s in ladder.stages))
+    assert 0.5 <= np.median(spent) / plan_ladder(spec).expected <= 2
 
 
 def test_a_plan_never_exceeds_its_budget() -> None:

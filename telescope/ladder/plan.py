@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 from telescope.ladder.adaptive import REPEATS
 from telescope.ladder.grid import points_at
 from telescope.ladder.ladder import Ladder
+from telescope.ladder.prior import Truth, draw_truths
 from telescope.ladder.view import MOST_TRIALS, round_size
-from telescope.ladder.window import middle, octaves, star
-from telescope.records import LadderSpec, Result, Status, Trial
+from telescope.ladder.window import star
+from telescope.records import LadderSpec
 
-TYPICAL_STEP = 0.01
-"""Share of the loss that one lattice step off the optimum costs. An assumption, for plans alone."""
-TYPICAL_NOISE = 0.003
-"""Noise between seeds as a share of the loss. An assumption, for plans alone."""
-TYPICAL_OFFSET = 0.7
-"""Lattice steps between the middle of an axis and its optimum. An assumption, for plans alone."""
+SIMULATED = 3
+"""Ladders that are climbed for a plan: the middle one is what is expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,7 @@ def plan_ladder(spec: LadderSpec) -> Plan:
     """Plan a ladder before anything trains.
 
     Algorithm 1 asks for the same trials whatever their results are. What the adaptive policy is
-    expected to ask for is what it asks for on a typical simulated surface, `typical_result`.
+    expected to ask for is the middle of what it asks for on truths drawn from its own prior.
     """
     if spec.policy == "paper" or not spec.swept:
         stages = plan_stages(spec)
@@ -59,28 +54,23 @@ def plan_ladder(spec: LadderSpec) -> Plan:
         return Plan(tuple(stages), cost, cost, cost)
     best = _fewest(spec)
     wall = math.inf if spec.budget is None else max(spec.budget, best)
-    ladder = Ladder(replace(spec, budget=wall))
-    while trials := ladder.ask():
-        for trial in trials:
-            ladder.tell(typical_result(spec, trial))
-    trials_at = {stage.width: len(stage.trials) for stage in ladder.stages}
-    lattice = {axis.name: axis.points for axis in spec.axes}
-    stages = [StagePlan(width, lattice, trials_at.get(width, 0)) for width in spec.widths]
+    truths = draw_truths(replace(spec, budget=wall), SIMULATED)
+    climbed = sorted((_climb(truth) for truth in truths), key=lambda stages: _cost(spec, stages))
+    stages = climbed[SIMULATED // 2]
     expected = _cost(spec, stages)
     worst = min(_cost_of(spec, _most(spec)), wall)
     return Plan(tuple(stages), min(best, expected), expected, max(worst, expected))
 
 
-def typical_result(spec: LadderSpec, trial: Trial) -> Result:
-    """A bowl without drift and with some noise, which depends on the trial's content alone."""
-    away = [
-        math.log2(trial.point[axis.name] / middle(axis)) / octaves(axis)[0] - TYPICAL_OFFSET
-        for axis in spec.swept
-    ]
-    share = (zlib.crc32(str(trial).encode()) + 0.5) / 2**32
-    noise = TYPICAL_NOISE * NormalDist().inv_cdf(share)
-    loss = 1 + TYPICAL_STEP * sum(x * x for x in away) + noise
-    return Result(trial, Status.COMPLETE, loss=loss)
+def _climb(truth: Truth) -> list[StagePlan]:
+    """The trials per width of a ladder on one truth."""
+    spec, ladder = truth.spec, Ladder(truth.spec)
+    while trials := ladder.ask():
+        for trial in trials:
+            ladder.tell(truth(trial))
+    trials_at = {stage.width: len(stage.trials) for stage in ladder.stages}
+    lattice = {axis.name: axis.points for axis in spec.axes}
+    return [StagePlan(width, lattice, trials_at.get(width, 0)) for width in spec.widths]
 
 
 def _fewest(spec: LadderSpec) -> float:
