@@ -21,9 +21,10 @@ from test_foreign import bowl_spec
 from telescope import Ladder, Spec
 from telescope.cli import main
 from telescope.home import can_write, is_private, private_folder, stand_in
+from telescope.records import Point
 from telescope.streams import ERRORS, SPELLED
 from telescope.train.cache import cache_folder
-from telescope.transfer.settings import HORIZON_NOTE
+from telescope.transfer.settings import horizon_note
 
 SCRIPT = "import sys; del sys.path[0]; from telescope.cli import main; main()"
 """As the installed command does: the current folder is not imported from."""
@@ -196,7 +197,9 @@ def test_python_and_the_spec_assume_the_same_of_the_steps(in_spec: bool, tmp_pat
             ladder.tell(trial, loss=2 + abs(trial.lr - 0.1))
     answer = ladder.transfer() if in_spec else ladder.transfer(steps=400)
     assert answer.certificate is not None
-    assert answer.certificate.assumptions[1] == HORIZON_NOTE
+    assert answer.certificate.assumptions[1] == horizon_note(Point.of(weight_decay=0.1), 100, 400)
+    assert "to 0.025 in base-width units" in answer.certificate.assumptions[1]
+    assert "it would be 0.05191" in answer.certificate.assumptions[1]  # 0.025 · 4^0.527
     assert not any("steps, data" in text for text in answer.certificate.assumptions)
     assert answer.weight_decay == pytest.approx(0.025)
 

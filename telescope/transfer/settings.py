@@ -18,9 +18,14 @@ from telescope.train.groups import Group, parameter_groups
 from telescope.train.rules import Role, Tag
 
 HORIZON_NOTE = (
-    "weight_decay is rescaled so that lr · weight_decay · steps stays as in the sweep, lr is kept: "
-    "an assumption, the sweep did not vary the steps (arXiv 2405.13698, 2510.19093)"
+    "weight_decay is rescaled so that lr · weight_decay · steps stays as in the sweep, to "
+    "{here:.4g} in base-width units, lr is kept: an assumption, the sweep did not vary the steps "
+    "(arXiv 2405.13698, 2510.19093); by the power law in tokens per parameter that was found for "
+    "AdamW (arXiv 2505.13738) it would be {by_law:.4g}"
 )
+TIME_SCALE_EXPONENT = -0.527
+"""Of the best 1 / (lr · weight_decay · steps) in tokens per parameter, for AdamW: arXiv 2505.13738.
+Quoted, and not measured here for Muon."""
 STEPS_NOTE = (
     "lr is kept for a run of another length than the sweep's: an assumption, the sweep did not "
     "vary the steps"
@@ -129,10 +134,20 @@ def at_horizon(point: Point, sweep_steps: int | None, steps: int | None) -> Poin
 
 
 def horizon_note(point: Point, sweep_steps: int | None, steps: int | None) -> str | None:
-    """The assumption on a run of another number of steps; None if it is the same or not known."""
+    """Say both conventions for a run of another number of steps; None if it is the same or unknown.
+
+    >>> note = horizon_note(Point.of(lr=0.1, weight_decay=0.2), 100, 400) or ""
+    >>> "to 0.05 in" in note, note[-18:]  # 0.05 · 4^0.527
+    (True, 'it would be 0.1038')
+    """
     if sweep_steps is None or steps is None or steps == sweep_steps:
         return None
-    return HORIZON_NOTE if "weight_decay" in point else STEPS_NOTE
+    if "weight_decay" not in point:
+        return STEPS_NOTE
+    here = rescale_horizon(point, sweep_steps=sweep_steps, steps=steps).weight_decay
+    # At one model and batch size, tokens per parameter grow as the steps do.
+    by_law = here * (steps / sweep_steps) ** -TIME_SCALE_EXPONENT
+    return HORIZON_NOTE.format(here=here, by_law=by_law)
 
 
 def time_scale_note(point: Point, sweep_steps: int | None) -> str | None:
