@@ -59,7 +59,8 @@ def test_the_certificate_says_what_it_knows() -> None:
 
 
 def test_without_a_coordinate_check_two_widths_do_not_prove_the_rule() -> None:
-    ladder = run(surface(2, noise=0.001))
+    """A drift is seen, and that it never settles would cost more than the tolerance."""
+    ladder = run(surface(2, noise=0.001, drift=0.2))
     certificate = certify(ladder, rule_checked=False)
     assert certificate.verdict == "WARN"
     (problem,) = certificate.problems

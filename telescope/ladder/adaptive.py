@@ -47,7 +47,9 @@ REPEATS = 3
 REPEAT_WITHIN = 5.0
 """Standard deviations of the noise above the best within which a cell is worth a further seed."""
 MOST_EXTENSIONS = 3
-"""Times that the window of one axis grows at one width."""
+"""Times that the window of one axis grows at one width above the base width."""
+MOST_BEYOND = 4
+"""Values of an axis outside of its range at base width: 1, 3, 7 and 15 steps beyond it."""
 BORDER_TRIALS = 1
 """Trials of a round that look beyond a border."""
 AHEAD = 60
@@ -140,6 +142,8 @@ def _decide(view: View) -> Move:
         return _without_a_loss(view)
     if move := _grow(view, *_beyond_the_border(view)):
         return move
+    if reason := _out_of_reach(view):
+        return _close(view, reason, ends=True)
     rest = _rest_of_the_ladder(view)
     ending, widening = _is_good_enough(view), _should_widen(view, rest)
     giving_up = _should_give_up(view)
@@ -299,19 +303,33 @@ def _beyond_the_border(view: View) -> tuple[Stage, Sequence[Point], str]:
     return view.stage, (), ""
 
 
+def _out_of_reach(view: View) -> str | None:
+    """Say that the base width's optimum lies beyond all that may be tried, where that matters."""
+    stage = view.stage
+    if stage.width != view.spec.widths[0] or view.excess(stage.width) <= view.tolerance:
+        return None
+    for number, upward in view.open_sides:
+        axis = view.spec.swept[number]
+        if _extended(view.spec, stage, axis, upward=upward) is None:
+            side, border = "above" if upward else "below", 2 ** view.measured(number)[upward]
+            return f"{axis.name}: the optimum lies {side} {border:.3g}, far outside of its range"
+    return None
+
+
 def _extended(spec: LadderSpec, stage: Stage, axis: Axis, *, upward: bool) -> Stage | None:
     """The stage with a wider window, or None where it has grown as often as it may."""
-    window, values = WINDOW.get(len(spec.swept), WINDOW_OF_MANY), stage.grid[axis.name]
-    spacing = window.step
-    if stage.width == spec.widths[0]:  # values inside the range are no extension
-        beyond = [v > axis.high * 1.001 if upward else v < axis.low * 0.999 for v in values]
-        grown = sum(beyond) // EXTENSION_CELLS
-        values = tuple(v for v in values if not axis.low * 0.999 < v < axis.high * 1.001)
-        # Each time further: a range that misses by far is left in few rounds.
-        window, spacing = range(0), marks_per_step(axis) * 2**grown
-    if len(values) >= len(window) + MOST_EXTENSIONS * EXTENSION_CELLS:
+    values, window = stage.grid[axis.name], WINDOW.get(len(spec.swept), WINDOW_OF_MANY)
+    if stage.width != spec.widths[0]:
+        if len(values) >= len(window) + MOST_EXTENSIONS * EXTENSION_CELLS:
+            return None
+        return replace(stage, grid=extended(stage.grid, axis, window.step, upward=upward))
+    above = sum(value > axis.high * 1.001 for value in values)
+    below = sum(value < axis.low * 0.999 for value in values)
+    if above + below >= MOST_BEYOND:
         return None
-    return replace(stage, grid=extended(stage.grid, axis, spacing, upward=upward))
+    # Further each time: a range that misses by far is left in few rounds.
+    spacing = marks_per_step(axis) * 2 ** (above if upward else below)
+    return replace(stage, grid=extended(stage.grid, axis, spacing, upward=upward, growing=True))
 
 
 def _repeats(view: View) -> tuple[Stage, Sequence[Point], str]:

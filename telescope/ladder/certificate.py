@@ -107,8 +107,8 @@ def _advice(view: View, verdict: str, width: int) -> str:
 def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> list[str]:
     """What is missing for PASS."""
     spec, state = view.spec, view.state
-    problems = []
-    if len(view.surface.data.seen) == 1 and view.target != spec.widths[0]:
+    problems = [_say_border(view, number, upward=up) for number, up in view.open_sides]
+    if len(view.surface.data.seen) == 1 and view.target != spec.widths[0] and not problems:
         problems.append(
             "only one width was trained: nothing shows that its optimum transfers; append a width "
             "to ladder.widths"
@@ -145,7 +145,6 @@ def _problems_of_axes(view: View) -> list[str]:
             f"{axis} is unidentified: the loss hardly depends on it within its range, it keeps "
             f"{last.point[axis]:.4g}; widen axes.{axis}, train longer, or fix it"
         )
-    problems += [_say_border(view, number, upward=up) for number, up in view.open_sides]
     for number in view.surface.at_wall(view.optimum(view.target).place):
         axis = view.spec.swept[number].name
         problems.append(

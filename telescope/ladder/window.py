@@ -108,12 +108,23 @@ def refined(spec: LadderSpec, grid: Grid, place: Array) -> dict[str, tuple[float
     return finer
 
 
-def extended(grid: Grid, axis: Axis, spacing: int, *, upward: bool) -> dict[str, tuple[float, ...]]:
-    """The same grid with `EXTENSION_CELLS` more values, `spacing` marks apart, on one side."""
+def extended(
+    grid: Grid, axis: Axis, spacing: int, *, upward: bool, growing: bool = False
+) -> dict[str, tuple[float, ...]]:
+    """The same grid with `EXTENSION_CELLS` more values on one side.
+
+    Args:
+        grid: the grid.
+        axis: the one that grows.
+        spacing: marks from the border to the first new value, and between new ones.
+        upward: the side.
+        growing: each new value lies twice as far from the one before as that from its own.
+    """
     values = grid[axis.name]
     start = nearest(axis, math.log2(values[-1 if upward else 0]))
     by = spacing if upward else -spacing
-    new = [value_at(axis, start + by * (i + 1)) for i in range(EXTENSION_CELLS)]
+    ways = [2 ** (i + 1) - 1 if growing else i + 1 for i in range(EXTENSION_CELLS)]
+    new = [value_at(axis, start + by * way) for way in ways]
     allowed = [value for value in new if value <= axis.most]
     return {**grid, axis.name: tuple(sorted((*values, *allowed)))}
 
