@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+# Before numpy is imported, and for what the tests start: the ladder solves systems of a few dozen
+# rows, for which a second thread of OpenBLAS costs three times the CPU time of one, and no less
+# wall time.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import torch
 
 from telescope.errors import TelescopeError
