@@ -76,11 +76,20 @@ def test_it_finds_the_optimum_for_a_fraction_of_the_papers_compute() -> None:
     assert np.percentile(regrets[0], 90) < 0.003
 
 
-def test_nine_in_ten_intervals_hold_the_optimum() -> None:
-    """At every width that was trained, over random surfaces: between 85 and 95 %."""
-    share, count = shares(simulated(40))["all"]
-    assert count > 150
-    assert 0.85 <= share <= 0.95
+@pytest.mark.parametrize(
+    ("ladders", "intervals", "least", "most"),
+    [(16, 60, 0.82, 0.99), pytest.param(40, 150, 0.85, 0.95, marks=pytest.mark.slow)],
+)
+def test_nine_in_ten_intervals_hold_the_optimum(
+    ladders: int, intervals: int, least: float, most: float
+) -> None:
+    """At every width that was trained, over random surfaces: between 85 and 95 %.
+
+    Of 16 ladders: 90 % within 2.5 standard deviations, so that not even one in 77 may be missed.
+    """
+    share, count = shares(simulated(ladders))["all"]
+    assert count > intervals
+    assert least <= share <= most
 
 
 def test_nine_in_ten_intervals_hold_what_held_out_seeds_find() -> None:
@@ -127,10 +136,12 @@ def test_the_budget_is_a_wall(budget: float) -> None:
         assert any("budget" in problem for problem in certificate.problems)
 
 
-def test_a_diverged_point_is_never_chosen() -> None:
+@pytest.mark.parametrize("tolerance", [0.003, pytest.param(0.001, marks=pytest.mark.slow)])
+def test_a_diverged_point_is_never_chosen(tolerance: float) -> None:
+    """At the tighter tolerance the ladders have more widths, and cost four times as much."""
     for seed in range(6):
         truth = surface(seed, cliff=0.7, noise=0.005)
-        ladder = run(truth)
+        ladder = run(truth, replace(ESSENTIAL, tolerance=tolerance))
         diverged = [
             r.trial.lr
             for s in ladder.stages
@@ -265,7 +276,7 @@ def test_a_reflected_axis_reflects_the_choices() -> None:
 def test_a_flat_axis_is_unidentified_and_keeps_its_value() -> None:
     """Noise makes a flat axis look bent now and then; mostly it must not."""
     axes = (ESSENTIAL.axes[0], Axis("weight_decay", 0.01, 1.0, 5))
-    spec = replace(ESSENTIAL, axes=axes)
+    spec = replace(ESSENTIAL, axes=axes, tolerance=0.003)  # a quarter of the fits at 0.001
     kept = []
     for seed in range(6):
         flat = Surface(
@@ -343,24 +354,33 @@ def test_a_width_at_which_nothing_survives_is_left_out() -> None:
 
 
 def test_noise_is_measured_with_a_further_seed_at_the_best_cells() -> None:
-    ladder = run(surface(5, noise=0.005))
+    spec = replace(ESSENTIAL, widths=(256,))
+    ladder = run(surface(5, noise=0.005), spec)
     repeated = [trial for trial in ladder.stages[0].trials if trial.seed == 1]
     assert len(repeated) == 3
     assert {trial.point for trial in repeated} <= {
         t.point for t in ladder.stages[0].trials if t.seed == 0
     }
-    two_seeds = run(surface(5, noise=0.005), replace(ESSENTIAL, seeds=(7, 9)))
+    two_seeds = run(surface(5, noise=0.005), replace(spec, seeds=(7, 9)))
     assert {trial.seed for trial in two_seeds.stages[0].trials} >= {7, 9}
 
 
-@pytest.mark.parametrize("swept", [1, 3, 4])
-def test_any_number_of_axes(swept: int) -> None:
+@pytest.mark.parametrize(
+    ("swept", "widths"),
+    [
+        (1, (32, 64)),
+        (3, (32, 64)),
+        (4, (32,)),
+        pytest.param(4, (32, 64), marks=pytest.mark.slow),
+    ],
+)
+def test_any_number_of_axes(swept: int, widths: tuple[int, ...]) -> None:
     names = ("lr", "weight_decay", "warmup", "adamw_lr_ratio")
     axes = tuple(
         Axis(name, 2**-3, 2**3, 5) if i < swept else Axis(name, 0.1, 0.1, 1)
         for i, name in enumerate(names)
     )
-    spec = LadderSpec(axes, (32, 64), target_width=128)
+    spec = LadderSpec(axes, widths, target_width=128)
     optimum = {axis.name: 0.4 for axis in spec.swept}
     truth = Surface(spec, optimum, dict.fromkeys(optimum, 0.02), tilt=0.0, noise=0.001)
     ladder = run(truth, spec)
