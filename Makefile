@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # Without compiling: pip would compile the whole of torch and ray, most of which is never imported.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
+# What is imported first is compiled then, and for all processes after: tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test test-slow types pytest clean
 
 quickstart: $(VENV)/installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest
 # rows, for which a second thread of OpenBLAS costs three times the CPU time of one, and no less
 # wall time.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# The install compiles nothing, so that otherwise each process that a test starts would compile
+# what it imports of torch, ray and transformers: 8 CPU seconds, over and over.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import torch
 
@@ -30,6 +34,7 @@ from telescope.train.data import load_corpus
 ROOT = Path(__file__).parent.parent
 GPT = ROOT / "models" / "gpt.py"
 
+sys.dont_write_bytecode = False
 torch.set_num_threads(1)
 
 

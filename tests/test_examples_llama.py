@@ -21,7 +21,7 @@ MARGIN = 0.01
 
 
 def run(*command: str, folder: Path = EXAMPLE) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
     )
