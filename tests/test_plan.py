@@ -18,7 +18,9 @@ from telescope.ladder.grid import paper_stage
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.plan import least_cost, plan_ladder, plan_stages, what_fits
 from telescope.ladder.prior import draw_truths
+from telescope.planning import make_plan
 from telescope.records import Axis, LadderSpec, Point, Trial
+from telescope.spec import Spec
 
 SPEC = LadderSpec(
     (Axis("lr", 0.001, 1.0, 7), Axis("weight_decay", 0.01, 1.0, 3)),
@@ -63,6 +65,36 @@ def test_nothing_fits_a_budget_of_nothing() -> None:
     assert what_fits(replace(SPEC, budget=1)) == []
 
 
+TRIALS = [64, 25, 9, 1]
+BILLIONS = [0.0663, 0.1994, 0.6661, 2.4018, 3.6707]
+"""Parameters at the four widths of the published ladder and at its target."""
+
+
+def at_depth(depth: int) -> list[tuple[float, float]]:
+    """(parameters, FLOPs of a trial) at each width of the published ladder and at its target."""
+    plan, _ = make_plan(Spec.load("essential-4b", [f"model.depth={depth}"]), probe=False)
+    stages = plan["stages"]
+    assert [stage["trials"] for stage in stages] == TRIALS
+    trials = [(stage["parameters"], stage["flops"]["total"] / stage["trials"]) for stage in stages]
+    return [*trials, (plan["target"]["parameters"], plan["target"]["flops"])]
+
+
+def test_the_papers_ladder_costs_what_the_paper_spent_layer_by_layer() -> None:
+    """As below, from models of one and of two layers: each of the other 32 costs as the second."""
+    whole = [
+        [a + 33 * (b - a) for a, b in zip(one, two, strict=True)]
+        for one, two in zip(at_depth(1), at_depth(2), strict=True)
+    ]
+    assert [round(parameters / 1e9, 4) for parameters, _ in whole] == BILLIONS
+    *swept, target = whole
+    spent = [
+        sum(n * trial[i] for n, trial in zip(TRIALS, swept, strict=True)) / target[i]
+        for i in range(2)
+    ]
+    assert spent == [pytest.approx(4.80, abs=0.005), pytest.approx(7.9, abs=0.05)]
+
+
+@pytest.mark.slow  # half a minute of CPU time: five models of 34 layers are traced
 def test_the_papers_ladder_costs_what_the_paper_spent() -> None:
     """arXiv 2505.02222: 64, 25, 9 and 1 runs of 0.0663 to 2.4018 B parameters for one of 3.6707 B.
 
@@ -73,9 +105,9 @@ def test_the_papers_ladder_costs_what_the_paper_spent() -> None:
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     stages = plan["stages"]
-    assert [stage["trials"] for stage in stages] == [64, 25, 9, 1]
+    assert [stage["trials"] for stage in stages] == TRIALS
     sizes = [stage["parameters"] for stage in [*stages, plan["target"]]]
-    assert [round(size / 1e9, 4) for size in sizes] == [0.0663, 0.1994, 0.6661, 2.4018, 3.6707]
+    assert [round(size / 1e9, 4) for size in sizes] == BILLIONS
     assert plan["sweep_over_target_parameters"] == pytest.approx(4.80, abs=0.005)
     assert plan["sweep_over_target"] == pytest.approx(7.9, abs=0.05)
     assert plan["target"]["tokens"] == 20_000 * 2**23
