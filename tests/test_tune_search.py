@@ -32,9 +32,6 @@ from telescope.records import Choice
 from telescope.sweep import open_result
 from telescope.tune import GATE, TelescopeSearch, _Gate
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray-tuner")]
-
-
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
 
@@ -94,12 +91,21 @@ class Warm(tune.Trainable):  # type: ignore[misc]
         (Path(checkpoint_dir) / "lr").write_text(str(self.settings["lr"]))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
+    """One local Ray for all Tuners of this file; the searcher alone needs none."""
     with patch.dict(os.environ, RAY_worker_niceness="0"):  # the other tests would starve them
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
         yield
         ray.shutdown()
+
+
+def on_ray(test: Any) -> Any:
+    """Mark a test that fits a Tuner: it gets the cluster, and the others their own worker."""
+    marks = (pytest.mark.ray, pytest.mark.xdist_group("ray-tuner"))
+    for mark in (*marks, pytest.mark.usefixtures("cluster")):
+        test = mark(test)
+    return test
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +133,7 @@ def fit(search: Any, trainable: Any, folder: Path, **settings: Any) -> Any:
     return tuner.fit()
 
 
+@on_ray
 def test_a_function_ends_in_the_ladders_answer(tmp_path: Path) -> None:
     """With constants beside the axes, stage by stage; what dies is Tune's to try again."""
     search, space = TelescopeSearch(spec()), {"marks": str(tmp_path)}
@@ -141,6 +148,7 @@ def test_a_function_ends_in_the_ladders_answer(tmp_path: Path) -> None:
     assert len(narrow) == 6
 
 
+@on_ray
 def test_warm_workers_are_kept_over_the_stages(tmp_path: Path) -> None:
     search = TelescopeSearch(spec())
     settings = {"max_concurrent_trials": 2, "reuse_actors": True}
@@ -184,6 +192,7 @@ def ends_as_by_hand(folder: Path, space: dict[str, str]) -> None:
     assert len(results) == len(restored.ladder.results)
 
 
+@on_ray
 def test_tuner_restore_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Tune knows to have ended is not run again."""
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
@@ -195,6 +204,7 @@ def test_tuner_restore_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ends_as_by_hand(tmp_path / "experiment", space)
 
 
+@on_ray
 def test_a_restored_search_asks_again_for_what_tune_does_not_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
