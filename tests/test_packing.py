@@ -449,13 +449,14 @@ def test_why_a_sweep_is_not_fused_is_said_once(
 DROPOUT = "        x_BTD = F.dropout(self.embedding(tokens_BT), 0.1, self.training)"
 
 
-def test_killed_in_the_middle_of_a_pack_it_goes_on(tmp_path: Path, corpus_file: Path) -> None:
+@pytest.mark.parametrize("widths", [[16], pytest.param([16, 32], marks=pytest.mark.slow)], ids=str)
+def test_killed_in_the_middle_of_a_pack_it_goes_on(widths: list[int], tmp_path: Path) -> None:
     """kill -9 as soon as some results are stored, and a checkpoint of others lies there.
 
     The answer is the same to the last digit, though nothing keeps choices from hanging on one.
     """
     tables = {
-        "ladder": {"policy": "adaptive"},
+        "ladder": {"policy": "adaptive", "widths": widths},
         "train": {"steps": 20, "checkpoint_every": 3},
         "axes": {
             "lr": {"low": 0.002, "high": 60.0, "points": 9},
@@ -473,6 +474,7 @@ def test_killed_in_the_middle_of_a_pack_it_goes_on(tmp_path: Path, corpus_file: 
     while time.monotonic() < deadline and driver.is_alive():
         if len(stored(killed)) >= 3 and list(checkpoints.glob("*/step-*.json")):
             break
+        time.sleep(0.01)  # a second core may not be there
     driver.kill()
     finish(driver)
     before = stored(killed)

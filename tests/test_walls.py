@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -47,18 +48,31 @@ def found(ladder: Ladder) -> tuple[float, float]:
     return certificate.point.lr, certificate.point.weight_decay
 
 
+@functools.cache
+def plain() -> Ladder:
+    """The ladder on the bowl itself: climbed once, asked often."""
+    return climb(lambda trial: None)
+
+
+@functools.cache
+def diverging(from_lr: float) -> Ladder:
+    """The ladder on the bowl, where all above a learning rate diverges."""
+
+    def answer(trial: Trial) -> Result:
+        if trial.lr > from_lr:
+            return Result(trial, Status.DIVERGED, reason="nan")
+        return Result(trial, Status.COMPLETE, loss=loss(trial))
+
+    return run(answer, SPEC)
+
+
 @pytest.mark.parametrize("value", [1e3, 1e5, 1e30, 1e200, 1e308])
 @pytest.mark.parametrize("from_lr", [0.11, 0.0625])
 def test_a_huge_loss_is_a_wall_like_a_divergence(value: float, from_lr: float) -> None:
     """However huge, the ladder takes the same trials, and answers as if they had diverged."""
 
-    def diverging(trial: Trial) -> Result:
-        if trial.lr > from_lr:
-            return Result(trial, Status.DIVERGED, reason="nan")
-        return Result(trial, Status.COMPLETE, loss=loss(trial))
-
     huge = climb(lambda trial: value if trial.lr > from_lr else None)
-    diverged = run(diverging, SPEC)
+    diverged = diverging(from_lr)
     assert [s.trials for s in huge.stages] == [s.trials for s in diverged.stages]
     assert [c.point for c in huge.choices] == [c.point for c in diverged.choices]
     assert found(huge)[0] == pytest.approx(0.05, rel=0.1)
@@ -99,11 +113,10 @@ def test_huge_losses_of_every_scale_are_looked_below_and_then_said() -> None:
 
 @pytest.mark.parametrize("unit", [1e-306, 1e-20, 1e20, 1e306])
 def test_the_unit_of_the_loss_changes_nothing(unit: float) -> None:
-    plain = climb(lambda trial: None)
     other = climb(lambda trial: loss(trial) * unit)
-    assert [len(s.trials) for s in other.stages] == [len(s.trials) for s in plain.stages]
-    assert found(other) == pytest.approx(found(plain), rel=1e-6)
-    losses = [choice.loss for choice in plain.choices]
+    assert [len(s.trials) for s in other.stages] == [len(s.trials) for s in plain().stages]
+    assert found(other) == pytest.approx(found(plain()), rel=1e-6)
+    losses = [choice.loss for choice in plain().choices]
     assert [c.loss / unit for c in other.choices] == pytest.approx(losses, rel=1e-6)
 
 
