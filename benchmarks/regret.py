@@ -35,6 +35,7 @@ from width_rules import FOLDER
 from telescope.files import write_atomic
 from telescope.ladder.grid import grid_trials, values_at
 from telescope.ladder.ladder import Ladder
+from telescope.ladder.plan import plan_ladder
 from telescope.records import Axis, LadderSpec, Point, Trial
 
 OUT = FOLDER.parent / "regret"
@@ -44,7 +45,8 @@ GP_SEEDS = 4
 """The GP sampler takes a quarter of a second per trial."""
 MOST_AT_TARGET = 24
 """Trials of a search at the target: as many target runs."""
-BUDGETS = (0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
+BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.5)
+"""Shares of what the paper's ladder costs."""
 TOLERANCES = (0.001, 0.002, 0.003)
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "no drift": {},
@@ -108,11 +110,11 @@ def spent(ladder: Ladder) -> float:
 
 def adaptive(problem: Problem) -> Iterator[Row]:
     """The adaptive ladder at several tolerances, and cut short by several budgets."""
-    target = problem.spec.target
+    target, whole = problem.spec.target, plan_ladder(replace(problem.spec, policy="paper")).best
     settings: list[tuple[str, dict[str, Any]]] = [
         (f"tolerance {t:g}", {"tolerance": t}) for t in TOLERANCES
     ]
-    settings += [(f"budget {b:g}", {"budget": b, "tolerance": 0.0001}) for b in BUDGETS]
+    settings += [(f"budget {b:.0%}", {"budget": b * whole, "tolerance": 0.0001}) for b in BUDGETS]
     for name, changes in settings:
         ladder = climb(problem, replace(problem.spec, **changes))
         if certificate := ladder.certificate(rule_checked=problem.name != "wrong rule"):
