@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telescope.errors import RefusedError, SpecError
-from telescope.ladder.certificate import assumed_alike
+from telescope.ladder.assumed import assumed_alike
 from telescope.ladder.ladder import Ladder
+from telescope.memory import of_model
 from telescope.records import Certificate
 from telescope.spec import Spec
+from telescope.train.rules import Tag
 
 if TYPE_CHECKING:
-    from telescope.train.rules import Tag
+    from telescope.train.config import ModelConfig
     from telescope.transfer.settings import Transfer
     from telescope.transfer.shapes import Shapes
 
@@ -138,6 +140,13 @@ def transfer(
     return replace(answer, notes=tuple(notes), certificate=certificate)
 
 
+def _tags_of_model(model: ModelConfig, width: int, base_width: int) -> dict[str, Tag]:
+    """The parameters of a model file at a width."""
+    from telescope.train.model import build_meta
+
+    return dict(build_meta(model, width=width, base_width=base_width).tags)
+
+
 def _tags(spec: Spec, width: int, shapes: Shapes | str | Path | None) -> Mapping[str, Tag] | None:
     """The parameters at a width: of the model file, else of the shapes; None where neither is.
 
@@ -149,9 +158,12 @@ def _tags(spec: Spec, width: int, shapes: Shapes | str | Path | None) -> Mapping
     if model:
         if shapes is not None:
             raise SpecError("shapes: left out where the spec has a model file, which has its own")
-        from telescope.train.model import build_meta
-
-        return build_meta(model, width=width, base_width=spec.base_width).tags
+        return of_model(
+            dict[str, Tag],
+            model,
+            ("tags", model, width, spec.base_width),
+            lambda: _tags_of_model(model, width, spec.base_width),
+        )
     shapes = shapes or (spec.trainer.shapes if spec.trainer else None)
     if shapes is None:
         return None

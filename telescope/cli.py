@@ -23,8 +23,8 @@ from telescope.home import is_private, stand_in
 from telescope.streams import open_streams, reader_needed, use_utf8_names
 
 if TYPE_CHECKING:
+    from telescope.finished import Finished
     from telescope.spec import Spec
-    from telescope.sweep import Finished
     from telescope.train.config import DataConfig
 
 app = typer.Typer(
@@ -440,7 +440,7 @@ def _open(sweep: str, results: Path) -> Finished:
     from telescope.catalog import find_result
 
     folder = find_result(sweep, results)
-    from telescope.sweep import open_result
+    from telescope.finished import open_result
 
     return open_result(folder, results)
 

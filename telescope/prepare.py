@@ -20,6 +20,7 @@ from telescope.errors import SpecError
 from telescope.ladder import plan
 from telescope.ladder.plan import Plan, StagePlan, plan_ladder
 from telescope.ladder.view import round_size
+from telescope.memory import code_of, made_before, of_model
 from telescope.records import LadderSpec
 from telescope.spec import Spec, fingerprint
 from telescope.train.config import BYTES, ModelConfig, TrainConfig, TrialConfig
@@ -57,7 +58,9 @@ class Priced:
     @cached_property
     def plan(self) -> Plan:
         """What the ladder will ask for."""
-        return plan_ladder(self.ladder_spec)
+        code = code_of("ladder", "records", libraries=("numpy",))
+        spec = self.ladder_spec
+        return made_before(Plan, ("plan", spec), lambda: plan_ladder(spec), code=code)
 
     @property
     def planned(self) -> dict[str, float]:
@@ -118,6 +121,8 @@ class Prepared(Counted):
     """A counted spec, checked against its corpus too: ready to run."""
 
     trial_config: TrialConfig
+    defaults: Mapping[str, Any]
+    """The keywords of the model file's `build` that the spec leaves to it, as JSON has them."""
 
     @property
     def comparable(self) -> dict[str, Any]:
@@ -125,11 +130,8 @@ class Prepared(Counted):
 
         With the model file's own defaults: to write one into the spec changes nothing.
         """
-        defaults = keyword_defaults(self.trial_config.model)
-        comparable = self.spec.strict_fields(self.trial_config.corpus_digest) | {
-            f"model.{key}": value
-            for key, value in json.loads(json.dumps(defaults, default=repr)).items()
-        }
+        defaults = {f"model.{key}": value for key, value in self.defaults.items()}
+        comparable = self.spec.strict_fields(self.trial_config.corpus_digest) | defaults
         name = self.spec.data.tokenizer_name
         if name not in (None, BYTES):
             comparable["data.tokenizer (hash)"] = load_tokenizer(name).digest
@@ -197,6 +199,33 @@ def count_costs(spec: Spec) -> Counted:
     )
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """What a model file turned out to be."""
+
+    costs: dict[int, StepCost]
+    target_cost: StepCost
+    defaults: dict[str, Any]
+
+
+def inspect(spec: Spec) -> Inspected:
+    """Check the model file, and count; what the same file turned out to be before is remembered.
+
+    Raises:
+        SpecError, ModelError: see `prepare`.
+    """
+    model, train = required_tables(spec)
+
+    def make() -> Inspected:
+        counted = count_costs(spec)
+        ungiven_biases(model, base_width=spec.base_width)  # a parameter without a start: said here
+        defaults = json.loads(json.dumps(keyword_defaults(model), default=repr))
+        return Inspected(dict(counted.costs), counted.target_cost, defaults)
+
+    of = ("inspect", model, train, target_train(spec, train), spec.optimizer)
+    return of_model(Inspected, model, (*of, spec.ladder.widths, spec.target.width), make)
+
+
 def prepare(spec: Spec) -> Prepared:
     """Check the model file and the corpus, and count the costs.
 
@@ -206,16 +235,15 @@ def prepare(spec: Spec) -> Prepared:
         DataError: the corpus is missing or empty.
     """
     model, train = required_tables(spec)
-    check_keywords(model)
     _check_device(spec.compute.device)
-    counted = count_costs(spec)
-    ungiven_biases(model, base_width=spec.base_width)  # a parameter without a start: said here
+    found = inspect(spec)
     corpus = load_corpus(spec.data)
     check_vocabulary(corpus, model.kwargs["vocab_size"])
     return Prepared(
         spec=spec,
-        costs=counted.costs,
-        target_cost=counted.target_cost,
+        costs=found.costs,
+        target_cost=found.target_cost,
+        defaults=found.defaults,
         trial_config=TrialConfig(
             model=model,
             optimizer=spec.optimizer,
@@ -226,7 +254,7 @@ def prepare(spec: Spec) -> Prepared:
             device=spec.compute.device,
             threads=spec.compute.cpus_at(spec.base_width),
             threads_at={width: spec.compute.cpus_at(width) for width in spec.ladder.widths},
-            flops_per_step={width: cost.total for width, cost in counted.costs.items()},
+            flops_per_step={width: cost.total for width, cost in found.costs.items()},
         ),
     )
 

@@ -14,14 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from telescope.answer import certificate_of
-from telescope.catalog import find_result
 from telescope.checking import check_before_run
 from telescope.comparing import check_comparable
 from telescope.dispatch.folder import Folder
@@ -30,6 +27,9 @@ from telescope.dispatch.packs import Packs
 from telescope.dispatch.queue import Trainer
 from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
+from telescope.finished import Finished as Finished
+from telescope.finished import given_trials
+from telescope.finished import open_result as open_result
 from telescope.foreign import Foreign, Told
 from telescope.ladder.ladder import Ladder, replay
 from telescope.machine import check_numbered_device, gpus, pack_size, takes_any_gpu, workers
@@ -41,13 +41,10 @@ from telescope.prepare import (
     over_budget,
     prepare,
 )
-from telescope.records import Certificate, Point, Result, Status, Trial
-from telescope.report.figures import write_loss_figure
-from telescope.report.frames import write_csv
+from telescope.records import Result, Status, Trial
 from telescope.report.live import Progress, QuietView, View
 from telescope.settle import settled
 from telescope.spec import Spec
-from telescope.transfer.settings import at_horizon
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
 
@@ -178,6 +175,8 @@ class Recorder:
 
     def write_table(self) -> None:
         """Write `trials.csv`."""
+        from telescope.report.frames import write_csv
+
         write_csv(self.folder.path / "trials.csv", self.ladder, self.known)
 
     def leave(self, state: str) -> None:
@@ -340,6 +339,8 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
 
 def _draw(recorder: Recorder, spec: Spec) -> None:
     """Write the figure of the optimum and of the excess loss."""
+    from telescope.report.figures import write_loss_figure
+
     rule = spec.rule or "not stated"
     title = f"{spec.name}: rule {rule}, policy {spec.ladder.policy}"
     write_loss_figure(recorder.folder.path / "loss.png", recorder.ladder, title)
@@ -429,11 +430,6 @@ def _recording(
 def _given_record(ladder: Ladder) -> list[dict[str, Any]]:
     """The given trials as `spec.json` keeps them, for `given_trials` to read."""
     return [result.trial.as_dict() for result in ladder.given]
-
-
-def given_trials(record: Mapping[str, Any]) -> list[Trial]:
-    """The trials whose results were given to the ladder of a `spec.json`; none in older ones."""
-    return [Trial.from_dict(trial) for trial in record.get("given", ())]
 
 
 def _ended(results: Iterable[Result]) -> list[Trial]:
@@ -541,77 +537,3 @@ def _chosen_storage(folder: Folder, asked: str | None) -> str | None:
             f"{before or folder.path / 'trials.db'}; leave --storage out, or use --name"
         )
     return asked or before
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A results folder, read and replayed."""
-
-    folder: Folder
-    spec: Spec
-    ladder: Ladder
-    results: list[Result]
-    target_flops: float
-    planned: Mapping[str, float] | None
-    """Best, expected and worst cost that the plan gave, in target runs."""
-
-    @cached_property
-    def certificate(self) -> Certificate | None:
-        """What the ladder says of the target; None where its policy says nothing."""
-        return certificate_of(self.spec, self.ladder, rule_checked=self.rule_checked)
-
-    @property
-    def rule_checked(self) -> bool:
-        """Whether a coordinate check of this very training has passed."""
-        check = self.folder.read_check() or {}
-        same = check.get("fingerprint") == self.folder.read_spec()["fingerprint"]
-        return same and check.get("verdict") == "PASS"
-
-    def target_point(self) -> Point | None:
-        """The answer, its weight decay rescaled if the target has other steps; None without one."""
-        if not self.ladder.choices:
-            return None
-        point = self.certificate.point if self.certificate else self.ladder.choices[-1].point
-        return at_horizon(point, self.spec.steps, self.spec.target.steps)
-
-    def cost_by_width(self) -> dict[int, float]:
-        """Width → what its stored trials cost, in target runs; narrow first."""
-        spent: dict[int, float] = {}
-        for result in sorted(self.results, key=lambda r: r.trial.width):
-            cost = result.flops
-            if self.spec.cost:  # counted as planned: what its trials report may be of another kind
-                ran = result.status is not Status.FAILED
-                cost = self.ladder.spec.cost(result.trial.width) if ran else 0.0
-            width = result.trial.width
-            spent[width] = spent.get(width, 0.0) + cost / self.target_flops
-        return spent
-
-    def cost(self) -> dict[str, Any]:
-        """What all stored trials cost, and what was planned, in the keys of `show --json`."""
-        flops = sum(result.flops for result in self.results)
-        return {
-            "flops": (flops or None) if self.spec.cost else flops,
-            "seconds": sum(result.seconds for result in self.results),
-            "over_target": sum(self.cost_by_width().values()),
-            "planned": self.planned and dict(self.planned),
-        }
-
-
-def open_result(sweep: str | Path, results: Path) -> Finished:
-    """Read a sweep's folder and replay its store; safe while a driver is running.
-
-    Raises:
-        SpecError: there is no such sweep.
-        ResumeError: its files or its store cannot be read.
-    """
-    folder = Folder(find_result(sweep, results))
-    record = folder.read_spec()
-    spec = Spec.from_record(record["spec"], folder.path)
-    url = record["storage"] or sqlite_url(folder.path)
-    check_exists(url)
-    with closing(Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"])) as store:
-        known = store.results()
-    costs = {int(width): cost for width, cost in record.get("costs", {}).items()}
-    ladder_spec = spec.ladder_spec_with(costs, record["target_flops"])
-    ladder = replay(ladder_spec, known, given=given_trials(record))
-    return Finished(folder, spec, ladder, known, record["target_flops"], record.get("planned"))

@@ -7,6 +7,7 @@ direction, it does not change it.
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ LIBRARIES = {
     "ray": {f"dispatch/ray_{part}.py" for part in ("connect", "tune", "worker")} | {"tune.py"},
     "optuna": {"dispatch/store.py"},
     "sqlalchemy": {"dispatch/store.py"},
-    "pydantic": {"spec.py", "tables.py"},
+    "pydantic": {"spec.py", "tables.py", "memory.py"},
+    "pydantic_core": {"memory.py"},
     "typer": {"cli.py"},
     "pandas": {"report/frames.py"},
     "matplotlib": {"report/figures.py"},
@@ -82,9 +84,9 @@ def test_rooms_import_downward(room: str) -> None:
 
 LAYERS = [
     # below the rooms, bottom up; above them, bottom up
-    *("errors", "home", "streams", "records", "losses", "files", "markup", "catalog"),
+    *("errors", "home", "streams", "records", "losses", "files", "markup", "catalog", "memory"),
     *("tables", "spec", "machine", "prepare", "settle", "foreign", "comparing", "checking"),
-    *("planning", "tokenizing", "answer", "sweep", "reporting", "api", "tune", "cli"),
+    *("planning", "tokenizing", "answer", "finished", "sweep", "reporting", "api", "tune", "cli"),
 ]
 
 
@@ -141,18 +143,37 @@ def test_what_starts_at_once_is_standard_library(name: str) -> None:
     assert {n.split(".")[0] for n in imports(PACKAGE / name)} <= allowed
 
 
-@pytest.mark.parametrize("command", [["--help"], ["ls"], ["run", "--help"]])
-def test_the_light_verbs_load_nothing_heavy(command: list[str], tmp_path: Path) -> None:
+def loaded_by(command: list[str], place: Path) -> set[str]:
+    """The heavy libraries that a command loads."""
     code = (
         "import sys; from telescope.cli import main; sys.argv[1:] = sys.argv[2:]\n"
-        "try: main()\nexcept SystemExit: pass\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'ray', 'optuna', 'pandas', 'matplotlib', 'numpy'} & sys.modules.keys()\n"
-        "assert not heavy, heavy"
+        "print(*heavy, file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "x", *command], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", code, "x", *command], capture_output=True, text=True, cwd=place
     )
     assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("command", [["--help"], ["ls"], ["run", "--help"]])
+def test_the_light_verbs_load_nothing_heavy(command: list[str], tmp_path: Path) -> None:
+    assert loaded_by(command, tmp_path) == set()
+
+
+def test_what_has_been_shown_once_is_shown_without_anything_heavy(tmp_path: Path) -> None:
+    kept = tmp_path / "results" / "quickstart"
+    shutil.copytree(ROOT / "results" / "reference" / "quickstart", kept)
+    first = loaded_by(["show", "quickstart"], tmp_path)
+    assert not first & {"torch", "ray", "pandas", "matplotlib"}
+    assert {"optuna", "numpy"} <= first, "a first look reads the database, and fits"
+    for command in (["show", "quickstart"], ["show", "quickstart", "--json"], ["ls"]):
+        assert loaded_by(command, tmp_path) == set(), command
+    database = kept / "trials.db"
+    database.write_bytes(database.read_bytes() + b"\0" * 4096)  # another content, of unknown kind
+    assert "optuna" in loaded_by(["show", "quickstart"], tmp_path)
 
 
 def test_public_names_are_a_contract() -> None:

@@ -17,6 +17,7 @@ Standard library only, because `status` and `ls` read it and must start at once.
         report.html    what `telescope report` wrote
         coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure
         status.json    the driver's heartbeat
+        fits.json      what the fits decided, by the content that they are of; can be deleted
         lock           held by the running driver
 """
 
@@ -51,6 +52,8 @@ RECORD: dict[str, Any] = {
     "target_flops": (int, float),
 }
 """What `spec.json` must hold, of which types."""
+DATABASE_FILE = "trials.db"
+MEMORY_FILE = "fits.json"
 CHECK_FILE = "coordcheck.json"
 STATUS_FILE = "status.json"
 PACKS_FILE = "packs.jsonl"
@@ -107,6 +110,11 @@ class Folder:
         if model_text is not None:
             write_atomic(self.path / KEPT_MODEL_FILE, model_text)
         write_json(self.path / SPEC_FILE, {"format": FORMAT, **data})
+
+    @property
+    def memory_file(self) -> Path:
+        """What the fits of this sweep decided, kept so that no verb need make them again."""
+        return self.path / MEMORY_FILE
 
     @property
     def logs(self) -> Path:

@@ -21,6 +21,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
+from telescope.dispatch.folder import DATABASE_FILE
 from telescope.errors import ResumeError, StoreError
 from telescope.records import Axis, Point, Result, Status, Trial
 
@@ -206,7 +207,7 @@ def _as_result(trial: FrozenTrial, axes: tuple[Axis, ...]) -> Result:
 
 def sqlite_url(folder: Path) -> str:
     """The URL of the store beside the results."""
-    path = str((folder / "trials.db").absolute())
+    path = str((folder / DATABASE_FILE).absolute())
     return sqlalchemy.URL.create("sqlite", database=path).render_as_string()
 
 

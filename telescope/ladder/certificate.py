@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from telescope.ladder.assumed import assumed_alike
 from telescope.ladder.basis import Array
 from telescope.ladder.drift import DRIFT_OCTAVES, LAWS
 from telescope.ladder.state import State
@@ -32,24 +33,12 @@ NOTICEABLE_DRIFT = 0.1
 RIVAL_WITHIN, RIVAL_ABOVE = 3.0, 6.0
 """Two minima: losses alike within so many standard deviations of the noise, and a loss between
 them that lies so many above both."""
-ALIKE = ("depth", "batch size", "steps", "data", "schedule")
-"""Names of all that is taken to be the same at every width and at the target."""
 ASSUMPTIONS = (
     f"before any result, an optimum is taken to move by {DRIFT_OCTAVES:g} octaves or less over the "
     "first doubling, and to settle as 1/width (60 %), as 1/√width (30 %) or not at all (10 %)",
     "around its optimum the loss has one basin of the same form at all widths, which may deepen or "
     "flatten with the width by a power of it; how much is measured and counted",
 )
-
-
-def assumed_alike(*differing: str) -> str:
-    """Word the assumption that the target is trained as the widths were, known differences aside.
-
-    >>> assumed_alike("steps", "schedule")
-    'depth, batch size and data are the same at every width and at the target'
-    """
-    *first, last = (name for name in ALIKE if name not in differing)
-    return f"{', '.join(first)} and {last} are the same at every width and at the target"
 
 
 def certify(

@@ -11,14 +11,12 @@ points, another policy, tolerance, target or budget. Each is evidence, and none 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from telescope.errors import TrialError
-from telescope.ladder import adaptive, paper
-from telescope.ladder.certificate import certify
-from telescope.ladder.portrait import Portrait, portrait
-from telescope.ladder.state import State
+from telescope.ladder.state import Made, Memory, Move, State
 from telescope.records import (
     Certificate,
     Choice,
@@ -31,7 +29,15 @@ from telescope.records import (
     Trial,
 )
 
-POLICIES = {"adaptive": adaptive.next_move, "paper": paper.next_move}
+if TYPE_CHECKING:
+    from telescope.ladder.portrait import Portrait
+
+
+def _policy(name: str) -> Callable[[State], Move | None]:
+    """A policy by its name, imported when it has to decide: a replay may remember all of it."""
+    from telescope.ladder import adaptive, paper
+
+    return {"adaptive": adaptive.next_move, "paper": paper.next_move}[name]
 
 
 class Ladder:
@@ -45,7 +51,9 @@ class Ladder:
         stuck: why no choice can be made, or None.
     """
 
-    def __init__(self, spec: LadderSpec, given: Iterable[Result] = ()) -> None:
+    def __init__(
+        self, spec: LadderSpec, given: Iterable[Result] = (), *, memory: Memory | None = None
+    ) -> None:
         """Open the first stage.
 
         Args:
@@ -53,8 +61,10 @@ class Ladder:
             given: results made before, in any order; of one trial's, the first counts. Failed ones
                 say nothing, nor do those of other axes or of another value of a fixed axis: they
                 are left aside.
+            memory: remembers decisions and certificates; left out, each is made anew.
         """
         self.spec = spec
+        self._memory = memory
         self.given = tuple(sorted(_usable(spec, given), key=_by_content))
         self.stages: list[Stage] = []
         self.choices: list[Choice] = []
@@ -120,8 +130,21 @@ class Ladder:
         """
         if self.spec.policy == "paper" or not self.choices or not self.spec.swept:
             return None
-        width = width or self.spec.target
-        return certify(self._state(), self.skipped, width, rule_checked=rule_checked)
+        state, skipped, width = self._state(), self.skipped, width or self.spec.target
+
+        def judge() -> Certificate:
+            from telescope.ladder.certificate import certify  # as late as a policy
+
+            return certify(state, skipped, width, rule_checked=rule_checked)
+
+        return self._recall(Certificate, (state.content, skipped, width, rule_checked), judge)
+
+    def _next_move(self) -> Move | None:
+        state = self._state()
+        return self._recall(Move | None, state.content, lambda: _policy(self.spec.policy)(state))
+
+    def _recall(self, kind: object, of: object, make: Callable[[], Made]) -> Made:
+        return self._memory.recall(kind, of, make) if self._memory else make()
 
     def portrait(self, width: int | None = None) -> Portrait:
         """The data of the ladder's figures, at any time; see `portrait.portrait`.
@@ -129,6 +152,8 @@ class Ladder:
         Args:
             width: the width to predict; left out, the spec's target.
         """
+        from telescope.ladder.portrait import portrait  # as late as a policy
+
         return portrait(self._state(), width or self.spec.target)
 
     def _state(self) -> State:
@@ -137,8 +162,7 @@ class Ladder:
 
     def _advance(self) -> None:
         """Make the policy's moves until it waits for results, is finished or stuck."""
-        policy = POLICIES[self.spec.policy]
-        while not self.is_finished and not self.stuck and (move := policy(self._state())):
+        while not self.is_finished and not self.stuck and (move := self._next_move()):
             self.stuck = move.stuck
             if move.choice:
                 self.choices.append(move.choice)
@@ -156,6 +180,7 @@ def replay(
     *,
     given: Iterable[Trial] = (),
     retry_failures: bool = False,
+    memory: Memory | None = None,
 ) -> Ladder:
     """Rebuild a ladder from what is known; no result is left aside.
 
@@ -167,22 +192,27 @@ def replay(
         results: results in any order; of one trial's, the first that did not fail counts.
         given: the trials among them whose results were given when the spec changed last.
         retry_failures: if failed trials leave the ladder stuck, ask for those again.
+        memory: see `Ladder`.
     """
     known: dict[Trial, Result] = {}
     for result in results:
         if result.trial not in known or known[result.trial].status is Status.FAILED:
             known[result.trial] = result
-    ladder = _told(spec, known, given, retry_failures=retry_failures)
+    ladder = _told(spec, known, given, retry_failures, memory)
     if all(ladder.counts(result.trial) for result in _usable(spec, known.values())):
         return ladder
-    return _told(spec, known, known, retry_failures=retry_failures)
+    return _told(spec, known, known, retry_failures, memory)
 
 
 def _told(
-    spec: LadderSpec, known: Mapping[Trial, Result], given: Iterable[Trial], *, retry_failures: bool
+    spec: LadderSpec,
+    known: Mapping[Trial, Result],
+    given: Iterable[Trial],
+    retry_failures: bool,
+    memory: Memory | None,
 ) -> Ladder:
     """A ladder that is given some of the known results, and told those that it asks for."""
-    ladder = Ladder(spec, [known[trial] for trial in given if trial in known])
+    ladder = Ladder(spec, [known[trial] for trial in given if trial in known], memory=memory)
     while answered := [known[trial] for trial in ladder.ask() if trial in known]:
         for result in answered:
             ladder.tell(result)
@@ -191,7 +221,7 @@ def _told(
         failed = {t for t in stuck_trials & known.keys() if known[t].status is Status.FAILED}
         if failed:
             kept = {trial: result for trial, result in known.items() if trial not in failed}
-            return _told(spec, kept, given, retry_failures=True)
+            return _told(spec, kept, given, True, memory)
     return ladder
 
 

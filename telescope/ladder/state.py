@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from telescope.records import Choice, LadderSpec, Result, Skipped, Stage, Trial
+
+Made = TypeVar("Made")
+
+
+class Memory(Protocol):
+    """Remembers what was made of a state, so that a replay need not make it again."""
+
+    def recall(self, kind: object, of: object, make: Callable[[], Made]) -> Made:
+        """What `make` makes, a value of the type `kind`, of the content of `of`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,15 @@ class State:
     def evidence(self) -> list[Result]:
         """All that the fit is made of: the results of the stages, and those given ahead of them."""
         return [r for stage in self.stages for r in self.results(stage)] + self.given_ahead
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that a decision can depend on, the same in whatever order results came in."""
+        results = sorted(
+            (r.trial.width, r.trial.point.axes, r.trial.seed, r.status, r.loss, r.reason)
+            for r in self.known.values()
+        )
+        return self.spec, self.stages, self.choices, self.given, results
 
     def is_answered(self, stage: Stage) -> bool:
         """Whether all that a stage has asked for has a result."""

@@ -14,7 +14,7 @@ from telescope.records import Certificate, Choice, Point, Status, as_json
 from telescope.report.live import describe_seconds
 
 if TYPE_CHECKING:
-    from telescope.sweep import Finished
+    from telescope.finished import Finished
     from telescope.train.coordcheck_verdict import CoordCheck
     from telescope.transfer.settings import Transfer
 

@@ -1,0 +1,162 @@
+"""A sweep's results folder, read and replayed: what `show`, `transfer` and the Python API open.
+
+What a stage's fit decided is kept beside the results, and so is what the database held: to open a
+finished sweep again reads three small files, and imports neither the fit nor the database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from telescope.answer import certificate_of
+from telescope.catalog import find_result
+from telescope.dispatch.folder import DATABASE_FILE, Folder
+from telescope.ladder.ladder import Ladder, replay
+from telescope.memory import Memory, code_of
+from telescope.records import Axis, Certificate, Point, Result, Status, Trial
+from telescope.spec import Spec
+from telescope.transfer.settings import at_horizon
+
+
+def ladder_memory(folder: Folder) -> Memory:
+    """What the ladder of a sweep decided before, on the same results, under the same code."""
+    code = code_of("ladder", "records", "dispatch/store", "memory", libraries=("numpy",))
+    return Memory(folder.memory_file, code)
+
+
+def stored_results(
+    folder: Folder,
+    url: str | None,
+    name: str,
+    axes: Sequence[Axis],
+    fingerprint: str,
+    memory: Memory,
+) -> list[Result]:
+    """Every result of a sweep that has been started.
+
+    Args:
+        folder: the sweep's.
+        url: where its results are; None: in the file beside them.
+        name: the sweep's.
+        axes: the spec's.
+        fingerprint: of all that makes results comparable.
+        memory: has what the file held, as long as it has not changed.
+
+    Raises:
+        ResumeError, StoreError: they are missing, or cannot be read.
+    """
+
+    def read() -> list[Result]:
+        from telescope.dispatch.store import Store, check_exists, sqlite_url
+
+        there = url or sqlite_url(folder.path)
+        check_exists(there)
+        with closing(Store(there, name, tuple(axes), fingerprint)) as store:
+            return store.results()
+
+    if url or not (content := _content(folder.path / DATABASE_FILE)):
+        return read()
+    of = (content, name, [axis.name for axis in axes], fingerprint)
+    known = memory.recall(list[Result], of, read, only_latest=True)
+    # Changed while it was read: what was read may be of either content.
+    return known if _content(folder.path / DATABASE_FILE) == content else read()
+
+
+def _content(database: Path) -> str | None:
+    """A digest of a database file; None where there is none, or somebody is writing to it."""
+    beside = (database.with_name(f"{database.name}{end}") for end in ("-journal", "-wal"))
+    try:
+        content = hashlib.sha256(database.read_bytes()).hexdigest()
+    except OSError:
+        return None
+    return None if any(path.exists() for path in beside) else content
+
+
+def given_trials(record: Mapping[str, Any]) -> list[Trial]:
+    """The trials whose results were given to the ladder of a `spec.json`; none in older ones."""
+    return [Trial.from_dict(trial) for trial in record.get("given", ())]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A results folder, read and replayed."""
+
+    folder: Folder
+    spec: Spec
+    ladder: Ladder
+    results: list[Result]
+    target_flops: float
+    planned: Mapping[str, float] | None
+    """Best, expected and worst cost that the plan gave, in target runs."""
+    memory: Memory = field(default_factory=lambda: Memory(None, ""), compare=False)
+    """What was decided before; whoever has asked for more than before lets it `keep` that."""
+
+    @cached_property
+    def certificate(self) -> Certificate | None:
+        """What the ladder says of the target; None where its policy says nothing."""
+        certificate = certificate_of(self.spec, self.ladder, rule_checked=self.rule_checked)
+        self.memory.keep()
+        return certificate
+
+    @property
+    def rule_checked(self) -> bool:
+        """Whether a coordinate check of this very training has passed."""
+        check = self.folder.read_check() or {}
+        same = check.get("fingerprint") == self.folder.read_spec()["fingerprint"]
+        return same and check.get("verdict") == "PASS"
+
+    def target_point(self) -> Point | None:
+        """The answer, its weight decay rescaled if the target has other steps; None without one."""
+        if not self.ladder.choices:
+            return None
+        point = self.certificate.point if self.certificate else self.ladder.choices[-1].point
+        return at_horizon(point, self.spec.steps, self.spec.target.steps)
+
+    def cost_by_width(self) -> dict[int, float]:
+        """Width → what its stored trials cost, in target runs; narrow first."""
+        spent: dict[int, float] = {}
+        for result in sorted(self.results, key=lambda r: r.trial.width):
+            cost = result.flops
+            if self.spec.cost:  # counted as planned: what its trials report may be of another kind
+                ran = result.status is not Status.FAILED
+                cost = self.ladder.spec.cost(result.trial.width) if ran else 0.0
+            width = result.trial.width
+            spent[width] = spent.get(width, 0.0) + cost / self.target_flops
+        return spent
+
+    def cost(self) -> dict[str, Any]:
+        """What all stored trials cost, and what was planned, in the keys of `show --json`."""
+        flops = sum(result.flops for result in self.results)
+        return {
+            "flops": (flops or None) if self.spec.cost else flops,
+            "seconds": sum(result.seconds for result in self.results),
+            "over_target": sum(self.cost_by_width().values()),
+            "planned": self.planned and dict(self.planned),
+        }
+
+
+def open_result(sweep: str | Path, results: Path) -> Finished:
+    """Read a sweep's folder and replay its store; safe while a driver is running.
+
+    Raises:
+        SpecError: there is no such sweep.
+        ResumeError: its files or its store cannot be read.
+    """
+    folder = Folder(find_result(sweep, results))
+    record, memory = folder.read_spec(), ladder_memory(folder)
+    spec = Spec.from_record(record["spec"], folder.path)
+    axes, fingerprint = spec.ladder_spec.axes, record["fingerprint"]
+    known = stored_results(folder, record["storage"], spec.name, axes, fingerprint, memory)
+    costs = {int(width): cost for width, cost in record.get("costs", {}).items()}
+    ladder_spec = spec.ladder_spec_with(costs, record["target_flops"])
+    ladder = replay(ladder_spec, known, given=given_trials(record), memory=memory)
+    planned = record.get("planned")
+    finished = Finished(folder, spec, ladder, known, record["target_flops"], planned, memory)
+    memory.keep()
+    return finished
