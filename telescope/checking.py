@@ -12,7 +12,6 @@ from telescope.errors import RefusedError, SpecError
 from telescope.foreign import Told
 from telescope.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_usable, prepare
 from telescope.records import Point
-from telescope.report.figures import write_check_figure
 from telescope.report.live import describe_seconds
 from telescope.settle import settled, settlement
 from telescope.spec import Spec
@@ -156,6 +155,8 @@ def write_check(
     """
     if folder.exists and folder.read_spec()["fingerprint"] != prepared.fingerprint:
         return False
+    from telescope.report.figures import write_check_figure
+
     own = {"fingerprint": prepared.fingerprint, **(settlement or {})}
     folder.write_check({**check.as_dict(), **own})
     write_check_figure(folder.path / "coordcheck.png", check, check_title(prepared.spec))

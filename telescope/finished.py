@@ -7,12 +7,12 @@ finished sweep again reads three small files, and imports neither the fit nor th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from telescope.answer import certificate_of
 from telescope.catalog import find_result
@@ -23,6 +23,9 @@ from telescope.records import Axis, Certificate, Point, Result, Status, Trial
 from telescope.spec import Spec
 from telescope.transfer.settings import at_horizon
 
+if TYPE_CHECKING:
+    from telescope.dispatch.store import Store
+
 
 def ladder_memory(folder: Folder) -> Memory:
     """What the ladder of a sweep decided before, on the same results, under the same code."""
@@ -30,42 +33,69 @@ def ladder_memory(folder: Folder) -> Memory:
     return Memory(folder.memory_file, code)
 
 
-def stored_results(
-    folder: Folder,
-    url: str | None,
-    name: str,
-    axes: Sequence[Axis],
-    fingerprint: str,
-    memory: Memory,
-) -> list[Result]:
-    """Every result of a sweep that has been started.
+@dataclass
+class Kept:
+    """The results of a sweep, wherever they are; its database is opened when it has to be.
 
-    Args:
+    Attributes:
         folder: the sweep's.
-        url: where its results are; None: in the file beside them.
+        url: the storage; None: the file in the folder.
         name: the sweep's.
         axes: the spec's.
         fingerprint: of all that makes results comparable.
         memory: has what the file held, as long as it has not changed.
-
-    Raises:
-        ResumeError, StoreError: they are missing, or cannot be read.
     """
 
-    def read() -> list[Result]:
+    folder: Folder
+    url: str | None
+    name: str
+    axes: tuple[Axis, ...]
+    fingerprint: str
+    memory: Memory
+
+    def __post_init__(self) -> None:
+        """Nothing is open yet."""
+        self._store: Store | None = None
+
+    @property
+    def _file(self) -> Path:
+        return self.folder.path / DATABASE_FILE
+
+    def _opened(self) -> Store:
         from telescope.dispatch.store import Store, check_exists, sqlite_url
 
-        there = url or sqlite_url(folder.path)
-        check_exists(there)
-        with closing(Store(there, name, tuple(axes), fingerprint)) as store:
-            return store.results()
+        if self._store is None:
+            url = self.url or sqlite_url(self.folder.path)
+            if self.folder.exists:
+                check_exists(url)
+            self._store = Store(url, self.name, self.axes, self.fingerprint)
+        return self._store
 
-    if url or not (content := _content(folder.path / DATABASE_FILE)):
-        return read()
-    of = (content, name, [axis.name for axis in axes], fingerprint)
-    known = memory.recall(list[Result], of, read, only_latest=True)
-    # Changed while it was read: what was read may be of either content.
-    return known if _content(folder.path / DATABASE_FILE) == content else read()
+    def results(self) -> list[Result]:
+        """Everything stored so far.
+
+        Raises:
+            ResumeError, StoreError: it is missing, another sweep's, or cannot be read.
+        """
+        content = None if self.url else _content(self._file)
+        if content is None:
+            return self._opened().results()
+        of = (content, self.name, [axis.name for axis in self.axes], self.fingerprint)
+        known = self.memory.recall(
+            list[Result], of, lambda: self._opened().results(), only_latest=True
+        )
+        # Changed while it was read: what was read may be of either content.
+        return known if _content(self._file) == content else self._opened().results()
+
+    def add(self, result: Result) -> None:
+        """Store one finished trial; see `Store.add`."""
+        self._opened().add(result)
+
+    def close(self) -> None:
+        """Let go of the database."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
 
 def _content(database: Path) -> str | None:
@@ -152,7 +182,8 @@ def open_result(sweep: str | Path, results: Path) -> Finished:
     record, memory = folder.read_spec(), ladder_memory(folder)
     spec = Spec.from_record(record["spec"], folder.path)
     axes, fingerprint = spec.ladder_spec.axes, record["fingerprint"]
-    known = stored_results(folder, record["storage"], spec.name, axes, fingerprint, memory)
+    with closing(Kept(folder, record["storage"], spec.name, axes, fingerprint, memory)) as kept:
+        known = kept.results()
     costs = {int(width): cost for width, cost in record.get("costs", {}).items()}
     ladder_spec = spec.ladder_spec_with(costs, record["target_flops"])
     ladder = replay(ladder_spec, known, given=given_trials(record), memory=memory)

@@ -25,10 +25,9 @@ from telescope.dispatch.folder import Folder
 from telescope.dispatch.outcome import latest_row
 from telescope.dispatch.packs import Packs
 from telescope.dispatch.queue import Trainer
-from telescope.dispatch.store import Store, check_exists, sqlite_url, without_password
 from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
 from telescope.finished import Finished as Finished
-from telescope.finished import given_trials
+from telescope.finished import Kept, given_trials, ladder_memory
 from telescope.finished import open_result as open_result
 from telescope.foreign import Foreign, Told
 from telescope.ladder.ladder import Ladder, replay
@@ -69,7 +68,7 @@ class Recorder:
     """The ladder as a dispatcher's source of trials, with every result kept and shown."""
 
     ladder: Ladder
-    store: Store
+    store: Kept
     folder: Folder
     view: View
     name: str
@@ -83,6 +82,8 @@ class Recorder:
     started: float = field(default_factory=time.monotonic)
     unpacked: set[str] = field(default_factory=set)
     """Why packs were smaller than asked for, as far as it has been said."""
+    is_changed: bool = True
+    """Whether table and figure may say something else than those that are there."""
 
     def __post_init__(self) -> None:
         """Prepare what progress needs, which is asked for twice per trial."""
@@ -125,6 +126,7 @@ class Recorder:
 
     def _tell(self, result: Result) -> None:
         """Let the ladder decide, and show what it does."""
+        self.is_changed = True
         self.running.discard(result.trial)
         self.known.append(result)
         self._note_seconds(result)
@@ -145,7 +147,7 @@ class Recorder:
         A kill before that is written down comes to the same: the next run finds it in the store.
         """
         given = [result.trial for result in self.ladder.given]
-        self.ladder = replay(self.ladder.spec, self.known, given=given)
+        self.ladder = replay(self.ladder.spec, self.known, given=given, memory=self.ladder.memory)
         record = {**self.folder.read_spec(), "given": _given_record(self.ladder)}
         self.folder.write_spec(record, None)
 
@@ -174,17 +176,24 @@ class Recorder:
         )
 
     def write_table(self) -> None:
-        """Write `trials.csv`."""
+        """Write `trials.csv`, and keep what has been decided."""
         from telescope.report.frames import write_csv
 
         write_csv(self.folder.path / "trials.csv", self.ladder, self.known)
+        if self.ladder.memory:
+            self.ladder.memory.keep()
 
     def leave(self, state: str) -> None:
         """Leave table and heartbeat as they are at the end of a run."""
         self.running.clear()
         self.folder.tidy(_ended(self.known))
-        self.write_table()
+        if self.has_to_write("trials.csv"):
+            self.write_table()
         self.beat(state)
+
+    def has_to_write(self, file: str) -> bool:
+        """Whether a file for people is missing, or not what it would be now."""
+        return self.is_changed or not (self.folder.path / file).is_file()
 
     def beat(self, state: str) -> Progress:
         """Write the heartbeat; returns what it says."""
@@ -339,6 +348,8 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
 
 def _draw(recorder: Recorder, spec: Spec) -> None:
     """Write the figure of the optimum and of the excess loss."""
+    if not recorder.has_to_write("loss.png"):
+        return
     from telescope.report.figures import write_loss_figure
 
     rule = spec.rule or "not stated"
@@ -377,20 +388,15 @@ def _recording(
     storage = _chosen_storage(folder, options.storage)
     before = folder.read_spec() if folder.exists else {}
     record = _spec_record(prepared, storage) | trainer | {"measured": dict(measured or {})}
-    url = storage or sqlite_url(folder.path)
-    if folder.exists:
-        check_exists(url)
-
-    def open_store() -> closing[Store]:
-        return closing(Store(url, spec.name, spec.ladder_spec.axes, record["fingerprint"]))
-
-    if storage:  # what is wrong with it is said before the check takes its time
-        with open_store() as store:
-            store.results()
+    axes, fingerprint, memory = spec.ladder_spec.axes, record["fingerprint"], ladder_memory(folder)
+    kept = Kept(folder, storage, spec.name, axes, fingerprint, memory)
+    with closing(kept):
+        if storage or folder.exists:  # what is wrong with it is said before the check takes time
+            kept.results()
     if prepared.repeated_data:
         view.note(f"{spec.name}: {prepared.repeated_data}")
     write_verdict = check_before_run(prepared, folder, wanted=options.check, say=view.note)
-    with open_store() as store:
+    with closing(kept) as store:
         known = store.results()
         for result in folder.unstored():
             if result not in known:
@@ -401,7 +407,9 @@ def _recording(
         folder.tidy(_ended(known))
         ours = prepared.trial_config if isinstance(prepared, Prepared) else None
         given = given_trials(before)
-        ladder = replay(prepared.ladder_spec, known, given=given, retry_failures=True)
+        ladder = replay(
+            prepared.ladder_spec, known, given=given, retry_failures=True, memory=memory
+        )
         record["given"] = _given_record(ladder)
         folder.write_spec(record, ours.model.text if ours else None)
         recorder = Recorder(
@@ -413,6 +421,7 @@ def _recording(
             workers=dict.fromkeys(at_once, 1) if options.dispatcher == "inline" else at_once,
             planned={stage.width: stage.trials for stage in prepared.plan.stages},
             known=known,
+            is_changed=any(record.get(key) != before.get(key) for key in record),
         )
         try:
             if isinstance(prepared, Foreign):
@@ -513,13 +522,19 @@ def _spec_record(prepared: Prepared | Told, storage: str | None) -> dict[str, An
         "spec": prepared.spec.as_dict(),
         "fingerprint": prepared.fingerprint,
         "comparable_if_equal": prepared.comparable,
-        "storage": without_password(storage) if storage else None,
+        "storage": storage and _without_password(storage),
         "target_flops": prepared.target_flops,
         "costs": {str(width): cost for width, cost in prepared.cost_per_trial.items()},
         "planned": prepared.planned,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
     }
+
+
+def _without_password(url: str) -> str:
+    from telescope.dispatch.store import without_password  # imports the database's libraries
+
+    return without_password(url)
 
 
 def _chosen_storage(folder: Folder, asked: str | None) -> str | None:
@@ -531,9 +546,9 @@ def _chosen_storage(folder: Folder, asked: str | None) -> str | None:
     if not folder.exists:
         return asked
     before: str | None = folder.read_spec()["storage"]
-    if asked and without_password(asked) != before:
+    if asked and _without_password(asked) != before:
         raise ResumeError(
-            f"--storage {without_password(asked)}: this sweep's results are in "
+            f"--storage {_without_password(asked)}: this sweep's results are in "
             f"{before or folder.path / 'trials.db'}; leave --storage out, or use --name"
         )
     return asked or before

@@ -64,7 +64,7 @@ class Ladder:
             memory: remembers decisions and certificates; left out, each is made anew.
         """
         self.spec = spec
-        self._memory = memory
+        self.memory = memory
         self.given = tuple(sorted(_usable(spec, given), key=_by_content))
         self.stages: list[Stage] = []
         self.choices: list[Choice] = []
@@ -144,7 +144,7 @@ class Ladder:
         return self._recall(Move | None, state.content, lambda: _policy(self.spec.policy)(state))
 
     def _recall(self, kind: object, of: object, make: Callable[[], Made]) -> Made:
-        return self._memory.recall(kind, of, make) if self._memory else make()
+        return self.memory.recall(kind, of, make) if self.memory else make()
 
     def portrait(self, width: int | None = None) -> Portrait:
         """The data of the ladder's figures, at any time; see `portrait.portrait`.

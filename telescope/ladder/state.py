@@ -18,6 +18,10 @@ class Memory(Protocol):
         """What `make` makes, a value of the type `kind`, of the content of `of`."""
         ...
 
+    def keep(self) -> None:
+        """Keep what is new for another process."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class State:
