@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from telescope.dispatch.folder import Folder
@@ -42,7 +44,10 @@ ANNOUNCED_SECONDS = 300.0
 
 
 def run_check(
-    prepared: Prepared, say: Callable[[str], None], extent: Extent | None = None
+    prepared: Prepared,
+    say: Callable[[str], None],
+    extent: Extent | None = None,
+    progress: Callable[[float, float], None] | None = None,
 ) -> CoordCheck:
     """Measure the model and the optimizer that the spec names.
 
@@ -50,6 +55,7 @@ def run_check(
         prepared: the sweep.
         say: takes a line when the check will be long.
         extent: how much to measure; left out, everything.
+        progress: see `coordinate_check`.
 
     Raises:
         ModelError: the model file cannot be built, or fails, at one of the widths.
@@ -67,13 +73,16 @@ def run_check(
             f"{prepared.spec.name}: coordinate check at widths {widths}: about "
             f"{describe_seconds(seconds)} expected; `run --no-check` leaves it out"
         )
-    check = coordinate_check(config, point, extent)
+    check = coordinate_check(config, point, extent, progress)
     free_memory()  # which the workers need
     return check
 
 
 def check_in_full(
-    spec: Spec, folder: Folder, say: Callable[[str], None]
+    spec: Spec,
+    folder: Folder,
+    say: Callable[[str], None],
+    progress: Callable[[float, float], None] | None = None,
 ) -> tuple[CoordCheck, bool]:
     """Make the full check, and keep its verdict in the results folder.
 
@@ -81,6 +90,7 @@ def check_in_full(
         spec: the sweep; one that telescope trains itself.
         folder: its results folder, made where there is none.
         say: takes what there is to say, a line each.
+        progress: told how far it is, and of how much.
 
     Returns:
         The check, and whether it was kept; see `write_check`.
@@ -92,7 +102,7 @@ def check_in_full(
     record = folder.read_spec() if folder.exists else None
     given = prepare(spec)
     prepared, figures = settled(given, record, check=folder.read_check(), say=say)
-    check = run_check(prepared, say)
+    check = run_check(prepared, say, progress=progress)
     folder.create()
     is_kept = write_check(folder, check, prepared, settlement(given, prepared, figures))
     if not is_kept:
@@ -164,7 +174,12 @@ def write_check(
 
 
 def check_before_run(
-    prepared: Prepared | Told, folder: Folder, *, wanted: bool, say: Callable[[str], None]
+    prepared: Prepared | Told,
+    folder: Folder,
+    *,
+    wanted: bool,
+    say: Callable[[str], None],
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Callable[[], object]:
     """Make the short check of a sweep that has not started, unless it has its verdict already.
 
@@ -175,6 +190,7 @@ def check_before_run(
         folder: its results folder; a verdict on the same training is not measured again.
         wanted: False for `--no-check`.
         say: takes what there is to say, a line each.
+        meanwhile: what can be done while the check is made, if one is; done in this thread.
 
     Returns:
         What writes the verdict down, to be called when the folder is the sweep's.
@@ -195,10 +211,44 @@ def check_before_run(
         _settle(spec, known["verdict"] == "PASS", f": as kept in {folder.path}", say)
         return lambda: None
     start = time.monotonic()
-    check = run_check(prepared, say, SHORT)
+    check = _beside(meanwhile, lambda progress: run_check(prepared, say, SHORT, progress=progress))
     took = f" in {describe_seconds(time.monotonic() - start)}" if check.passed else ""
     _settle(spec, check.passed, f"{took}: {describe_verdict(check)}", say)
     return lambda: write_check(folder, check, prepared)
+
+
+class _Ended(BaseException):
+    """Ends a check whose outcome nobody waits for any more."""
+
+
+def _beside(
+    meanwhile: Callable[[], object],
+    work: Callable[[Callable[[float, float], None]], CoordCheck],
+) -> CoordCheck:
+    """Make a check in another thread, while this one does something else.
+
+    An error of either ends both; a check that is given up ends before its next run.
+    """
+    ending, outcome = threading.Event(), Future[CoordCheck]()
+
+    def heed(_done: float, _whole: float) -> None:
+        if ending.is_set():
+            raise _Ended
+
+    def check() -> None:
+        try:
+            outcome.set_result(work(heed))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=check, name="telescope-check", daemon=True)
+    thread.start()
+    try:
+        meanwhile()
+        return outcome.result()
+    finally:
+        ending.set()
+        thread.join()
 
 
 def _why_not(spec: Spec, wanted: bool) -> str | None:

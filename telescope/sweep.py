@@ -12,12 +12,13 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from telescope.checking import check_before_run
 from telescope.comparing import check_comparable
@@ -44,6 +45,9 @@ from telescope.records import Result, Status, Trial
 from telescope.report.live import Progress, QuietView, View
 from telescope.settle import settled
 from telescope.spec import Spec
+
+if TYPE_CHECKING:
+    from telescope.dispatch.ray_tune import Session, Size
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
 
@@ -301,8 +305,13 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
                 is_cluster=is_cluster,
                 say=view.note,
             )
-        with _recording(prepared, folder, options, view, at_once, measured) as recorder:
-            _dispatch(recorder, prepared, options, at_once)
+        ray = _Ray(prepared, folder, options, at_once)
+        with (
+            ray,
+            _recording(prepared, folder, options, view, at_once, measured, ray.start) as recorder,
+        ):
+            with ray:
+                _dispatch(recorder, prepared, options, ray)
             _draw(recorder, spec)
             return folder, recorder.ladder
 
@@ -379,6 +388,7 @@ def _recording(
     view: View,
     at_once: Mapping[int, int],
     measured: Mapping[str, Any] | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[Recorder]:
     """Check, open the store, replay it, and leave folder and heartbeat in a true state."""
     spec = prepared.spec
@@ -395,7 +405,9 @@ def _recording(
             kept.results()
     if prepared.repeated_data:
         view.note(f"{spec.name}: {prepared.repeated_data}")
-    write_verdict = check_before_run(prepared, folder, wanted=options.check, say=view.note)
+    write_verdict = check_before_run(
+        prepared, folder, wanted=options.check, say=view.note, meanwhile=meanwhile
+    )
     with closing(kept) as store:
         known = store.results()
         for result in folder.unstored():
@@ -446,11 +458,67 @@ def _ended(results: Iterable[Result]) -> list[Trial]:
     return [result.trial for result in results if result.status is not Status.FAILED]
 
 
+class _Ray:
+    """The Ray that a sweep's trials run on, which can be started before they are asked for.
+
+    A context manager; what was started is ended when it is left first.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared | Foreign,
+        folder: Folder,
+        options: Options,
+        at_once: Mapping[int, int],
+    ) -> None:
+        """Nothing is started, nor imported, yet."""
+        self._spec = prepared.spec
+        self._options = options
+        self._at_once = at_once
+        self._stack = ExitStack()
+        self.owner = str(folder.path.resolve())
+        self.session: Session | None = None
+
+    def __enter__(self) -> Self:
+        """Leave it as it is."""
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        """End what was started."""
+        self.session = None
+        return self._stack.pop_all().__exit__(*error)
+
+    @cached_property
+    def sizes(self) -> dict[int, Size]:
+        """Width → how many trials run at once, and what each holds."""
+        from telescope.dispatch.ray_tune import Size
+
+        is_cluster = self._options.ray_address is not None
+        reserved = gpus(self._spec, self._at_once, is_cluster=is_cluster)
+        return {
+            width: Size(number, self._spec.compute.cpus_at(width), reserved[width])
+            for width, number in self._at_once.items()
+        }
+
+    @property
+    def base(self) -> Size:
+        """The size of the base width's trials."""
+        return self.sizes[self._spec.base_width]
+
+    def start(self) -> None:
+        """Start a Ray of our own, and have its workers import what our own trainer needs."""
+        if self._options.dispatcher == "inline" or self._options.ray_address:
+            return
+        from telescope.dispatch.ray_tune import opened
+
+        sizes = [self.base, *self.sizes.values()]
+        self.session = self._stack.enter_context(
+            opened(sizes, owner=self.owner, imports="telescope.train.loop")
+        )
+
+
 def _dispatch(
-    recorder: Recorder,
-    prepared: Prepared | Foreign,
-    options: Options,
-    at_once: Mapping[int, int],
+    recorder: Recorder, prepared: Prepared | Foreign, options: Options, ray: _Ray
 ) -> None:
     """Run what the ladder asks for; Ray is not even imported when there is nothing to run."""
     if not recorder.ask():
@@ -471,30 +539,24 @@ def _dispatch(
             on_release=recorder.on_release,
         )
         return
-    from telescope.dispatch.ray_tune import Size, run_ray
+    from telescope.dispatch.ray_tune import run_ray
 
-    compute = prepared.spec.compute
-    reserved = gpus(prepared.spec, at_once, is_cluster=is_cluster)
-    by_width = {
-        width: Size(number, compute.cpus_at(width), reserved[width])
-        for width, number in at_once.items()
-    }
-    base = by_width[prepared.spec.base_width]
     run_ray(
         recorder,
         trainer,
-        workers=base.workers,
-        cpus=base.cpus,
-        gpus=base.gpus,
-        by_width=by_width if compute.is_by_width else None,
+        workers=ray.base.workers,
+        cpus=ray.base.cpus,
+        gpus=ray.base.gpus,
+        by_width=ray.sizes if prepared.spec.compute.is_by_width else None,
         address=options.ray_address,
         timeout=timeout,
         packs=packs,
-        owner=str(recorder.folder.path.resolve()),
+        owner=ray.owner,
         on_start=recorder.on_start,
         on_release=recorder.on_release,
         logs=recorder.folder.logs if _prints(prepared) else None,
         takes_any_gpu=is_cluster and takes_any_gpu(prepared.spec),
+        session=ray.session,
     )
 
 

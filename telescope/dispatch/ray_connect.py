@@ -43,6 +43,8 @@ SWITCHES = {
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # nobody resumes from Tune's state: ours is the store
 }
 """Documented switches of Ray and Tune, set for the time of a run."""
+PRELOAD = "RAY_preload_python_modules"
+"""Names what each worker imports as it starts; one that cannot be imported is left out."""
 OWNER_SWITCHES = {"TUNE_DISABLE_SIGINT_HANDLER": "1"}
 """Tune's handler takes 12 s; to leave `fit()` in the middle is safe if `ray.shutdown` follows."""
 CLUSTER_PATIENCE = 45.0
@@ -73,6 +75,7 @@ def connected(
     address: str | None,
     cpus: int,
     on_loss: Callable[[LostError], None],
+    imports: str | None = None,
 ) -> Iterator[None]:
     """The Ray that this process is connected to; else the cluster's; else one of our own.
 
@@ -85,6 +88,7 @@ def connected(
         address: ``host:port`` of a running cluster, or ``auto`` to look for one; None: start one.
         cpus: of a Ray of our own.
         on_loss: told in another thread when Ray has died; should make the main thread leave.
+        imports: a module that the workers of a Ray of our own import as they start.
 
     Raises:
         SpecError: no cluster at `address`.
@@ -98,6 +102,7 @@ def connected(
         switches = {**SWITCHES, MARK: owner} | (OWNER_SWITCHES if owned else {})
         if owned and not address:
             switches |= _token()
+            switches |= {PRELOAD: imports} if imports else {}
         stack.enter_context(_environment(switches))
         handlers = stack.enter_context(_signal_handlers_kept())
         leaving = stack.enter_context(

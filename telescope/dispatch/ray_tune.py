@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,50 @@ class Size:
     gpus: float = 0
 
 
+@dataclass(frozen=True)
+class Session:
+    """A Ray that can be run on, with what only one sweep at a time uses."""
+
+    folder: Path
+    driver: _Driver
+    place: str | None
+    """The folder that workers are to be in; None: where they start."""
+
+
+@contextmanager
+def opened(
+    sizes: Iterable[Size],
+    *,
+    owner: str | None = None,
+    address: str | None = None,
+    imports: str | None = None,
+) -> Iterator[Session]:
+    """Connect to a Ray, or start one; see `run_ray`, also for what is raised.
+
+    Args:
+        sizes: of the trials.
+        owner: see `run_ray`.
+        address: see `run_ray`.
+        imports: the module that the workers of a Ray of our own import as they start, so that it is
+            there with the first trial.
+    """
+    owner = owner or f"process {os.getpid()}"
+    reap(owner)
+    # Of a Ray of our own, whose processes start elsewhere; a cluster's have their own place.
+    place = None if address or ray.is_initialized() else os.getcwd()
+    with session_folder(owner) as folder:
+        driver = _Driver(leave_at_once=not ray.is_initialized(), logs=folder)
+        with connected(
+            folder,
+            owner=owner,
+            address=address,
+            cpus=_cpus(sizes),
+            on_loss=driver.stop,
+            imports=imports,
+        ):
+            yield Session(folder, driver, place)
+
+
 def run_ray(
     source: TrialSource,
     trainer: Trainer,
@@ -69,6 +113,7 @@ def run_ray(
     by_width: Mapping[int, Size] | None = None,
     logs: Path | None = None,
     takes_any_gpu: bool = False,
+    session: Session | None = None,
 ) -> None:
     """Run every trial that `source` asks for, `workers` at once; returns when it asks for no more.
 
@@ -94,6 +139,7 @@ def run_ray(
         logs: where each trial's output is kept as ``TRIAL.log``; left out, nowhere.
         takes_any_gpu: whether a trial computes on the first GPU that it sees, even if it has
             reserved none; refused where there are GPUs.
+        session: a Ray that has been opened ahead, of the same owner, address and sizes.
 
     Raises:
         SpecError: no cluster at `address`, no room for `workers` trials at once, or GPUs that all
@@ -104,44 +150,42 @@ def run_ray(
     """
     if not source.ask():
         return
-    owner, packs = owner or f"process {os.getpid()}", packs or Packs()
-    reap(owner)
+    packs = packs or Packs()
     default, sizes = Size(workers, cpus, gpus), dict(by_width or {})
-    with session_folder(owner) as folder:
+    with ExitStack() as stack:
+        if session is None:
+            all_sizes = [default, *sizes.values()]
+            session = stack.enter_context(opened(all_sizes, owner=owner, address=address))
+        driver, folder, place = session.driver, session.folder, session.place
         if logs:
             logs.mkdir(parents=True, exist_ok=True)
-        logs = (logs or folder).absolute()
-        # Of a Ray of our own, whose processes start elsewhere; a cluster's have their own place.
-        place = None if address or ray.is_initialized() else os.getcwd()
-        driver = _Driver(leave_at_once=not ray.is_initialized(), logs=logs)
-        room = _cpus([default, *sizes.values()])
-        with connected(folder, owner=owner, address=address, cpus=room, on_loss=driver.stop):
-            where = "the cluster" if address else "this machine"
-            sizes = {width: _fitting(size, where) for width, size in sizes.items()}
-            if not sizes:
-                _check_room(default, where)
-            if takes_any_gpu:
-                _check_reserved(sizes.values() or [default], where)
-            driver.gate = ray.remote(Gate).options(num_cpus=0).remote()
-            given = {
-                **{"trainer": cloudpickle.dumps(trainer), "gate": driver.gate},
-                **{"timeout": timeout, "logs": str(logs), "pack": packs.size, "place": place},
-            }
-            try:
-                while asked := source.ask():
-                    size = sizes.get(asked[0].width, default)
-                    widths = [width for width, other in sizes.items() if other == size]
-                    part = _Part(source, widths) if widths else source
-                    queue = Queue(
-                        part,
-                        on_start=on_start,
-                        on_release=on_release,
-                        packs=packs,
-                        workers=size.workers,
-                    )
-                    _run_experiment(queue, driver, given, size, folder)
-            finally:
-                ray.kill(driver.gate)
+        driver.logs = logs = (logs or folder).absolute()
+        where = "the cluster" if address else "this machine"
+        sizes = {width: _fitting(size, where) for width, size in sizes.items()}
+        if not sizes:
+            _check_room(default, where)
+        if takes_any_gpu:
+            _check_reserved(sizes.values() or [default], where)
+        driver.gate = ray.remote(Gate).options(num_cpus=0).remote()
+        given = {
+            **{"trainer": cloudpickle.dumps(trainer), "gate": driver.gate},
+            **{"timeout": timeout, "logs": str(logs), "pack": packs.size, "place": place},
+        }
+        try:
+            while asked := source.ask():
+                size = sizes.get(asked[0].width, default)
+                widths = [width for width, other in sizes.items() if other == size]
+                part = _Part(source, widths) if widths else source
+                queue = Queue(
+                    part,
+                    on_start=on_start,
+                    on_release=on_release,
+                    packs=packs,
+                    workers=size.workers,
+                )
+                _run_experiment(queue, driver, given, size, folder)
+        finally:
+            ray.kill(driver.gate)
 
 
 def _run_experiment(
@@ -186,7 +230,7 @@ class _Driver:
 
     def __init__(self, *, leave_at_once: bool, logs: Path) -> None:
         self.gate: Any = None
-        self._logs = logs
+        self.logs = logs
         self.error: Exception | None = None
         self._queue: Queue
         self._leave_at_once = leave_at_once
@@ -236,7 +280,7 @@ class _Driver:
         """Take the loss of a worker process: its trials have failed; a gate trial is forgotten."""
         order = self._end(tune_id)
         if order and not self.error:
-            reason = clean([reason, *log_tail(self._logs, order.trials[0])])
+            reason = clean([reason, *log_tail(self.logs, order.trials[0])])
             self._tell(lambda: self._queue.lose(order, reason))
 
     def _end(self, tune_id: str) -> Order | None:

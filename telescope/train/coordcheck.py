@@ -20,7 +20,7 @@ Here is what is trained, and for how long. `coordcheck_measure.py` measures one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,7 +96,12 @@ def check_config(config: TrialConfig, extent: Extent) -> TrialConfig:
     return replace(config, train=train, data=data, optimizer=optimizer)
 
 
-def coordinate_check(config: TrialConfig, point: Point, extent: Extent = Extent()) -> CoordCheck:
+def coordinate_check(
+    config: TrialConfig,
+    point: Point,
+    extent: Extent = Extent(),
+    progress: Callable[[float, float], None] | None = None,
+) -> CoordCheck:
     """Train a few steps at a few widths, and judge what grows or shrinks.
 
     Where that is not certain, as many seeds again are trained.
@@ -105,6 +110,7 @@ def coordinate_check(config: TrialConfig, point: Point, extent: Extent = Extent(
         config: the sweep's training; its decay and data are used as they are.
         point: the setting to train; its lr must be low, see above.
         extent: how much to measure.
+        progress: told before each run how much is done, and of how much; may raise to end it.
 
     Raises:
         ModelError: the model file fails at one of the widths.
@@ -117,7 +123,11 @@ def coordinate_check(config: TrialConfig, point: Point, extent: Extent = Extent(
     heads: dict[int, Mapping[str, int]] = {}
 
     def measure(extent: Extent) -> CoordCheck:
-        for trial in check_trials(config, point, extent):
+        trials = check_trials(config, point, extent)
+        costs = [trial.width**2 for trial in trials]
+        for number, trial in enumerate(trials):
+            if progress:
+                progress(sum(costs[:number]), sum(costs))
             found = measure_sizes(config, trial, extent.steps)
             measured.setdefault(trial.width, []).append(found.sizes)
             heads[trial.width] = found.unseen_heads
