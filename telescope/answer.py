@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telescope.errors import RefusedError, SpecError
-from telescope.ladder.assumed import assumed_alike
+from telescope.ladder.assumed import FIND_THE_RULE, assumed_alike
 from telescope.ladder.ladder import Ladder
 from telescope.memory import of_model
 from telescope.records import Certificate
@@ -25,10 +25,33 @@ FOREIGN_RULE = (
     "says: telescope does not see it"
 )
 
+FIND_YOUR_RULE = (
+    "see how the trainer sets initialisation, learning rates and multipliers by width, and "
+    "optimizer.rule"
+)
+
+UNCONFIRMED = "the answer will not be confirmed: {}"
+"""What `plan` and `run` say before a budget is spent; the blank is `rule_problem`'s."""
+
 UNKNOWN_STEPS = (
     "weight_decay is as swept: trainer.steps does not say how many steps the trials had; for a run "
     "of another length keep lr · weight_decay · steps"
 )
+
+
+def rule_problem(spec: Spec) -> str:
+    """The reason why no answer of a sweep can be confirmed; empty where its rule is mup."""
+    if spec.rule == "mup":
+        return ""
+    if spec.rule:
+        return (
+            f"optimizer.rule is {spec.rule}, under which an optimum is not known to hold across "
+            "widths; use mup"
+        )
+    return (
+        "optimizer.rule is not given: nothing says that the trainer follows a rule under which an "
+        'optimum holds across widths; if yours does, say so: [optimizer] rule = "mup"'
+    )
 
 
 def certificate_of(
@@ -52,16 +75,13 @@ def certificate_of(
     if certificate is None:
         return None
     certificate = _for_the_target(certificate, spec, steps)
+    if spec.model is None:  # `telescope check` would refuse
+        problems = (text.replace(FIND_THE_RULE, FIND_YOUR_RULE) for text in certificate.problems)
+        certificate = replace(certificate, problems=tuple(problems))
     if spec.rule == "mup":
         assumed = () if spec.model else (FOREIGN_RULE,)
         return replace(certificate, assumptions=(*certificate.assumptions, *assumed))
-    problem = (
-        f"optimizer.rule is {spec.rule}, under which an optimum is not known to hold across "
-        "widths; use mup"
-        if spec.rule
-        else "optimizer.rule is not given: nothing says that the trainer follows a rule under "
-        "which an optimum holds across widths; give it"
-    )
+    problem = rule_problem(spec)
     verdict = "WARN" if certificate.verdict == "PASS" else certificate.verdict
     return replace(certificate, verdict=verdict, problems=(*certificate.problems, problem))
 

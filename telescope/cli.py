@@ -7,6 +7,7 @@ answer at once.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -131,7 +132,10 @@ def check(
     from telescope.dispatch.folder import Folder
 
     folder = Folder(results / loaded.name)
-    measured, kept = check_in_full(loaded, folder, lambda line: _say(line, err=True))
+    from telescope.report.progress import progress_bar
+
+    with progress_bar(f"{loaded.name}: coordinate check") as progress:
+        measured, kept = check_in_full(loaded, folder, lambda line: _say(line, err=True), progress)
     if as_json:
         _print_json(measured.as_dict())
     else:
@@ -139,9 +143,11 @@ def check(
 
         console = _console()
         print_check(console, measured, check_title(loaded))
-        console.print(f"verdict  {measured.verdict}: {describe_verdict(measured)}", soft_wrap=True)
+        console.print(
+            f"verdict    {measured.verdict}: {describe_verdict(measured)}", soft_wrap=True
+        )
         if kept:
-            console.print(f"figure   {folder.path / 'coordcheck.png'}", soft_wrap=True)
+            console.print(f"figure     {folder.path / 'coordcheck.png'}", soft_wrap=True)
     if not measured.passed:
         raise typer.Exit(1)
 
@@ -330,7 +336,7 @@ def transfer(
     else:
         from telescope.report.tables import print_transfer
 
-        print_transfer(_console(), settings)
+        print_transfer(_console(), settings, finished.spec)
     if settings.certificate and settings.certificate.verdict == "FAIL":
         reasons = "; ".join(settings.certificate.problems)
         raise RefusedError(
@@ -468,7 +474,7 @@ def _console() -> Any:
     from rich.console import Console
 
     # What is printed is data, such as a model file's error; brackets in it are no markup.
-    width = None if sys.stdout.isatty() else 110
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
     return Console(width=width, markup=False, highlight=False)
 
 

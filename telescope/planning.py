@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from telescope.answer import UNCONFIRMED, rule_problem
 from telescope.dispatch.folder import Folder
 from telescope.errors import DataError, ResumeError, SpecError
 from telescope.foreign import Foreign, plan_foreign
@@ -89,7 +90,8 @@ def _plan_foreign(foreign: Foreign, at_once: dict[int, int]) -> tuple[dict[str, 
             "estimate": None,
             "basis": "needs flops in [cost] and compute.flop_rate; `run` says when trials are done",
         }
-    return {**plan_foreign(foreign), "seconds": timed}, over_budget(foreign)
+    notes = [UNCONFIRMED.format(problem)] if (problem := rule_problem(foreign.spec)) else []
+    return {**plan_foreign(foreign), "seconds": timed, "notes": notes}, over_budget(foreign)
 
 
 def _describe_workers(at_once: dict[int, int]) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Self
 
+from telescope.answer import UNCONFIRMED, rule_problem
 from telescope.checking import check_before_run
 from telescope.comparing import check_comparable
 from telescope.dispatch.folder import Folder
@@ -403,6 +404,8 @@ def _recording(
     with closing(kept):
         if storage or folder.exists:  # what is wrong with it is said before the check takes time
             kept.results()
+    if spec.trainer and (problem := rule_problem(spec)):
+        view.note(f"{spec.name}: {UNCONFIRMED.format(problem)}")
     if prepared.repeated_data:
         view.note(f"{spec.name}: {prepared.repeated_data}")
     write_verdict = check_before_run(

@@ -86,7 +86,7 @@ LAYERS = [
     # below the rooms, bottom up; above them, bottom up
     *("errors", "home", "streams", "records", "losses", "files", "markup", "catalog", "memory"),
     *("tables", "spec", "machine", "prepare", "settle", "foreign", "comparing", "checking"),
-    *("planning", "tokenizing", "answer", "finished", "sweep", "reporting", "api", "tune", "cli"),
+    *("answer", "planning", "tokenizing", "finished", "sweep", "reporting", "api", "tune", "cli"),
 ]
 
 

@@ -102,7 +102,7 @@ def test_run_ends_with_choices_answer_cost_and_place(place: Path) -> None:
     assert "[9/9] width 32" in out
     assert "width 16: chose lr" in out
     assert "answer   width 64: lr" in out
-    assert "not proven" in out
+    assert "expect about" in out
     assert "target runs" in out
     assert "results/tiny" in out
 
@@ -136,7 +136,7 @@ def test_check_keys_table_and_figure(place: Path) -> None:
     assert (place / "checks" / "tiny" / "coordcheck.png").read_bytes().startswith(b"\x89PNG")
     failed = telescope(*arguments, "--set", "optimizer.rule=paper", cwd=place)
     assert failed.returncode == 1
-    assert "verdict  FAIL: " in failed.stdout
+    assert "verdict    FAIL: " in failed.stdout
     assert "hidden update" in failed.stdout
     assert failed.stderr == ""
 
@@ -229,7 +229,7 @@ def test_transfer_keys_and_out(place: Path) -> None:
     plain = from_json("transfer", "tiny", cwd=place)
     assert plain["weight_decay"] == pytest.approx(2 * transfer["weight_decay"])
     human = telescope("transfer", "tiny", cwd=place)
-    assert "not proven" in human.stdout
+    assert "expect about" in human.stdout
     assert "residual" in human.stdout
 
 

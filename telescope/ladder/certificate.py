@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from telescope.ladder.assumed import assumed_alike
+from telescope.ladder.assumed import FIND_THE_RULE, USABLE, assumed_alike
 from telescope.ladder.basis import Array
 from telescope.ladder.drift import DRIFT_OCTAVES, LAWS
 from telescope.ladder.state import State
@@ -24,10 +24,10 @@ from telescope.records import Certificate, Skipped, Status
 
 FAIL_EXCESS = 0.02
 """Predicted excess loss, as a share of the loss, from which an answer is no answer."""
-USABLE = 5.0
-"""Tolerances that an answer may cost at most and be called usable without a proof."""
 CONTRADICTION = 3.0
 """Standard errors by which the last width may miss what those before it predicted."""
+MERE_PRIOR = 0.1
+"""Change of a law's probability by the results below which it is said to be the prior still."""
 NOTICEABLE_DRIFT = 0.1
 """Octaves per doubling below which a drift that does not settle is not held against a rule."""
 RIVAL_WITHIN, RIVAL_ABOVE = 3.0, 6.0
@@ -171,8 +171,8 @@ def _contradictions(view: View) -> list[str]:
         moves = " and ".join(f"{axis} by {octave:+.2f} octaves" for axis, octave in unsettled)
         found.append(
             f"the optimum keeps moving, {moves} per doubling, and does not settle "
-            f"({view.surface.law_weights[-1]:.0%}): the likely cause is the width rule; run "
-            "`telescope check`, and see optimizer.rule"
+            f"({view.surface.law_weights[-1]:.0%}): the likely cause is the width rule; "
+            f"{FIND_THE_RULE}"
         )
     if missed := _missed_prediction(view):
         found.append(missed)
@@ -266,7 +266,9 @@ def _evidence(view: View, *, rule_checked: bool) -> list[str]:
             f"{law.name} {weight:.0%}"
             for law, weight in zip(LAWS, surface.law_weights, strict=True)
         )
-        evidence.append(f"how the optimum settles: {laws}")
+        moved = max(abs(w - law.prior) for w, law in zip(surface.law_weights, LAWS, strict=True))
+        prior = "; little more than was assumed before any result" if moved < MERE_PRIOR else ""
+        evidence.append(f"how the optimum settles: {laws}{prior}")
         evidence.append(
             "what it costs to be off the optimum changes by a factor of "
             f"{2**surface.deepening:.2f} per doubling of the width"

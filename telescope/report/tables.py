@@ -2,29 +2,77 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from telescope.records import Certificate, Choice, Point, Status, as_json
+from telescope.ladder.assumed import USABLE
+from telescope.records import Certificate, Choice, Status, as_json
 from telescope.report.live import describe_seconds
 
 if TYPE_CHECKING:
     from telescope.finished import Finished
+    from telescope.spec import Spec
     from telescope.train.coordcheck_verdict import CoordCheck
     from telescope.transfer.settings import Transfer
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        left = column in ("why", "role", "grid", "trials", "quantity", "verdict")
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
-    return table
+LEFT = ("why", "role", "grid", "trials", "quantity", "verdict", "sweep", "answer")
+"""Columns of words; the others hold numbers, which never break over two lines."""
+WRAPPED = ("why", "grid", "answer")
+"""Columns of sentences: they may break, and get at least `SENTENCE` characters."""
+SENTENCE = 24
+
+
+def _print_table(
+    console: Console,
+    columns: Mapping[str, Sequence[str]],
+    *,
+    expendable: Sequence[str] = (),
+    styles: Sequence[str | None] = (),
+) -> None:
+    """Print a table, without columns for which the screen is too narrow.
+
+    Args:
+        console: where to.
+        columns: heading → cells.
+        expendable: headings that can be missed, the least important first.
+        styles: of each row; left out, none.
+    """
+    kept, dropped = dict(columns), []
+    for name in expendable:
+        if _width_of(kept) > console.width and name in kept:
+            del kept[name]
+            dropped.append(name)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for name in kept:
+        wraps = name in WRAPPED
+        justify: Literal["left", "right"] = "left" if name in LEFT else "right"
+        table.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold")
+    for number, row in enumerate(zip(*kept.values(), strict=True)):
+        table.add_row(*row, style=styles[number] if styles else None)
+    console.print()
+    console.print(table)
+    if dropped:
+        console.print(f"not shown at this width: {', '.join(dropped)}", style="dim")
+    console.print()
+
+
+def _width_of(columns: Mapping[str, Sequence[str]]) -> int:
+    """The characters that a table needs."""
+    each = (
+        min(longest, SENTENCE) if name in WRAPPED else longest
+        for name, cells in columns.items()
+        for longest in [max(map(len, (name, *cells)))]
+    )
+    return sum(each) + 2 * (len(columns) - 1)
 
 
 def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -> None:
@@ -35,39 +83,45 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         plan: the keys of `plan --json`.
         warning: why `run` would refuse it, or None.
     """
-    console.print(_stages_table(plan["stages"]))
+    columns = _stage_columns(plan["stages"])
+    _print_table(console, columns, expendable=("of which optimizer", "tokens"))
     target, seconds = plan["target"], plan["seconds"]
-    console.print(f"target   width {target['width']}, {_target_facts(target)}", highlight=False)
+    console.print(f"target     width {target['width']}, {_target_facts(target)}", highlight=False)
     _print_planned_cost(console, plan)
     about = "" if seconds["estimate"] is None else "about "
     console.print(
-        f"time     {about}{describe_seconds(seconds['estimate'])} ({seconds['basis']})",
+        f"time       {about}{describe_seconds(seconds['estimate'])} ({seconds['basis']})",
         highlight=False,
     )
     for key, value in plan.get("auto", {}).items():
-        console.print(f"auto     {key}: {value}", highlight=False)
+        console.print(f"auto       {key}: {value}", highlight=False)
     if note := plan.get("data", {}).get("note"):
-        console.print(f"data     {note}", style="yellow", soft_wrap=True)
+        console.print(f"data       {note}", style="yellow", soft_wrap=True)
+    for note in plan.get("notes", ()):
+        console.print(f"note       {note}", style="yellow", soft_wrap=True)
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
 
 
-def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+def _stage_columns(stages: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """One row per width that the plan trains."""
-    table = _table("width", "parameters", "grid", "trials", "tokens", "FLOPs", "of which optimizer")
-    for stage in stages:
-        flops = stage["flops"]
-        table.add_row(
-            str(stage["width"]),
-            _number(stage["parameters"], ",.0f"),
+    flops = [stage["flops"] for stage in stages]
+    return {
+        "width": [str(stage["width"]) for stage in stages],
+        "parameters": [_number(stage["parameters"], ",.0f") for stage in stages],
+        "grid": [
             " × ".join(f"{count} {axis}" for axis, count in stage["points"].items() if count > 1)
-            or "1",
-            str(stage["trials"]),
-            _number(stage["tokens"]),
-            _number(flops["total"]),
-            f"{flops['optimizer'] / flops['total']:.0%}" if flops["optimizer"] else "–",
-        )
-    return table
+            or "1"
+            for stage in stages
+        ],
+        "trials": [str(stage["trials"]) for stage in stages],
+        "tokens": [_number(stage["tokens"]) for stage in stages],
+        "FLOPs": [_number(cost["total"]) for cost in flops],
+        "of which optimizer": [
+            f"{cost['optimizer'] / cost['total']:.0%}" if cost["optimizer"] else "–"
+            for cost in flops
+        ],
+    }
 
 
 def _target_facts(target: Mapping[str, Any]) -> str:
@@ -85,13 +139,13 @@ def _print_planned_cost(console: Console, plan: Mapping[str, Any]) -> None:
     adaptive = plan["policy"] == "adaptive"
     flops = _number(plan["sweep_flops"], unit=" FLOPs: ") if plan["sweep_flops"] else ""
     console.print(
-        f"cost     {flops}{plan['sweep_over_target']:.2f} target runs"
+        f"cost       {flops}{plan['sweep_over_target']:.2f} target runs"
         + (" expected" if adaptive else "")
     )
     if adaptive:
         low, high = plan["range"]["best"], plan["range"]["worst"]
         console.print(
-            f"         {low:.2f} at best, {high:.2f} at worst; what is expected assumes a plain "
+            f"           {low:.2f} at best, {high:.2f} at worst; what is expected assumes a plain "
             "bowl and little noise"
         )
 
@@ -105,26 +159,31 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
     """Print the slopes of the coordinate check, each with the sizes that it is the slope of."""
     steps = ", ".join(map(str, check.steps))
     console.print(f"{title}, {check.point}: {len(check.seeds)} seeds, after steps {steps}")
-    widths = (f"width {width}" for width in check.widths)
-    table = _table("quantity", "step", *widths, "slope", "verdict")
     shown = check.shown()
-    for name in shown:
-        slope, step = check.slopes[name], check.slope_steps[name]
-        table.add_row(
-            name,
-            str(step),
-            *(f"{size:.3g}" for size in check.sizes[name][step]),
-            "–" if slope is None else f"{slope:+.2f} ± {check.errors[name]:.2f}",
-            _verdict_on(check, name),
-            style="red" if name in check.problems else None,
-        )
-    console.print(table)
+    rows = {name: check.sizes[name][check.slope_steps[name]] for name in shown}
+    columns = {
+        "quantity": list(shown),
+        "step": [str(check.slope_steps[name]) for name in shown],
+        **{
+            f"width {width}": [f"{sizes[number]:.3g}" for sizes in rows.values()]
+            for number, width in enumerate(check.widths)
+        },
+        "slope": [_slope_of(check, name) for name in shown],
+        "verdict": [_verdict_on(check, name) for name in shown],
+    }
+    inner = [f"width {width}" for width in check.widths[1:-1]]
+    _print_table(
+        console,
+        columns,
+        expendable=("step", *inner, f"width {check.widths[0]}", f"width {check.widths[-1]}"),
+        styles=["red" if name in check.problems else None for name in shown],
+    )
     if len(shown) < len(check.slopes):
         console.print(
             f"the steepest of each kind of {len(check.slopes)} quantities; --json has all"
         )
     console.print(
-        "slope    of log2 size against log2 width ± its standard error, after the surest step; "
+        "slope      of log2 size against log2 width ± its standard error, after the surest step; "
         f"FAIL where it is beyond ±{check.threshold:g} by two errors, uncertain where those reach "
         "across it"
     )
@@ -136,7 +195,12 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
         )
 
     if check.blind_spot:
-        console.print(f"warning  {check.blind_spot}", soft_wrap=True)
+        console.print(f"warning    {check.blind_spot}", soft_wrap=True)
+
+
+def _slope_of(check: CoordCheck, name: str) -> str:
+    slope = check.slopes[name]
+    return "–" if slope is None else f"{slope:+.2f} ± {check.errors[name]:.2f}"
 
 
 def _verdict_on(check: CoordCheck, name: str) -> str:
@@ -156,34 +220,40 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
         finished: the sweep.
         settings: the answer as torch settings, printed too when given.
     """
-    axes = [axis.name for axis in finished.spec.ladder_spec.axes]
-    table = _table("width", "trials", *axes, "loss", "why")
-    for choice in finished.ladder.choices:
-        values = [f"{choice.point[axis]:.4g}" for axis in axes]
-        table.add_row(
-            str(choice.width), _counts(choice), *values, f"{choice.loss:.4f}", choice.reason
-        )
-    console.print(table)
+    choices = finished.ladder.choices
+    columns = {
+        "width": [str(choice.width) for choice in choices],
+        "trials": [_counts(choice) for choice in choices],
+        **{
+            axis.name: [f"{choice.point[axis.name]:.4g}" for choice in choices]
+            for axis in finished.spec.ladder_spec.axes
+        },
+        "loss": [f"{choice.loss:.4f}" for choice in choices],
+        "why": [choice.reason for choice in choices],
+    }
+    fixed = [axis.name for axis in finished.spec.ladder_spec.axes if axis.is_fixed]
+    _print_table(console, columns, expendable=(*fixed, "trials"))
     if settings and settings.groups is not None:
         console.print(f"for torch.optim at width {settings.width}:")
-        console.print(_groups_table(settings.groups))
+        _print_groups(console, settings.groups)
     facts = show_as_json(finished)
     for skipped in finished.ladder.skipped:
-        console.print(f"skipped  width {skipped.width}: {skipped.reason}")
-    console.print(f"answer   {_answer(finished, facts)}")
+        console.print(f"skipped    width {skipped.width}: {skipped.reason}")
+    _print_item(console, "answer", _answer(finished, facts))
     if finished.certificate:
-        print_certificate(console, finished.certificate)
+        print_certificate(console, finished.certificate, finished.spec, confirming(finished))
     cost = facts["cost"]
-    console.print(
-        f"cost     {_number(cost['flops'], unit=' FLOPs, ') if cost['flops'] is not None else ''}"
-        f"{cost['over_target']:.2f} target runs"
-        f"{_planned(cost['planned'])}; {describe_seconds(cost['seconds'])} of training, all "
-        "workers together"
+    flops = _number(cost["flops"], unit=" FLOPs, ") if cost["flops"] is not None else ""
+    _print_item(
+        console,
+        "cost",
+        f"{flops}{cost['over_target']:.2f} target runs{_planned(cost['planned'])}; "
+        f"{describe_seconds(cost['seconds'])} of training, all workers together",
     )
     folder = finished.folder.path
-    console.print(f"results  {folder}{_files_in(folder)}", soft_wrap=True)
+    console.print(f"results    {folder}{_files_in(folder)}", soft_wrap=True)
     if finished.ladder.is_finished:
-        console.print(f"next     telescope transfer {folder}", soft_wrap=True)
+        console.print(f"next       telescope transfer {folder}", soft_wrap=True)
 
 
 def _files_in(folder: Path) -> str:
@@ -201,13 +271,18 @@ def _answer(finished: Finished, facts: Mapping[str, Any]) -> str:
         return f"none: stuck: {ladder.stuck}"
     if not ladder.choices:
         return "none yet: no stage has finished"
-    text = f"width {target['width']}: {Point.of(target['point'])} (base-width units)"
+    tuned = {axis.name for axis in finished.spec.ladder_spec.swept}
+    values = ", ".join(
+        f"{axis} {value:.4g}{'' if axis in tuned else ' (not tuned)'}"
+        for axis, value in target["point"].items()
+    )
+    text = f"width {target['width']}: {values} (base-width units)"
     if not ladder.is_finished:
         width = ladder.choices[-1].width
         return f"{text}, from width {width} alone so far: the sweep has not finished"
     if finished.certificate is None:
         return f"{text}, not proven: policy {finished.spec.ladder.policy} gives no interval"
-    return text if finished.certificate.verdict == "PASS" else f"{text}, not proven"
+    return text
 
 
 def _planned(planned: Mapping[str, float] | None) -> str:
@@ -218,31 +293,99 @@ def _planned(planned: Mapping[str, float] | None) -> str:
     return f" (planned {low:.2f} to {high:.2f}, {expected:.2f} expected)"
 
 
-def print_certificate(console: Console, certificate: Certificate) -> None:
-    """Print the verdict on an answer, the intervals, and what speaks for and against it."""
+HEADINGS = {"PASS": "CONFIRMED", "FAIL": "DO NOT USE"}
+STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+
+
+def describe_certificate(certificate: Certificate, goal: float) -> str:
+    """A verdict in words that say whether the answer can be used.
+
+    Args:
+        certificate: the verdict.
+        goal: the excess loss that will do, as a share of the loss: `ladder.tolerance`.
+    """
     excess, bound = certificate.predicted_excess_loss, certificate.excess_bound
-    console.print(
-        f"verdict  {certificate.verdict}: predicted excess loss at width {certificate.width} "
-        f"{excess:.2%}, at most {bound:.2%} with 90 %",
-        style={"PASS": "green", "WARN": "yellow", "FAIL": "red"}[certificate.verdict],
+    is_usable = bound <= USABLE * goal
+    unproven = "USABLE, NOT CONFIRMED" if is_usable else "A START, NOT YET AN ANSWER"
+    return (
+        f"{HEADINGS.get(certificate.verdict, unproven)}: expect about {_percent(excess)} worse "
+        f"than the best setting at width {certificate.width}, at most {_percent(bound)} with 90 % "
+        f"(goal {_percent(goal)})"
     )
-    _print_item(console, "advice", certificate.advice)
+
+
+def _percent(share: float) -> str:
+    """A share of the loss, with a space as people write it.
+
+    >>> _percent(0.0021), _percent(0.00004)
+    ('0.21 %', '0.004 %')
+    """
+    return f"{100 * share:.2f} %" if share >= 0.0005 else f"{100 * share:.1g} %"
+
+
+def confirming(finished: Finished) -> str | None:
+    """The command that trains what would confirm an answer; None where none is sure to help.
+
+    A width more, or the widths that were left out: not where an axis has to be changed first.
+    """
+    certificate, ladder, spec = finished.certificate, finished.ladder, finished.spec
+    if certificate is None or certificate.verdict != "WARN" or not ladder.is_finished:
+        return None
+    swept = [axis.name for axis in spec.ladder_spec.swept]
+    if ladder.choices[-1].at_edge or any(certificate.intervals[name] is None for name in swept):
+        return None
+    widths, wider = list(spec.ladder.widths), 2 * spec.ladder.widths[-1]
+    sets = ["ladder.until=proven"] if ladder.skipped else []
+    if not ladder.skipped and wider <= spec.target.width and spec.trainer is None:
+        # One more round at the new width has to be within the budget too.
+        each = ladder.spec.cost(wider) / finished.target_flops
+        need = finished.cost()["over_target"] + max(4, len(swept) + 2) * each
+        sets = [f"ladder.widths={[*widths, wider]}"]
+        if need > spec.budget.max_over_target:
+            sets.append(f"budget.max_over_target={math.ceil(need * 10) / 10:g}")
+    if not sets or (spec.rule != "mup"):
+        return None
+    options = " ".join(f"--set {shlex.quote(text)}" for text in sets)
+    return f"telescope run {shlex.quote(str(finished.folder.path))} {options}"
+
+
+def print_certificate(
+    console: Console, certificate: Certificate, spec: Spec, confirm: str | None = None
+) -> None:
+    """Print the verdict on an answer, the intervals, and what speaks for and against it.
+
+    Args:
+        console: where to.
+        certificate: the verdict.
+        spec: the sweep's, for the goal and the axes that were not tuned.
+        confirm: the command that would confirm it, as `confirming` says.
+    """
+    style = STYLES[certificate.verdict]
+    _print_item(console, "verdict", describe_certificate(certificate, spec.ladder.tolerance), style)
+    if certificate.verdict == "FAIL":
+        _print_item(console, "advice", certificate.advice)
     for problem in certificate.problems:
-        _print_item(console, "missing" if certificate.verdict != "FAIL" else "against", problem)
+        _print_item(console, "against" if certificate.verdict == "FAIL" else "to confirm", problem)
+    if confirm:
+        console.print(f"{'':{LABEL}} {confirm}", soft_wrap=True)
     for axis, interval in certificate.intervals.items():
         if interval:
             _print_item(console, "90 %", f"{axis} between {interval[0]:.4g} and {interval[1]:.4g}")
+        elif spec.axes[axis].value is not None:
+            _print_item(console, "not tuned", f"{axis} is fixed at {spec.axes[axis].value:.4g}")
     for text in certificate.evidence:
         _print_item(console, "evidence", text)
 
 
-def _print_item(console: Console, label: str, text: str) -> None:
+LABEL = 10
+"""Characters of the label that begins a line of an answer."""
+
+
+def _print_item(console: Console, label: str, text: str, style: str | None = None) -> None:
     """A labelled line, its continuation indented under the text."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=8)
-    grid.add_column(overflow="fold")
-    grid.add_row(label, text)
-    console.print(grid)
+    first, *rest = Text(text).wrap(console, max(console.width - LABEL - 1, SENTENCE))
+    for start, line in [(label, first), *(("", line) for line in rest)]:
+        console.print(f"{start:{LABEL}} {line.plain.rstrip()}", style=style, soft_wrap=True)
 
 
 def _counts(choice: Choice) -> str:
@@ -290,12 +433,12 @@ def _choice_as_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def print_transfer(console: Console, settings: Transfer) -> None:
+def print_transfer(console: Console, settings: Transfer, spec: Spec) -> None:
     """Print the settings for the target run, with what to know about them."""
     steps = f", {settings.steps} steps" if settings.steps else ""
     console.print(f"width {settings.width}{steps}: {settings.point} (base-width units)")
     if settings.groups is not None:
-        console.print(_groups_table(settings.groups))
+        _print_groups(console, settings.groups)
         notes = {g["note"]: g["role"] for g in settings.groups if g["optimizer"] is None}
         for note, role in notes.items():
             console.print(f"{role}: {note}", soft_wrap=True)
@@ -304,26 +447,26 @@ def print_transfer(console: Console, settings: Transfer) -> None:
     if settings.certificate is None:
         console.print("note  not proven: no certificate")
     else:
-        print_certificate(console, settings.certificate)
+        print_certificate(console, settings.certificate, spec)
         for assumption in settings.certificate.assumptions:
             _print_item(console, "assumed", assumption)
     console.print("`--json` has the names and all keyword arguments")
 
 
-def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+def _print_groups(console: Console, groups: Sequence[Mapping[str, Any]]) -> None:
     """One row per (role, shape)."""
-    table = _table(
-        "role", "shape", "count", "optimizer", "lr", "weight_decay", "init std", "output ×"
-    )
-    for group in groups:
-        table.add_row(
-            group["role"],
-            "×".join(map(str, group["shape"])),
-            str(group["count"]),
-            group["optimizer"] or "see note",
-            f"{group['lr']:.6g}",
-            f"{group['weight_decay']:.6g}",
-            "as built" if group["role"] in ("vector", "finite") else f"{group['init_std']:.4g}",
-            f"{group['multiplier']:.4g}",
-        )
-    return table
+    as_built = ("vector", "finite")
+    columns = {
+        "role": [group["role"] for group in groups],
+        "shape": ["×".join(map(str, group["shape"])) for group in groups],
+        "count": [str(group["count"]) for group in groups],
+        "optimizer": [group["optimizer"] or "see note" for group in groups],
+        "lr": [f"{group['lr']:.6g}" for group in groups],
+        "weight_decay": [f"{group['weight_decay']:.6g}" for group in groups],
+        "init std": [
+            "as built" if group["role"] in as_built else f"{group['init_std']:.4g}"
+            for group in groups
+        ],
+        "output ×": [f"{group['multiplier']:.4g}" for group in groups],
+    }
+    _print_table(console, columns, expendable=("count", "output ×", "init std"))
