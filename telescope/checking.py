@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from telescope.dispatch.folder import Folder
@@ -180,6 +181,7 @@ def check_before_run(
     wanted: bool,
     say: Callable[[str], None],
     meanwhile: Callable[[], object] = lambda: None,
+    phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Callable[[], object]:
     """Make the short check of a sweep that has not started, unless it has its verdict already.
 
@@ -191,6 +193,7 @@ def check_before_run(
         wanted: False for `--no-check`.
         say: takes what there is to say, a line each.
         meanwhile: what can be done while the check is made, if one is; done in this thread.
+        phase: shows what is being done, for as long as its block runs.
 
     Returns:
         What writes the verdict down, to be called when the folder is the sweep's.

@@ -87,6 +87,8 @@ class Recorder:
     started: float = field(default_factory=time.monotonic)
     unpacked: set[str] = field(default_factory=set)
     """Why packs were smaller than asked for, as far as it has been said."""
+    costs: tuple[float, float] | None = None
+    """The least and the most that the plan says all trials can cost, in the ladder's unit."""
     is_changed: bool = True
     """Whether table and figure may say something else than those that are there."""
 
@@ -227,7 +229,8 @@ class Recorder:
             running=len(self.running),
             best=min(complete, key=lambda r: r.loss or 0.0, default=None),
             seconds=time.monotonic() - self.started,
-            eta_seconds=self._eta_seconds(expected),
+            eta_seconds=(eta := self._eta_seconds(expected)),
+            eta_range=self._eta_range(eta, expected),
         )
 
     def _expected_trials(self) -> dict[int, int]:
@@ -261,6 +264,26 @@ class Recorder:
             / self.workers[width]
             for width, trials in expected.items()
         )
+
+    def _eta_range(
+        self, eta: float | None, expected: Mapping[int, int]
+    ) -> tuple[float, float] | None:
+        """The time left at the least and the most that the plan says the sweep can cost.
+
+        At the pace of what is expected to be left; never less than what has been asked for takes.
+        """
+        spec, stage = self.ladder.spec, self.ladder.stages[-1]
+        left = sum(
+            (trials - (len(self.ladder.results(stage)) if width == stage.width else 0))
+            * spec.cost(width)
+            for width, trials in expected.items()
+        )
+        if not eta or not left or self.costs is None:
+            return None
+        spent = sum(spec.cost(result.trial.width) for result in self.ladder.known)
+        asked = len(self.ladder.ask()) * spec.cost(stage.width)
+        least, most = (max(cost - spent, asked) * eta / left for cost in self.costs)
+        return min(least, eta), max(most, eta)
 
 
 def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Folder, Ladder]:
@@ -306,7 +329,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
                 is_cluster=is_cluster,
                 say=view.note,
             )
-        ray = _Ray(prepared, folder, options, at_once)
+        ray = _Ray(prepared, folder, options, at_once, view)
         with (
             ray,
             _recording(prepared, folder, options, view, at_once, measured, ray.start) as recorder,
@@ -409,7 +432,12 @@ def _recording(
     if prepared.repeated_data:
         view.note(f"{spec.name}: {prepared.repeated_data}")
     write_verdict = check_before_run(
-        prepared, folder, wanted=options.check, say=view.note, meanwhile=meanwhile
+        prepared,
+        folder,
+        wanted=options.check,
+        say=view.note,
+        meanwhile=meanwhile,
+        phase=view.phase,
     )
     with closing(kept) as store:
         known = store.results()
@@ -436,6 +464,7 @@ def _recording(
             workers=dict.fromkeys(at_once, 1) if options.dispatcher == "inline" else at_once,
             planned={stage.width: stage.trials for stage in prepared.plan.stages},
             known=known,
+            costs=(prepared.plan.best, prepared.plan.worst),
             is_changed=any(record.get(key) != before.get(key) for key in record),
         )
         try:
@@ -473,8 +502,10 @@ class _Ray:
         folder: Folder,
         options: Options,
         at_once: Mapping[int, int],
+        view: View,
     ) -> None:
         """Nothing is started, nor imported, yet."""
+        self._view = view
         self._spec = prepared.spec
         self._options = options
         self._at_once = at_once
@@ -512,12 +543,13 @@ class _Ray:
         """Start a Ray of our own, and have its workers import what our own trainer needs."""
         if self._options.dispatcher == "inline" or self._options.ray_address:
             return
-        from telescope.dispatch.ray_tune import opened
+        with self._view.phase("starting Ray"):
+            from telescope.dispatch.ray_tune import opened
 
-        sizes = [self.base, *self.sizes.values()]
-        self.session = self._stack.enter_context(
-            opened(sizes, owner=self.owner, imports="telescope.train.loop")
-        )
+            sizes = [self.base, *self.sizes.values()]
+            self.session = self._stack.enter_context(
+                opened(sizes, owner=self.owner, imports="telescope.train.loop")
+            )
 
 
 def _dispatch(

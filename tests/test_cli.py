@@ -101,7 +101,7 @@ def test_run_ends_with_choices_answer_cost_and_place(place: Path) -> None:
     assert "tiny: coordinate check PASS in " in out
     assert "[9/9] width 32" in out
     assert "width 16: chose lr" in out
-    assert "answer   width 64: lr" in out
+    assert "answer     width 64: lr" in out
     assert "expect about" in out
     assert "target runs" in out
     assert "results/tiny" in out

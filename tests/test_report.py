@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from telescope.ladder.ladder import Ladder
 from telescope.records import Axis, LadderSpec, Result, Status
 from telescope.report.figures import loss_figure
 from telescope.report.live import LiveView, PlainView, Progress, View, make_view
+from telescope.report.tables import _print_table
 
 SPEC = LadderSpec(
     (Axis("lr", 0.01, 1.0, 5), Axis("weight_decay", 0.1, 0.1, 1)), (32, 64), policy="paper"
@@ -80,11 +82,63 @@ def test_a_view_shows_results_and_choices_to_the_letter(view: type[View], ladder
 
 def test_the_live_screen_has_stage_counts_best_and_time_left(ladder: Ladder) -> None:
     text = shown_by(LiveView, ladder)
-    for part in ("stage 1 of 2, width 32: 3 of 5 trials, 2 running", "3/8", "best at this width"):
+    for part in ("stage 1 of 2, width 32, 2 running", "3 of 8 trials", "best at this width"):
         assert part in text
     assert "1 min 15 s" in text
     assert "lr 0.1 at step 300, loss 2.3100" in text
     assert "unknown" in text
+
+
+def test_the_clock_goes_on_between_two_results(
+    ladder: Ladder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("telescope.report.live.time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, no_color=True)
+    view = LiveView(console)
+    view.update(replace(progress(ladder), eta_seconds=100.0, eta_range=(10.0, 400.0)))
+    now[0] += 30
+    with console.capture() as shown:
+        console.print(view._screen())
+    assert "1 min 45 s" in shown.get()  # 75 + 30
+    assert "about 1 min 10 s (0 s to 6 min 10 s" in shown.get()
+
+
+def test_a_phase_has_a_clock_of_its_own(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("telescope.report.live.time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, no_color=True)
+    view = LiveView(console)
+    with view.phase("checking the model"):
+        now[0] += 3
+        with view.phase("starting Ray"), console.capture() as shown:
+            now[0] += 2
+            console.print(view._screen())
+    assert "checking the model …  5 s" in shown.get()
+    assert "starting Ray …  2 s" in shown.get()
+    with console.capture() as shown:
+        console.print(view._screen())
+    assert not shown.get().strip(), "what is over has scrolled away"
+
+
+@pytest.mark.parametrize("width", [72, 120])
+def test_no_number_breaks_and_the_least_important_column_goes_first(width: int) -> None:
+    columns = {
+        "role": ["embedding", "hidden"],
+        "shape": ["4096×11008", "11008×4096"],
+        "count": ["1", "64"],
+        "lr": ["0.100794", "0.0141229"],
+        "weight_decay": ["0.103387", "0.292423"],
+        "why": ["a sentence of many words that may be broken where it has a space", "short"],
+    }
+    console = Console(file=io.StringIO(), width=width, no_color=True, record=True)
+    _print_table(console, columns, expendable=("count", "shape"))
+    text = console.export_text()
+    assert all(len(line) <= width for line in text.splitlines())
+    for whole in ("0.100794", "0.0141229", "embedding", "4096×11008", "0.292423"):
+        assert whole in text
+    assert ("64" in text.split()) == (width == 120)
+    assert ("not shown at this width: count" in text) == (width == 72)
 
 
 def lines_of(panel: Axes) -> dict[str, Line2D]:

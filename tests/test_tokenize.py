@@ -108,7 +108,7 @@ def test_a_run_that_reads_its_data_twice_says_so(place: Path) -> None:
     run = telescope("run", "tiny.toml", *RUN, "--set", f"train.steps={steps}", *few, cwd=place)
     assert "again: every trial reads its training data 1.5 times" in run.stdout
     printed = telescope("plan", "tiny.toml", "--set", "train.steps=1000", cwd=place).stdout
-    assert f"data     {plan['note']}" in printed
+    assert f"data       {plan['note']}" in printed
 
 
 SHARD = 'data={source="shards/train.bin", dtype="uint16"}'

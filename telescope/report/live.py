@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 from rich.console import Console, Group, RenderableType
@@ -37,6 +38,8 @@ class Progress:
     seconds: float
     """Since this run started."""
     eta_seconds: float | None
+    eta_range: tuple[float, float] | None = None
+    """Between what `eta_seconds` may turn out: as the results fall, fewer or more trials follow."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, the best trial as its point and loss."""
@@ -49,6 +52,10 @@ class View(AbstractContextManager["View"], Protocol):
 
     def note(self, text: str) -> None:
         """Something worth a line that is no trial."""
+        ...
+
+    def phase(self, text: str) -> AbstractContextManager[object]:
+        """What is done before the first trial, for as long as the block runs."""
         ...
 
     def start(self, progress: Progress) -> None:
@@ -123,6 +130,10 @@ class QuietView(View):
         """Nothing."""
         return
 
+    def phase(self, text: str) -> AbstractContextManager[object]:
+        """Nothing."""
+        return nullcontext()
+
     def watch(self, latest: Callable[[], str]) -> None:
         """Nothing."""
         return
@@ -161,6 +172,10 @@ class PlainView(View):
         """Say it."""
         self._line(text)
 
+    def phase(self, text: str) -> AbstractContextManager[object]:
+        """What follows in a moment is not worth a line."""
+        return nullcontext()
+
     def watch(self, latest: Callable[[], str]) -> None:
         """Where trials are on the way is not worth a line."""
 
@@ -190,6 +205,8 @@ class LiveView(View):
     def __init__(self, console: Console) -> None:
         """Draw on `console`."""
         self._last = ""
+        self._phases: dict[str, float] = {}  # → when it began
+        self._updated = time.monotonic()
         self._latest: Callable[[], str] | None = None
         self._progress: Progress | None = None
         self._live = Live(  # asks for the screen at once
@@ -209,15 +226,32 @@ class LiveView(View):
         """Let it scroll by above the screen."""
         self._live.console.print(text)
 
+    @contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """A line with a clock, and how long it took when it is over."""
+        start = self._phases[text] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._phases[text]
+        took = describe_seconds(time.monotonic() - start)
+        self._live.console.print(f"{text}  {took}", style="dim")
+
     def watch(self, latest: Callable[[], str]) -> None:
         """Ask it at every redraw."""
         self._latest = latest
 
     def _screen(self) -> RenderableType:
         """What is drawn, four times a second."""
-        if self._progress is None:
-            return ""
-        return _screen(self._progress, self._last, self._latest and self._latest())
+        now = time.monotonic()
+        lines: list[RenderableType] = [
+            Text(f"{text} …  {describe_seconds(now - start)}", style="dim")
+            for text, start in list(self._phases.items())
+        ]
+        if self._progress:
+            progress = _passed(self._progress, now - self._updated)
+            lines.append(_screen(progress, self._last, self._latest and self._latest()))
+        return Group(*lines)
 
     def start(self, progress: Progress) -> None:
         """Draw the first screen."""
@@ -227,7 +261,7 @@ class LiveView(View):
 
     def update(self, progress: Progress) -> None:
         """Redraw."""
-        self._progress = progress
+        self._progress, self._updated = progress, time.monotonic()
         self._live.refresh()
 
     def result(self, result: Result, progress: Progress) -> None:
@@ -242,26 +276,52 @@ class LiveView(View):
         self._live.console.print(describe_choice(choice))
 
 
+def _passed(progress: Progress, seconds: float) -> Progress:
+    """The same so many seconds later, while nothing else has happened."""
+    left, between = progress.eta_seconds, progress.eta_range
+    return replace(
+        progress,
+        seconds=progress.seconds + seconds,
+        eta_seconds=None if left is None else max(left - seconds, 0.0),
+        eta_range=between and (max(between[0] - seconds, 0.0), max(between[1] - seconds, 0.0)),
+    )
+
+
+def describe_left(progress: Progress) -> str:
+    """How long it will go on, and between what that may turn out.
+
+    A range is said where it is wider than the estimate is sure anyway.
+    """
+    if progress.eta_seconds is None or progress.eta_range is None:
+        return describe_seconds(progress.eta_seconds)
+    low, high = progress.eta_range
+    about = f"about {describe_seconds(progress.eta_seconds)}"
+    if high < 1.2 * progress.eta_seconds + 1 and low > 0.8 * progress.eta_seconds - 1:
+        return about
+    return f"{about} ({describe_seconds(low)} to {describe_seconds(high)}, as the results fall)"
+
+
 def _screen(progress: Progress, last: str, latest: str | None) -> RenderableType:
     """The live screen: title, bar, and four facts; five where running trials say where they are."""
     title = Text.assemble(
         (progress.name, "bold"),
-        f"  stage {progress.stage + 1} of {progress.stages}, width {progress.width}: "
-        f"{progress.stage_done} of {progress.stage_total} trials, {progress.running} running",
+        f"  stage {progress.stage + 1} of {progress.stages}, width {progress.width}, "
+        f"{progress.running} running",
     )
     best = progress.best and f"loss {progress.best.loss:.4f} at {progress.best.trial.point}"
     facts = Table.grid(padding=(0, 2))
     for label, text in (
         ("best at this width", best or "none yet"),
-        ("last", last or "waiting for the first trial; workers take a few seconds to start"),
+        ("last", last or "waiting for the first trial"),
         *([("running", latest)] if latest else []),
         ("so far", describe_seconds(progress.seconds)),
-        ("left", describe_seconds(progress.eta_seconds)),
+        ("left", describe_left(progress)),
     ):
         facts.add_row(Text(label, style="dim"), text)
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
-        ProgressBar(progress.total, progress.done, width=40), f"{progress.done}/{progress.total}"
+        ProgressBar(progress.total, progress.done, width=40),
+        f"{progress.done} of {progress.total} trials",
     )
     return Group(title, bar, facts)
 
