@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from telescope.errors import SpecError
+from telescope.errors import SpecError, did_you_mean
 
 LONG_INTEGER = "an integer has more digits than any key allows"
 SPEC_FILE = "spec.json"
@@ -46,10 +46,10 @@ def find_sweep(sweep: str | Path) -> Path:
     inside = bundled() / "sweeps" / f"{sweep}.toml"
     if path.name == str(sweep) and inside.is_file():
         return inside
+    known = [*bundled_sweeps(), *(str(near) for near in path.parent.glob("*.toml"))]
+    hint = did_you_mean(str(sweep), known) or "; `telescope init` writes a starter"
     names = ", ".join(bundled_sweeps())
-    raise SpecError(
-        f"{sweep}: no such file, nor a bundled sweep ({names}); `telescope init` writes a starter"
-    )
+    raise SpecError(f"{sweep}: no such file, nor a bundled sweep ({names}){hint}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -124,9 +124,10 @@ def find_result(sweep: str | Path, results: Path) -> Path:
     for folder in (results / sweep, Path(sweep)):
         if (folder / SPEC_FILE).is_file():
             return folder
-    names = ", ".join(folder.name for folder in list_results(results)) or "none"
+    there = [folder.name for folder in list_results(results)]
     raise SpecError(
-        f"{sweep}: no sweep of that name under {results} (there: {names}), nor a path to one"
+        f"{sweep}: no sweep of that name under {results} (there: {', '.join(there) or 'none'}), "
+        f"nor a path to one{did_you_mean(Path(sweep).name, there)}"
     )
 
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,7 +36,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the answer is no, 2 bad usage or input, 130 interrupted. "
     "--debug shows the traceback of an error.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -59,29 +59,64 @@ ResultsOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RESULTS = Path("results")
+WATCH_SECONDS = 0.5
+"""Pause between two looks at a heartbeat."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _say(f"telescope {version('telescope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that come before a verb."""
 
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="The spec to write.")] = Path("sweep.toml"),
+    path: Annotated[Path, typer.Argument(help="The spec to write, FILE.toml.")] = Path(
+        "sweep.toml"
+    ),
+    command: Annotated[
+        bool,
+        typer.Option(
+            "--command", help="For a training script of your own: [trainer], and one that runs."
+        ),
+    ] = False,
 ) -> None:
-    """Write a commented starter spec, and the bundled model file beside it."""
+    """Write a commented starter spec, and beside it the model file or the trainer that it names."""
     from telescope.catalog import bundled
 
-    model, bundled_model = path.parent / "gpt.py", bundled() / "models" / "gpt.py"
-    if path.exists() or path == model:
-        raise SpecError(f"{path}: exists already, or is the model's name; give another path")
-    if model.exists() and model.read_bytes() != bundled_model.read_bytes():
-        raise SpecError(f"{model}: is there already and is another file; use another folder")
+    if path.suffix != ".toml":
+        raise SpecError(f"{path}: must end in .toml, as every verb expects of a spec: {path}.toml")
+    here = Path(__file__).parent
+    source = here / "starter_trainer.py" if command else bundled() / "models" / "gpt.py"
+    beside = path.parent / ("train.py" if command else "gpt.py")
+    if path.exists():
+        raise SpecError(f"{path}: exists already; give another path")
+    if beside.exists() and beside.read_bytes() != source.read_bytes():
+        raise SpecError(f"{beside}: is there already and is another file; use another folder")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "sweep"
-    starter = (Path(__file__).parent / "starter.toml").read_text(encoding="utf-8")
+    starter = here / ("starter_command.toml" if command else "starter.toml")
+    text = starter.read_text(encoding="utf-8").replace("STARTER_NAME", name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(starter.replace("STARTER_NAME", name), encoding="utf-8")
-        shutil.copyfile(bundled_model, model)
+        path.write_text(text, encoding="utf-8")
+        shutil.copyfile(source, beside)
     except OSError as error:
         raise SpecError(f"{path}: cannot be written: {error.strerror}") from error
-    _say(f"wrote {path} and {model}; next: telescope plan {shlex.quote(str(path))}")
+    _say(f"wrote {path} and {beside}; next: telescope plan {shlex.quote(str(path))}")
 
 
 @app.command()
@@ -224,7 +259,7 @@ def run(
     """Run a telescoping sweep, or go on with it where it stopped."""
     if dispatcher not in ("ray", "inline"):
         raise SpecError(f"--dispatcher: got {dispatcher!r}, must be 'ray' or 'inline'")
-    loaded = _load(spec, overrides, name)
+    loaded, results = _load_or_kept(spec, overrides, name, results)
     console = _console()
     if console.is_terminal:
         what = "trainer" if loaded.trainer else "model and the corpus"
@@ -257,12 +292,26 @@ def run(
 
 @app.command()
 def status(
-    sweep: SweepArgument, results: ResultsOption = RESULTS, as_json: JsonOption = False
+    sweep: SweepArgument,
+    results: ResultsOption = RESULTS,
+    as_json: JsonOption = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Say it again whenever it changes, until it has ended.")
+    ] = False,
 ) -> None:
     """Say how far a sweep is; works from another terminal while it runs."""
     from telescope.report.status import describe_status, read_status
 
     state = read_status(sweep, results)
+    while watch and state["state"] == "running":
+        if as_json:
+            _say(json.dumps(state, allow_nan=False))
+        else:
+            _say(describe_status(state))
+        before = state["done"], state["running"], state["state"]
+        while (state["done"], state["running"], state["state"]) == before:
+            time.sleep(WATCH_SECONDS)
+            state = read_status(sweep, results)
     if as_json:
         _print_json(state)
     else:
@@ -381,14 +430,47 @@ def report(
 
 
 @app.command()
-def ls(results: ResultsOption = RESULTS) -> None:
-    """List the sweeps there are."""
-    from telescope.report.status import list_sweeps
+def ls(results: ResultsOption = RESULTS, as_json: JsonOption = False) -> None:
+    """List the sweeps there are: answer, verdict, cost and age."""
+    from telescope.catalog import list_results
 
-    for line in list_sweeps(results) or [
-        f"no sweeps under {results}; start one with `telescope run`"
-    ]:
-        _say(line)
+    folders = list_results(results)
+    if not folders and not as_json:
+        _say(f"no sweeps under {results}; start one with `telescope run`")
+        return
+    from telescope.finished import summary
+
+    rows = [summary(folder, results, time.time()) for folder in folders]
+    if as_json:
+        _print_json(rows)
+        return
+    from telescope.report.tables import print_sweeps
+
+    print_sweeps(_console(), rows)
+
+
+@app.command()
+def compare(
+    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP SWEEP...", help="Two or more.")],
+    results: ResultsOption = RESULTS,
+    as_json: JsonOption = False,
+) -> None:
+    """Show several sweeps side by side: losses, answers, and what differs in their training."""
+    if len(sweeps) < 2:
+        raise SpecError(f"compare: got {sweeps[0]} alone, must be two sweeps or more")
+    from telescope.catalog import find_result
+
+    for sweep in sweeps:
+        find_result(sweep, results)
+    from telescope.finished import compare as compare_sweeps
+
+    comparison = compare_sweeps(sweeps, results)
+    if as_json:
+        _print_json(comparison)
+        return
+    from telescope.report.tables import print_comparison
+
+    print_comparison(_console(), comparison)
 
 
 def _load(spec: str, overrides: list[str] | None, name: str | None) -> Spec:
@@ -397,6 +479,32 @@ def _load(spec: str, overrides: list[str] | None, name: str | None) -> Spec:
 
     named = [f"name={json.dumps(name)}"] if name else []
     return Spec.load(spec, [*(overrides or ()), *named])
+
+
+def _load_or_kept(
+    spec: str, overrides: list[str] | None, name: str | None, results: Path
+) -> tuple[Spec, Path]:
+    """The spec, and the folder of results: of a file, or of a sweep that has been started.
+
+    A file or a bundled sweep of that name is meant first.
+    """
+    from telescope.catalog import SPEC_FILE, bundled_sweeps
+
+    folders = [Path(spec), *([] if spec in bundled_sweeps() else [results / spec])]
+    folder = next((f for f in folders if (f / SPEC_FILE).is_file()), None)
+    if folder is None or Path(spec).is_file():
+        return _load(spec, overrides, name), results
+    from telescope.dispatch.folder import Folder
+    from telescope.spec import Spec
+
+    named = [f"name={json.dumps(name)}"] if name else []
+    kept = Spec.kept(Folder(folder).read_spec()["spec"], folder, [*(overrides or ()), *named])
+    if not name and folder.resolve().name != kept.name:
+        raise SpecError(
+            f"{folder}: is the folder of a sweep named {kept.name}; rename it back, or run it anew "
+            "under another --name"
+        )
+    return kept, folder.resolve().parent if folder == Path(spec) else folder.parent
 
 
 def _corpus_of(sources: list[str], field: str, overrides: list[str] | None) -> DataConfig:
@@ -478,6 +586,16 @@ def _console() -> Any:
     return Console(width=width, markup=False, highlight=False)
 
 
+def _verb_of(context: Any) -> list[str]:
+    """The verb that was being read when a usage error came up; none before there was one."""
+    name = getattr(context, "info_name", None)
+    return [name] if name in _verbs() else []
+
+
+def _verbs() -> list[str]:
+    return [command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
 def main() -> None:
     """Run the command line, turning errors into one line and an exit code."""
     use_utf8_names()
@@ -511,6 +629,8 @@ def main() -> None:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             _say(f"telescope: a bug in telescope: {text}; --debug shows where", err=True)
         elif problem := message().rstrip("."):  # empty where the help has been shown instead
-            _say(f"telescope: {problem}; see telescope --help", err=True)
+            context = getattr(error, "ctx", None)
+            path = " ".join(["telescope", *_verb_of(context)])
+            _say(f"telescope: {problem}; see {path} --help", err=True)
         code = 2
     sys.exit(code or 0)

@@ -15,6 +15,9 @@ Messages say where, what was given, what is allowed and what to do, on one line.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TelescopeError(Exception):
     """Base of every error that is the input's fault, not the program's."""
@@ -57,3 +60,13 @@ class RefusedError(TelescopeError):
     """The question was understood and the answer is no."""
 
     exit_code = 1
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: the nearest one that is, if any is near.
+
+    >>> did_you_mean("weight_deacy", ["lr", "weight_decay"]), did_you_mean("x", ["lr"])
+    ('; did you mean weight_decay?', '')
+    """
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

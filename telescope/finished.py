@@ -7,7 +7,7 @@ finished sweep again reads three small files, and imports neither the fit nor th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from telescope.answer import certificate_of
 from telescope.catalog import find_result
 from telescope.dispatch.folder import DATABASE_FILE, Folder
+from telescope.errors import RefusedError, TelescopeError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.memory import Memory, code_of
 from telescope.records import Axis, Certificate, Point, Result, Status, Trial
+from telescope.report.status import read_status
 from telescope.spec import Spec
 from telescope.transfer.settings import at_horizon
 
@@ -191,3 +193,81 @@ def open_result(sweep: str | Path, results: Path) -> Finished:
     finished = Finished(folder, spec, ladder, known, record["target_flops"], planned, memory)
     memory.keep()
     return finished
+
+
+def summary(path: Path, results: Path, now: float) -> dict[str, Any]:
+    """One sweep in the keys of `ls --json`; of one that cannot be read, what its heartbeat says.
+
+    Args:
+        path: the sweep's folder.
+        results: the folder of all results.
+        now: seconds since the epoch.
+    """
+    state = read_status(path, results)
+    written = state.get("time")
+    row = {
+        **{key: state[key] for key in ("name", "state", "done", "total")},
+        **dict.fromkeys(("width", "answer", "verdict", "over_target", "problem")),
+        "age_seconds": now - written if isinstance(written, (int, float)) else None,
+        "path": str(path),
+    }
+    if state["state"] not in ("finished", "stuck"):
+        return row
+    try:
+        finished = open_result(path, results)
+        certificate, point = finished.certificate, finished.target_point()
+    except TelescopeError as error:
+        return row | {"problem": str(error)}
+    return row | {
+        "width": finished.spec.target.width,
+        "answer": point and dict(point),
+        "verdict": certificate and certificate.verdict,
+        "over_target": finished.cost()["over_target"],
+    }
+
+
+SAME_DATA = (
+    *("data (hash)", "data.tokenizer (hash)", "data.held_out", "data.eval_tokens"),
+    "data.sources.weight",
+)
+"""What has to be equal for the losses of two sweeps to be of the same thing."""
+
+
+def compare(sweeps: Sequence[str], results: Path) -> dict[str, Any]:
+    """Several sweeps side by side, in the keys of `compare --json`.
+
+    Raises:
+        RefusedError: their losses are of other data, or are measured otherwise.
+        SpecError, ResumeError: there is no such sweep, or it cannot be read.
+    """
+    opened = [open_result(sweep, results) for sweep in sweeps]
+    trained = [finished.folder.read_spec()["comparable_if_equal"] for finished in opened]
+    for key in SAME_DATA:
+        values = [fields.get(key) for fields in trained]
+        if any(value != values[0] for value in values):
+            shown = ", ".join(f"{n} {v}" for n, v in zip(sweeps, values, strict=True))
+            raise RefusedError(
+                f"{' and '.join(sweeps)}: losses cannot be compared: {key} differs ({shown})"
+            )
+    keys = sorted({key for fields in trained for key in fields})
+    differing = {
+        key: [fields.get(key) for fields in trained]
+        for key in keys
+        if any(fields.get(key) != trained[0].get(key) for fields in trained)
+    }
+    rows = []
+    for finished in opened:
+        certificate, point = finished.certificate, finished.target_point()
+        rows.append(
+            {
+                "name": finished.folder.path.name,
+                "width": finished.spec.target.width,
+                "answer": point and dict(point),
+                "verdict": certificate and certificate.verdict,
+                "predicted_excess_loss": certificate and certificate.predicted_excess_loss,
+                "losses": {str(c.width): c.loss for c in finished.ladder.choices},
+                "over_target": finished.cost()["over_target"],
+            }
+        )
+    is_foreign = any(finished.spec.model is None for finished in opened)
+    return {"sweeps": rows, "differing": differing, "data_seen": not is_foreign}

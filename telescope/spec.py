@@ -7,7 +7,6 @@ runs the model file: that is `telescope.prepare`'s part.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -27,7 +26,7 @@ from telescope.catalog import (
     read_toml,
 )
 from telescope.dispatch.placeholders import OWN, names_in
-from telescope.errors import SpecError
+from telescope.errors import SpecError, did_you_mean
 from telescope.records import LadderSpec, as_plain
 from telescope.tables import (
     AxisTable,
@@ -162,6 +161,17 @@ class Spec(Table):
         model = {**table, "file": KEPT_MODEL_FILE} if isinstance(table, dict) else table
         return cls.from_dict({**data, "model": model} if model else data, folder=folder)
 
+    @classmethod
+    def kept(cls, record: Mapping[str, Any], folder: Path, overrides: Iterable[str] = ()) -> Spec:
+        """The spec of a results folder, with some keys changed; see `from_record` and `load`."""
+        data = json.loads(json.dumps(record))
+        for override in overrides:
+            _set_key(data, override)
+        try:
+            return cls.from_record(data, folder)
+        except SpecError as error:
+            raise SpecError(f"{folder}: {error}") from error
+
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         plain = NAME_PATTERN.fullmatch(self.name) is not None
@@ -193,7 +203,8 @@ class Spec(Table):
                 known = [
                     a for a in TRAINER_AXES if a in ADAMW_AXES or self.optimizer.name == "muon"
                 ]
-                require(name in known, f"axes.{name}", name, f"one of {', '.join(known)}")
+                allowed = f"one of {', '.join(known)}{did_you_mean(name, known)}"
+                require(name in known, f"axes.{name}", name, allowed)
             if name in ("lr", "init_scale", "adamw_lr_ratio"):
                 require(axis.value != 0, f"axes.{name}.value", axis.value, "> 0")
             if name == "warmup":
@@ -398,8 +409,7 @@ def _require_widths(
 
 def _unknown_placeholder(key: str, name: str, known: Sequence[str]) -> str:
     """The message for a placeholder that nothing fills."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {{{near[0]}}}?" if near else ""
+    hint = did_you_mean(f"{{{name}}}", [f"{{{one}}}" for one in known])
     if name == "steps":
         hint = "; give trainer.steps for it"
     shown = ", ".join(f"{{{one}}}" for one in known)
@@ -501,7 +511,9 @@ def _key(location: Sequence[str | int]) -> str:
 def _allowed(problem: Any, key: str) -> str:
     """What pydantic says is allowed, in our words."""
     if problem["type"] in ("dataclass_type", "model_type", "dict_type"):
-        return f"a table [{key}]"
+        is_value = key.startswith("axes.") and isinstance(problem["input"], (int, float))
+        one = f"; for one value: {key}.value = {problem['input']!r}" if is_value else ""
+        return f"a table [{key}]{one}"
     text: str = problem["msg"].removeprefix("Input should be ")
     return (
         text.replace("a valid integer", "an integer")
@@ -521,10 +533,21 @@ def _unknown_key(location: Sequence[str]) -> str:
     if tables[:2] == ["data", "sources"]:
         owner = _TABLES["data.sources"]
     known = [f.name for f in fields(owner)] if is_dataclass(owner) else list(owner.model_fields)
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    elsewhere = [f"{table}.{key}" for table, keys in _keys().items() if key in keys]
+    if elsewhere and not tables:
+        hint = f"; did you mean {' or '.join(elsewhere)}?"
+    else:
+        hint = did_you_mean(key, known)
     where = f" in [{'.'.join(tables)}]" if tables else ""
     return f"{'.'.join(location)}: unknown key; allowed{where}: {', '.join(known)}{hint}"
+
+
+def _keys() -> dict[str, list[str]]:
+    """Table → its keys."""
+    return {
+        name: [f.name for f in fields(owner)] if is_dataclass(owner) else list(owner.model_fields)
+        for name, owner in _TABLES.items()
+    }
 
 
 _TABLES: dict[str, Any] = {

@@ -11,10 +11,12 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -39,10 +41,11 @@ STABLE_OPTIONS = {
         "--set",
         "--no-check",
     },
-    "status": {"--json"},
+    "status": {"--json", "--watch"},
     "show": {"--json", "--csv"},
     "transfer": {"--width", "--steps", "--json", "--out"},
-    "ls": {"--results"},
+    "ls": {"--results", "--json"},
+    "compare": {"--results", "--json"},
     "report": {"--out", "--open"},
     "tokenize": {"--vocab-size", "--out", "--shards"},
 }
@@ -102,7 +105,7 @@ def test_run_ends_with_choices_answer_cost_and_place(place: Path) -> None:
     assert "[9/9] width 32" in out
     assert "width 16: chose lr" in out
     assert "answer     width 64: lr" in out
-    assert "expect about" in out
+    assert "not proven" in out
     assert "target runs" in out
     assert "results/tiny" in out
 
@@ -229,7 +232,7 @@ def test_transfer_keys_and_out(place: Path) -> None:
     plain = from_json("transfer", "tiny", cwd=place)
     assert plain["weight_decay"] == pytest.approx(2 * transfer["weight_decay"])
     human = telescope("transfer", "tiny", cwd=place)
-    assert "expect about" in human.stdout
+    assert "not proven" in human.stdout
     assert "residual" in human.stdout
 
 
@@ -280,6 +283,19 @@ def test_init_writes_a_spec_that_plans(tmp_path: Path) -> None:
         (["run"], 2, "Missing argument 'SPEC'"),
         (["run", "tiny.toml", "--workers", "0"], 2, "--workers"),
         (["fly"], 2, "No such command 'fly'"),
+        (["shwo", "tiny"], 2, "Did you mean 'show'?; see telescope --help"),
+        (["run", "--wrkers", "2", "tiny.toml"], 2, "--workers); see telescope run --help"),
+        (["show", "tinny"], 2, "did you mean tiny?"),
+        (["plan", "tinny.toml"], 2, "did you mean tiny.toml?"),
+        (["plan", "tiny.toml", "--set", "steps=7"], 2, "or train.steps or trainer.steps?"),
+        (["plan", "tiny.toml", "--set", "axes.lr=0.1"], 2, "for one value: axes.lr.value = 0.1"),
+        (
+            ["plan", "tiny.toml", "--set", "axes.weight_deacy.value=1"],
+            2,
+            "did you mean weight_decay?",
+        ),
+        (["init", "new"], 2, "new: must end in .toml"),
+        (["compare", "tiny"], 2, "compare: got tiny alone"),
         (["plan", "tiny.toml", "--set", "model.vocab_size=100"], 2, "model.vocab_size: got 100"),
         (["show", "nothing"], 2, "nothing: no sweep of that name under results (there: "),
         (["status", "nothing"], 2, "nothing: no sweep"),
@@ -293,6 +309,85 @@ def test_errors_are_one_line(place: Path, arguments: list[str], code: int, messa
     assert done.stderr.startswith("telescope: ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_ls_has_the_answer_of_a_sweep_and_what_is_wrong_with_another(place: Path) -> None:
+    damaged = place / "results" / "damaged"
+    shutil.copytree(place / "results" / "tiny", damaged)
+    try:
+        (damaged / "trials.db").unlink()
+        listed = json.loads(telescope("ls", "--json", cwd=place).stdout)
+        rows = {Path(row["path"]).name: row for row in listed}
+        assert "missing" in rows["damaged"]["problem"]
+        shown, good = from_json("show", "tiny", cwd=place), rows["tiny"]
+        assert good["state"] == "finished"
+        assert good["answer"] == shown["target"]["point"]
+        assert good["over_target"] == shown["cost"]["over_target"]
+        assert good["age_seconds"] >= 0
+        text = telescope("ls", cwd=place).stdout
+        assert "tiny" in text
+        assert "missing" in text
+    finally:
+        shutil.rmtree(damaged)
+
+
+def test_run_goes_on_with_a_sweep_by_its_name(place: Path) -> None:
+    for name in ("tiny", "results/tiny"):
+        done = telescope("run", name, "--dispatcher", "inline", cwd=place)
+        assert done.returncode == 0, done.stderr
+        assert "are stored already" in done.stdout
+    changed = telescope("run", "tiny", "--set", "train.steps=5", cwd=place)
+    assert "train.steps was 4, now 5" in changed.stderr
+
+
+def test_compare_says_what_differs_and_refuses_other_data(place: Path) -> None:
+    other = place / "results" / "renamed"
+    shutil.copytree(place / "results" / "tiny", other)
+    try:
+        same = from_json("compare", "tiny", "renamed", cwd=place)
+        assert [row["name"] for row in same["sweeps"]] == ["tiny", "renamed"]
+        assert same["differing"] == {}
+        record = json.loads((other / "spec.json").read_text())
+        record["comparable_if_equal"]["optimizer.momentum"] = 0.5
+        (other / "spec.json").write_text(json.dumps(record))
+        assert "optimizer.momentum" in telescope("compare", "tiny", "renamed", cwd=place).stdout
+        record["comparable_if_equal"]["data (hash)"] = "another"
+        (other / "spec.json").write_text(json.dumps(record))
+        refused = telescope("compare", "tiny", "renamed", cwd=place)
+        assert refused.returncode == 1
+        assert "data (hash) differs" in refused.stderr
+    finally:
+        shutil.rmtree(other)
+
+
+def test_the_version_is_the_packages(tmp_path: Path) -> None:
+    assert telescope("--version", cwd=tmp_path).stdout == f"telescope {version('telescope')}\n"
+
+
+def test_watching_ends_with_the_sweep(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [
+        {"name": "tiny", "state": state, "stage": 0, "stages": 2, "width": 16, "done": done}
+        | {"total": 9, "running": 1, "eta_seconds": 5.0}
+        for state, done in (("running", 3), ("running", 3), ("running", 4), ("finished", 9))
+    ]
+    left = iter(states)
+    monkeypatch.setattr("telescope.report.status.read_status", lambda *_: next(left))
+    monkeypatch.setattr("telescope.cli.WATCH_SECONDS", 0.0)
+    lines = telescope("status", "tiny", "--watch", cwd=place).stdout.splitlines()
+    assert [re.search(r"\d of 9", line)[0] for line in lines] == ["3 of 9", "4 of 9", "9 of 9"]  # type: ignore[index]
+
+
+def test_init_for_a_script_of_ones_own_writes_what_runs(tmp_path: Path) -> None:
+    made = telescope("init", "--command", "mine.toml", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    script = (tmp_path / "train.py").read_text()
+    assert len([line for line in script.splitlines() if line.strip()]) <= 12
+    changes = ["--set", "ladder.policy=paper", "--set", "ladder.widths=[32]"]
+    done = telescope("run", "mine.toml", "--dispatcher", "inline", *changes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "answer     width 256: lr 0.04472, weight_decay 0.1 (not tuned)" in done.stdout
+    plan = telescope("plan", "mine.toml", "--set", "optimizer.rule=standard", cwd=tmp_path)
+    assert "will not be confirmed: optimizer.rule is standard" in plan.stdout
 
 
 def test_debug_shows_the_traceback(place: Path) -> None:

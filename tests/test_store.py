@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -103,3 +104,31 @@ def test_another_sweeps_results_are_refused(store: Store, tmp_path: Path) -> Non
     with pytest.raises(ResumeError, match="holds another sweep named 'sweep'"):
         other.results()
     other.close()
+
+
+def test_a_dashboard_sees_log_axes_and_width_and_seed(tmp_path: Path) -> None:
+    axes = (Axis("lr", 0.01, 1.0, 5), Axis("weight_decay", 0.0, 0.0, 1))
+    with closing(Store(sqlite_url(tmp_path), "demo", axes, "f")) as store:
+        point = Point.of(lr=0.1, weight_decay=0.0)
+        store.add(Result(Trial(32, point, 3), Status.COMPLETE, loss=2.0))
+    (study,) = optuna.get_all_study_names(sqlite_url(tmp_path))
+    (trial,) = optuna.load_study(study_name=study, storage=sqlite_url(tmp_path)).trials
+    assert {name: getattr(r, "log", None) for name, r in trial.distributions.items()} == {
+        "lr": True,
+        "weight_decay": False,
+    }
+    assert (trial.user_attrs["width"], trial.user_attrs["seed"]) == (32, 3)
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.1, 0.0), (0.0, 0.1)])
+def test_an_axis_that_is_fixed_at_zero_later_is_kept(
+    first: float, then: float, tmp_path: Path
+) -> None:
+    written = []
+    for value in (first, then):  # another process each time, under a spec that has changed
+        axes = (Axis("lr", 0.01, 1.0, 5), Axis("weight_decay", value, value, 1))
+        with closing(Store(sqlite_url(tmp_path), "demo", axes, "f")) as store:
+            trial = Trial(32, Point.of(lr=0.1, weight_decay=value), 0)
+            written.append(Result(trial, Status.COMPLETE, loss=2.0))
+            store.add(written[-1])
+            assert store.results() == written

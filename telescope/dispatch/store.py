@@ -8,7 +8,7 @@ FAIL. Curves are not kept here but in files of their own.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Store:
         self._axes = axes
         self._fingerprint = fingerprint
         self._studies: dict[int, optuna.Study] = {}
+        self._scales: dict[int, dict[str, bool]] = {}  # width → axis → whether it is log-spaced
 
     def add(self, result: Result) -> None:
         """Store one finished trial, in one transaction; waits for a server that has gone away.
@@ -88,19 +89,37 @@ class Store:
 
     def _add(self, result: Result) -> None:
         trial = result.trial
-        axes = {axis.name: axis for axis in self._axes}
-        self._study(trial.width).add_trial(
+        axes, study = {axis.name: axis for axis in self._axes}, self._study(trial.width)
+        is_log = {name: self._is_log(trial.width, name, v) for name, v in trial.point.items()}
+        # An axis that is log-spaced in this study, and fixed at 0 since, is no parameter there.
+        shown = {name: v for name, v in trial.point.items() if v > 0 or not is_log[name]}
+        study.add_trial(
             create_trial(
                 state=STATES[result.status],
                 value=result.loss,
-                params=dict(trial.point),
+                params=shown,
                 # Of the point's own axes: a pack whose storing was cut off may have had others.
                 distributions={
-                    name: _range(axes.get(name), value) for name, value in trial.point.items()
+                    name: _range(axes.get(name), value, is_log=is_log[name])
+                    for name, value in shown.items()
                 },
-                user_attrs=_attributes(result),
+                user_attrs=_attributes(
+                    result, {n: v for n, v in trial.point.items() if n not in shown}
+                ),
             )
         )
+
+    def _is_log(self, width: int, axis: str, value: float) -> bool:
+        """Whether an axis is log-spaced in a width's study: as its first trial has it.
+
+        Optuna refuses a study in which the same parameter is so in one trial and not in another.
+        """
+        kept = self._scales.setdefault(width, {})
+        if not kept:
+            for trial in self._study(width).get_trials(deepcopy=False):
+                for name, found in trial.distributions.items():
+                    kept.setdefault(name, bool(getattr(found, "log", False)))
+        return kept.setdefault(axis, value > 0)
 
     def results(self) -> list[Result]:
         """Everything stored of this sweep, in the order of storing within each width.
@@ -170,30 +189,39 @@ class Store:
             )
 
 
-def _range(axis: Axis | None, value: float) -> FloatDistribution:
+def _range(axis: Axis | None, value: float, *, is_log: bool) -> FloatDistribution:
     """The axis's range, stretched to a value outside it; a study's floats may have any."""
-    # Never log: Optuna refuses a study whose axis is log-spaced today and fixed at 0 tomorrow.
     low, high = (axis.low, axis.high) if axis else (value, value)
-    return FloatDistribution(min(low, value), max(high, value))
+    least = min(low, value) if low > 0 or not is_log else value
+    return FloatDistribution(least, max(high, value), log=is_log)
 
 
-def _attributes(result: Result) -> dict[str, Any]:
-    """What of a result is no parameter and no value. Each attribute costs a few queries: few."""
-    run = {"width": result.trial.width, "seed": result.trial.seed, "worker": result.worker}
-    cost = {"flops": result.flops, "seconds": result.seconds}
+def _attributes(result: Result, unshown: Mapping[str, float]) -> dict[str, Any]:
+    """What of a result is no parameter and no value. Each attribute costs a few queries: few.
+
+    Args:
+        result: the result.
+        unshown: axes of its point that are no parameters of its study.
+    """
+    width, seed = result.trial.width, result.trial.seed
+    run: dict[str, Any] = {"width": width, "seed": seed, "worker": result.worker}
+    run |= {"flops": result.flops, "seconds": result.seconds}
+    run |= {"point": dict(unshown)} if unshown else {}
     reason = {"reason": result.reason} if result.reason else {}
-    return {"status": str(result.status), **reason, "run": {**run, **cost}}
+    # Width and seed once more, alone: what a dashboard can sort and filter by.
+    return {"status": str(result.status), **reason, "width": width, "seed": seed, "run": run}
 
 
 def _as_result(trial: FrozenTrial, axes: tuple[Axis, ...]) -> Result:
     """A stored trial as a record; the axes in the spec's order, which a database does not keep."""
     run: dict[str, Any] = trial.user_attrs["run"]
-    order = [axis.name for axis in axes if axis.name in trial.params]
-    order += sorted(trial.params.keys() - set(order))
+    point = {**trial.params, **run.get("point", {})}
+    order = [axis.name for axis in axes if axis.name in point]
+    order += sorted(point.keys() - set(order))
     return Result(
         Trial(
             run["width"],
-            Point.of({name: trial.params[name] for name in order}),
+            Point.of({name: point[name] for name in order}),
             run["seed"],
         ),
         Status(trial.user_attrs["status"]),

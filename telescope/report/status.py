@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from telescope.catalog import find_result, list_results
+from telescope.catalog import find_result
 from telescope.dispatch.folder import Folder
 
 KEYS = ("name", "state", "stage", "done", "total", "running", "eta_seconds")
@@ -39,8 +39,3 @@ def describe_status(state: dict[str, Any]) -> str:
     if state["state"] == "stuck":
         line += "; `telescope show` says why"
     return line
-
-
-def list_sweeps(results: Path) -> list[str]:
-    """One line per sweep under `results`."""
-    return [describe_status(read_status(path, results)) for path in list_results(results)]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from telescope.transfer.settings import Transfer
 
 
-LEFT = ("why", "role", "grid", "trials", "quantity", "verdict", "sweep", "answer")
+LEFT = ("why", "role", "grid", "trials", "quantity", "verdict", "sweep", "state", "answer")
 """Columns of words; the others hold numbers, which never break over two lines."""
 WRAPPED = ("why", "grid", "answer")
 """Columns of sentences: they may break, and get at least `SENTENCE` characters."""
@@ -238,7 +238,7 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
         _print_groups(console, settings.groups)
     facts = show_as_json(finished)
     for skipped in finished.ladder.skipped:
-        console.print(f"skipped    width {skipped.width}: {skipped.reason}")
+        _print_item(console, "skipped", f"width {skipped.width}: {skipped.reason}")
     _print_item(console, "answer", _answer(finished, facts))
     if finished.certificate:
         print_certificate(console, finished.certificate, finished.spec, confirming(finished))
@@ -470,3 +470,64 @@ def _print_groups(console: Console, groups: Sequence[Mapping[str, Any]]) -> None
         "output ×": [f"{group['multiplier']:.4g}" for group in groups],
     }
     _print_table(console, columns, expendable=("count", "output ×", "init std"))
+
+
+WORDS = {"PASS": "confirmed", "WARN": "not confirmed", "FAIL": "do not use"}
+"""A verdict in a table's cell."""
+
+
+def print_sweeps(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what `ls` lists: one row per sweep."""
+    ages = [row["age_seconds"] for row in rows]
+    columns = {
+        "sweep": [row["name"] for row in rows],
+        "state": [_state(row) for row in rows],
+        "answer": [_point(row) for row in rows],
+        "verdict": [WORDS.get(row["verdict"], "–") for row in rows],
+        "cost": [_number(row["over_target"], ".2f", " target runs") for row in rows],
+        "age": ["–" if age is None else describe_seconds(max(age, 0.0)) for age in ages],
+    }
+    _print_table(console, columns, expendable=("cost", "verdict", "age"))
+    for row in rows:
+        if row["problem"]:
+            console.print(f"{row['name']}: {row['problem']}", style="red", soft_wrap=True)
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    if row["state"] in ("finished", "stuck") or row["done"] is None:
+        return str(row["state"])
+    return f"{row['state']}, {row['done']} of {row['total']}"
+
+
+def _point(row: Mapping[str, Any]) -> str:
+    if not row["answer"]:
+        return "–"
+    values = ", ".join(f"{axis} {value:.4g}" for axis, value in row["answer"].items())
+    return f"{values} at {row['width']}"
+
+
+def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
+    """Print what `compare` says: a row per sweep, and what else than the answers differs."""
+    rows = comparison["sweeps"]
+    widths = sorted({int(width) for row in rows for width in row["losses"]})
+    excess = [row["predicted_excess_loss"] for row in rows]
+    columns = {
+        "sweep": [row["name"] for row in rows],
+        **{
+            f"loss at {width}": [_number(row["losses"].get(str(width)), ".4f") for row in rows]
+            for width in widths
+        },
+        "answer": [_point(row) for row in rows],
+        "verdict": [WORDS.get(row["verdict"], "–") for row in rows],
+        "expected excess": ["–" if share is None else _percent(share) for share in excess],
+        "cost": [_number(row["over_target"], ".2f") for row in rows],
+    }
+    narrow = [f"loss at {width}" for width in widths[:-1]]
+    _print_table(console, columns, expendable=("cost", "expected excess", *narrow, "verdict"))
+    for key, values in comparison["differing"].items():
+        shown = ", ".join(f"{r['name']} {v}" for r, v in zip(rows, values, strict=True))
+        _print_item(console, "differs", f"{key}: {shown}")
+    if not comparison["data_seen"]:
+        _print_item(
+            console, "note", "whether other trainers measure on the same data is not known here"
+        )
