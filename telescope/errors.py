@@ -16,7 +16,8 @@ Messages say where, what was given, what is allowed and what to do, on one line.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class TelescopeError(Exception):
@@ -35,6 +36,21 @@ class ModelError(TelescopeError):
 
 class DataError(TelescopeError):
     """The corpus is missing, empty, too short, or not the one that was fingerprinted."""
+
+    def __init__(self, *faults: str) -> None:
+        """Say one fault, or several one after the other."""
+        super().__init__(*faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        """All of them on one line, numbered where there are several."""
+        if len(self.faults) <= 1:
+            return "".join(self.faults)
+        shown = "; ".join(f"({n}) {text}" for n, text in enumerate(self.faults[:MOST_FAULTS], 1))
+        more = len(self.faults) - MOST_FAULTS
+        return f"{len(self.faults)} faults in the data: {shown}" + (
+            f"; and {more} more" if more > 0 else ""
+        )
 
 
 class ResumeError(TelescopeError):
@@ -60,6 +76,35 @@ class RefusedError(TelescopeError):
     """The question was understood and the answer is no."""
 
     exit_code = 1
+
+
+MOST_FAULTS = 12
+"""Faults that one message lists; of more it says how many there are."""
+
+
+class Faults:
+    """Collects the faults of one kind of input, so that all of them are said at once."""
+
+    def __init__(self) -> None:
+        """Nothing has been found."""
+        self._found: dict[str, None] = {}
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep what the block raises about the data, and go on after it."""
+        try:
+            yield
+        except DataError as error:
+            self._found.update(dict.fromkeys(error.faults))
+
+    def __len__(self) -> int:
+        """How many have been found."""
+        return len(self._found)
+
+    def raise_all(self) -> None:
+        """Raise one error about all that was found; nothing where nothing was."""
+        if self._found:
+            raise DataError(*self._found)
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

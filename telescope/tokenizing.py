@@ -13,7 +13,7 @@ import numpy as np
 from telescope.errors import SpecError
 from telescope.files import UNFINISHED, write_atomic
 from telescope.train.config import BYTES, DataConfig
-from telescope.train.data import check_distinct, read_corpus
+from telescope.train.data import distinct_files, read_corpus
 from telescope.train.sources import files_of
 from telescope.train.tokenizer import load_tokenizer, train_bpe
 from telescope.train.tokens import Progress, smallest_dtype, split_passages
@@ -54,7 +54,7 @@ def make_tokenizer(config: DataConfig, vocabulary: int, out: Path, progress: Pro
         raise SpecError(f"--out {out}: exists already; give another path")
     if any(part.kind == "tokens" for part in config.parts):
         raise SpecError("tokenize: needs text; shards of tokens have been tokenized already")
-    check_distinct(config, [files_of(source) for source in config.parts])
+    distinct_files(config)
     text = train_bpe(_training_texts(config, progress), vocabulary)
     try:
         write_atomic(out, text)

@@ -163,7 +163,7 @@ def test_status_keys_of_a_finished_sweep(place: Path) -> None:
     }
     assert expected.items() <= status.items()
     assert "eta_seconds" in status
-    assert telescope("ls", cwd=place).stdout == "tiny: finished, 9 of 9 trials\n"
+    assert telescope("status", "tiny", cwd=place).stdout == "tiny: finished, 9 of 9 trials\n"
 
 
 def test_show_keys(place: Path) -> None:

@@ -293,6 +293,9 @@ class DataConfig:
     eval_tokens: int = 16384
     """How many held-out tokens a loss is measured on; the same ones every time."""
 
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    """What to do about a file that is an exact copy of another one."""
+
     def __post_init__(self) -> None:
         """Check ranges, and that the sources fit together."""
         require(0 < self.held_out < 1, "held_out", self.held_out, "a share in (0, 1)")

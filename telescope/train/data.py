@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from telescope.errors import DataError, SpecError
+from telescope.errors import DataError, Faults, SpecError
 from telescope.train.config import BYTES, PYTHON_STDLIB, DataConfig, SourceConfig
 from telescope.train.content import bom_bytes, is_checked, nul_error
 from telescope.train.shards import SMALL_BYTES, Scan, TokenFile, open_shard, scan
@@ -110,40 +110,56 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 def read_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
     """See `load_corpus`; `progress` is told how far the tokenizing of a source is."""
-    files = [files_of(source) for source in config.parts]
-    check_distinct(config, files)
+    files = distinct_files(config)
     name = config.tokenizer_name
     vocabulary = load_tokenizer(name).vocabulary if name else None
-    parts = []
+    parts, faults = [], Faults()
     for source, paths in zip(config.parts, files, strict=True):
-        try:
-            part = _part(source, paths, config, progress)
-        except OSError as error:
-            where = error.filename or f"data.source {source.source!r}"
-            raise DataError(f"{where}: cannot be read: {error.strerror or error}") from error
-        parts.append(part)
+        with faults.collected():
+            try:
+                part = _part(source, paths, config, progress)
+            except OSError as error:
+                where = error.filename or f"data.source {source.source!r}"
+                raise DataError(f"{where}: cannot be read: {error.strerror or error}") from error
+            parts.append(part)
+    faults.raise_all()
     _check_distinct_parts(parts)
     return Corpus(tuple(parts), vocabulary)
 
 
-def check_distinct(config: DataConfig, files: Sequence[Sequence[Path]]) -> None:
-    """Check that no file is there twice: held out once, it could be trained on the other time.
+def distinct_files(config: DataConfig) -> list[list[Path]]:
+    """The files of every source, each once.
 
-    Args:
-        config: the sources.
-        files: what each names.
+    A file that is there twice could be held out the one time and trained on the other. A link to
+    another source's, or a copy, is a fault; a copy that data.duplicates drops is left out.
 
     Raises:
-        DataError: naming a file and where it is again, or one that cannot be read.
+        DataError: naming every file that is wrong, missing or there again.
     """
+    files, faults = [], Faults()
+    for source in config.parts:
+        with faults.collected():
+            files.append(files_of(source))
+    faults.raise_all()
     try:
-        _check_distinct(config, files)
+        dropped = _copies(config, files, faults)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+    faults.raise_all()
+    kept = [[path for path in paths if path not in dropped] for paths in files]
+    for source, paths in zip(config.parts, kept, strict=True):
+        with faults.collected():
+            if not paths:
+                raise DataError(
+                    f"data.sources: all files of {source.source!r} are copies of others; leave the "
+                    "source out"
+                )
+    faults.raise_all()
+    return kept
 
 
-def _check_distinct(config: DataConfig, files: Sequence[Sequence[Path]]) -> None:
-    """By inode, and by content.
+def _copies(config: DataConfig, files: Sequence[Sequence[Path]], faults: Faults) -> set[Path]:
+    """The copies to be dropped, found by inode and by content; the others are faults.
 
     Copies are found by size first, then by their ends, so that only true ones are read whole.
     """
@@ -153,37 +169,55 @@ def _check_distinct(config: DataConfig, files: Sequence[Sequence[Path]]) -> None
         for path in paths:
             stat = path.stat()
             other = seen.setdefault((stat.st_dev, stat.st_ino), number)
-            if other != number:
-                raise DataError(
-                    f"data.sources: {path} is in source {other + 1} and in source {number + 1}; "
-                    "name it in one"
-                )
-            if stat.st_size >= SMALLEST_COPY:
-                alike.setdefault(stat.st_size, []).append((path, number))
+            with faults.collected():
+                if other != number:
+                    raise DataError(
+                        f"data.sources: {path} is in source {other + 1} and in source "
+                        f"{number + 1}; name it in one"
+                    )
+                if stat.st_size >= SMALLEST_COPY:
+                    alike.setdefault(stat.st_size, []).append((path, number))
+    dropped: set[Path] = set()
     for size, candidates in alike.items():
         if len(candidates) > 1:
-            _check_no_copy(config, size, candidates)
+            dropped |= _copies_among(config, size, candidates, faults)
+    return dropped
 
 
-def _check_no_copy(config: DataConfig, size: int, files: Sequence[tuple[Path, int]]) -> None:
-    """Check that files of one size, each with its source's number, differ."""
+def _copies_among(
+    config: DataConfig, size: int, files: Sequence[tuple[Path, int]], faults: Faults
+) -> set[Path]:
+    """See `_copies`, of files of one size, each with its source's number."""
     alike: dict[bytes, list[tuple[Path, int]]] = {}
+    dropped: set[Path] = set()
     for path, number in files:
         with path.open("rb") as stream:
             ends = stream.read(COMPARED_BYTES)
             stream.seek(max(0, size - COMPARED_BYTES))
             ends = hashlib.sha256(ends + stream.read(COMPARED_BYTES)).digest()
         others = alike.setdefault(ends, [])
-        for other, source in others:
-            # What of the standard library is twice there is in the numbers of its sweeps.
-            fixed = source == number and config.parts[number].source == PYTHON_STDLIB
-            if not fixed and filecmp.cmp(path, other, shallow=False):
+        # What of the standard library is twice there is in the numbers of its sweeps.
+        is_stdlib = config.parts[number].source == PYTHON_STDLIB
+        first = next(
+            (
+                (other, source)
+                for other, source in others
+                if not (is_stdlib and source == number) and filecmp.cmp(path, other, shallow=False)
+            ),
+            None,
+        )
+        if first is None:
+            others.append((path, number))
+        elif config.duplicates == "drop":
+            dropped.add(path)
+        else:
+            with faults.collected():
                 raise DataError(
-                    f"data.source: {path} in source {number + 1} is a copy of {other} in source "
-                    f"{source + 1}: what is held out of one would be trained on in the other; "
-                    "leave one out"
+                    f"data.source: {path} in source {number + 1} is a copy of {first[0]} in source "
+                    f"{first[1] + 1}: what is held out of one would be trained on in the other; "
+                    'leave one out, or set data.duplicates = "drop"'
                 )
-        others.append((path, number))
+    return dropped
 
 
 def _check_distinct_parts(parts: Sequence[Part]) -> None:
@@ -214,7 +248,11 @@ def _part(
             indivisible = SHORT_OF_LINES if source.kind == "text" else SHORT_OF_DOCUMENTS
     else:
         if source.kind == "tokens":
-            shards = [open_shard(path, source) for path in paths]
+            shards, faults = [], Faults()
+            for path in paths:
+                with faults.collected():
+                    shards.append(open_shard(path, source))
+            faults.raise_all()
             files, digest, found = [*shards], "", _same_type(shards)
             digest = found.digest
         else:

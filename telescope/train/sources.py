@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from telescope.errors import DataError
+from telescope.errors import DataError, Faults
 from telescope.train.config import PYTHON_STDLIB, SourceConfig
 from telescope.train.content import bom_bytes, check_content, is_checked, nul_error
 
@@ -29,6 +29,8 @@ NOT_TEXT = {
 }
 """Suffixes whose files would train on something else than their text, if they were read as text."""
 TEXT_CHUNK = 1 << 18
+LOOKED_ON = 1 << 24
+"""Bytes of a JSONL file that are read after a line that is wrong, for others like it."""
 LONGEST_LINE = 1 << 16
 """A text file is cut at the end of a line, or after so many bytes without one."""
 
@@ -58,17 +60,23 @@ def files_of(source: SourceConfig) -> list[Path]:
     if source.source == PYTHON_STDLIB:
         return _stdlib_files()
     found: dict[Any, Path] = {}
+    faults = Faults()
     for pattern in source.patterns:
-        for path in _matches(pattern):
+        paths: list[Path] = []
+        with faults.collected():
+            paths = _matches(pattern)
+        for path in paths:
             if source.kind == "tokens" and path.suffix == ".idx":
                 path = path.with_suffix(".bin")
-            _check_suffix(path, source)
-            try:
-                stat = path.stat()
-                check_content(path, source)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-            found.setdefault((stat.st_dev, stat.st_ino), path.resolve())
+            with faults.collected():
+                _check_suffix(path, source)
+                try:
+                    stat = path.stat()
+                    check_content(path, source)
+                except OSError as error:
+                    raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+                found.setdefault((stat.st_dev, stat.st_ino), path.resolve())
+    faults.raise_all()
     return list(found.values())
 
 
@@ -125,7 +133,7 @@ def passages(
         DataError: with the file and the place in it.
     """
     offset = 0
-    for path in files:
+    for number, path in enumerate(files):
         try:
             if source.kind == "text":
                 yield from _text(path, offset, cuts, is_checked(source))
@@ -136,6 +144,25 @@ def passages(
             offset += path.stat().st_size
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except DataError as error:
+            if source.kind == "jsonl":
+                _look_on(source, files[number + 1 :], error)
+            raise
+
+
+def _look_on(source: SourceConfig, files: Sequence[Path], error: DataError) -> None:
+    """Raise what is wrong in further files together with what has been found; if they are small."""
+    faults, left = Faults(), LOOKED_ON
+    with faults.collected():
+        raise error
+    for path in files:
+        left -= path.stat().st_size
+        if left < 0:
+            break
+        with faults.collected():
+            for _ in _jsonl(path, 0, source.field):
+                pass
+    faults.raise_all()
 
 
 def _text(path: Path, offset: int, cuts: Sequence[float], checked: bool) -> Iterator[Passage]:
@@ -181,10 +208,18 @@ def _jsonl(path: Path, offset: int, field: str) -> Iterator[Passage]:
     """One document per line."""
     start = offset
     with path.open("rb") as stream:
+        faults, last = Faults(), start + LOOKED_ON  # moved on until there is a fault
         for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield Passage(start, _field_of(line, f"{path}:{number}", field))
+            with faults.collected():
+                text = _field_of(line, f"{path}:{number}", field) if line.strip() else None
+                if text is not None and not faults:
+                    yield Passage(start, text)
             start += len(line)
+            if not faults:
+                last = start + LOOKED_ON
+            elif start > last:
+                break
+        faults.raise_all()
 
 
 def _field_of(line: bytes, where: str, field: str) -> str:
