@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from telescope.sweep import Finished
+    from telescope.finished import Finished
     from telescope.transfer.settings import Transfer
     from telescope.transfer.shapes import Shapes
 
@@ -374,7 +374,7 @@ def open(sweep: str | Path, results: str | Path = "results") -> Sweep:
         SpecError: there is no such sweep.
         ResumeError: its files or its store cannot be read.
     """
-    from telescope.sweep import open_result
+    from telescope.finished import open_result
 
     return Sweep(open_result(sweep, Path(results)))
 

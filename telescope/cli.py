@@ -268,9 +268,10 @@ def run(
     # A batch system ends a job with SIGTERM: leave as on Ctrl-C, with everything kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from telescope.answer import transfer as transfer_ladder
+    from telescope.finished import open_result
     from telescope.report.live import make_view
     from telescope.report.tables import print_answer
-    from telescope.sweep import Options, open_result
+    from telescope.sweep import Options
     from telescope.sweep import run as run_sweep
 
     options = Options(results, workers, dispatcher, ray_address, storage, check, accept_trainer)

@@ -75,14 +75,24 @@ def check_comparable(
     return {TEXTS: texts, "comparable_if_equal": kept, "fingerprint": fingerprint}
 
 
-def differences(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def is_data_seen(records: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Tell whether telescope saw what all sweeps were measured on; `records` as below."""
+    return all(record["comparable_if_equal"].get(DATA_HASH) for record in records.values())
+
+
+def differences(
+    records: Mapping[str, Mapping[str, Any]], *, of_unseen: bool = False
+) -> dict[str, dict[str, Any]]:
     """Compare the training of several sweeps, and refuse those whose losses say nothing together.
 
     Losses on other data, or per another tokenizer's token, are of other kinds. So are those of
-    trainers that telescope does not see, unless all that it knows of them is the same.
+    trainers that telescope does not see, as far as it knows, unless all that it knows of them is
+    the same.
 
     Args:
         records: name of a sweep → its `spec.json`.
+        of_unseen: take the losses of trainers that telescope does not see for comparable; whoever
+            asks has to say that nobody checked it.
 
     Returns:
         Key → sweep → value, of all else that differs in what was trained.
@@ -97,15 +107,15 @@ def differences(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
         unlike = [key for key in keys if fields[first].get(key) != fields[other].get(key)]
         of_data = [key for key in unlike if key.startswith("data")]
         is_seen = all(fields[name].get(DATA_HASH) for name in (first, other))
-        if of_data or (unlike and not is_seen):
+        if of_data or (unlike and not is_seen and not of_unseen):
             shown = ", ".join(
                 f"{key} is {fields[first].get(key)} and {fields[other].get(key)}"
                 for key in of_data or unlike
             )
             unseen = "" if is_seen else "; telescope does not see what another trainer measures on"
             raise RefusedError(
-                f"{first} and {other}: their losses cannot be compared: {shown}{unseen}; make a "
-                "report of each"
+                f"{first} and {other}: their losses cannot be compared: {shown}{unseen}; look "
+                "at each by itself"
             )
     keys = sorted({key for table in fields.values() for key in table})
     values = {key: {name: table.get(key) for name, table in fields.items()} for key in keys}

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from telescope.answer import certificate_of
 from telescope.catalog import find_result
+from telescope.comparing import differences, is_data_seen
 from telescope.dispatch.folder import DATABASE_FILE, Folder
-from telescope.errors import RefusedError, TelescopeError
+from telescope.errors import TelescopeError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.memory import Memory, code_of
 from telescope.records import Axis, Certificate, Point, Result, Status, Trial
@@ -27,6 +28,7 @@ from telescope.transfer.settings import at_horizon
 
 if TYPE_CHECKING:
     from telescope.dispatch.store import Store
+    from telescope.ladder.portrait import Portrait
 
 
 def ladder_memory(folder: Folder) -> Memory:
@@ -136,6 +138,13 @@ class Finished:
         self.memory.keep()
         return certificate
 
+    @cached_property
+    def portrait(self) -> Portrait:
+        """The data of the figures."""
+        portrait = self.ladder.portrait()
+        self.memory.keep()
+        return portrait
+
     @property
     def rule_checked(self) -> bool:
         """Whether a coordinate check of this very training has passed."""
@@ -226,13 +235,6 @@ def summary(path: Path, results: Path, now: float) -> dict[str, Any]:
     }
 
 
-SAME_DATA = (
-    *("data (hash)", "data.tokenizer (hash)", "data.held_out", "data.eval_tokens"),
-    "data.sources.weight",
-)
-"""What has to be equal for the losses of two sweeps to be of the same thing."""
-
-
 def compare(sweeps: Sequence[str], results: Path) -> dict[str, Any]:
     """Several sweeps side by side, in the keys of `compare --json`.
 
@@ -241,20 +243,9 @@ def compare(sweeps: Sequence[str], results: Path) -> dict[str, Any]:
         SpecError, ResumeError: there is no such sweep, or it cannot be read.
     """
     opened = [open_result(sweep, results) for sweep in sweeps]
-    trained = [finished.folder.read_spec()["comparable_if_equal"] for finished in opened]
-    for key in SAME_DATA:
-        values = [fields.get(key) for fields in trained]
-        if any(value != values[0] for value in values):
-            shown = ", ".join(f"{n} {v}" for n, v in zip(sweeps, values, strict=True))
-            raise RefusedError(
-                f"{' and '.join(sweeps)}: losses cannot be compared: {key} differs ({shown})"
-            )
-    keys = sorted({key for fields in trained for key in fields})
-    differing = {
-        key: [fields.get(key) for fields in trained]
-        for key in keys
-        if any(fields.get(key) != trained[0].get(key) for fields in trained)
-    }
+    records = {name: of.folder.read_spec() for name, of in zip(sweeps, opened, strict=True)}
+    unlike = differences(records, of_unseen=True)
+    differing = {key: [of.get(name) for name in sweeps] for key, of in unlike.items()}
     rows = []
     for finished in opened:
         certificate, point = finished.certificate, finished.target_point()
@@ -269,5 +260,4 @@ def compare(sweeps: Sequence[str], results: Path) -> dict[str, Any]:
                 "over_target": finished.cost()["over_target"],
             }
         )
-    is_foreign = any(finished.spec.model is None for finished in opened)
-    return {"sweeps": rows, "differing": differing, "data_seen": not is_foreign}
+    return {"sweeps": rows, "differing": differing, "data_seen": is_data_seen(records)}

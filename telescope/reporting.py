@@ -8,11 +8,11 @@ from pathlib import Path
 
 from telescope.answer import transfer
 from telescope.catalog import bundled_sweeps
-from telescope.comparing import DATA_HASH, differences
+from telescope.comparing import differences, is_data_seen
 from telescope.errors import SpecError, TelescopeError
 from telescope.files import write_atomic
+from telescope.finished import Finished, open_result
 from telescope.report.page import Shown, render
-from telescope.sweep import Finished, open_result
 from telescope.train.coordcheck_verdict import CoordCheck
 from telescope.transfer.settings import Transfer
 
@@ -59,8 +59,8 @@ def page_of(sweeps: Sequence[Finished]) -> str:
     names = _names(sweeps)
     records = {name: sweep.folder.read_spec() for name, sweep in names.items()}
     unlike = differences(records)
-    seen = all(record["comparable_if_equal"].get(DATA_HASH) for record in records.values())
-    return render([_shown(name, sweep) for name, sweep in names.items()], unlike, seen=seen)
+    shown = [_shown(name, sweep) for name, sweep in names.items()]
+    return render(shown, unlike, seen=is_data_seen(records))
 
 
 def _names(sweeps: Sequence[Finished]) -> dict[str, Finished]:

@@ -20,8 +20,9 @@ from test_ray_tune import Stages
 from telescope import Spec
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.queue import LINE_LENGTH, Queue, Trainer, attempt
+from telescope.finished import open_result
 from telescope.records import CurvePoint, Point, Result, Status, Trial
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, run
 from telescope.train import loop
 
 TRIAL = Trial(32, Point.of(lr=0.01), 0)

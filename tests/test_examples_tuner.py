@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from telescope import Ladder, Spec
-from telescope.sweep import open_result
+from telescope.finished import open_result
 
 EXAMPLE = ROOT / "examples" / "tuner"
 

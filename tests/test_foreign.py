@@ -20,11 +20,12 @@ from test_cli import telescope as in_process
 from telescope import Ladder, Spec
 from telescope.dispatch.sources import read_source
 from telescope.errors import ResumeError, SpecError
+from telescope.finished import open_result
 from telescope.foreign import Foreign
 from telescope.planning import make_plan
 from telescope.records import Status
 from telescope.report.live import View, make_view
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, run
 
 TELESCOPE = [sys.executable, "-m", "telescope"]
 BOWL = """

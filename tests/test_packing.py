@@ -24,10 +24,11 @@ from telescope.dispatch.packing import Packer, choose_size
 from telescope.dispatch.packs import Limit, Pack, Packs
 from telescope.dispatch.queue import Order, Queue
 from telescope.errors import SpecError, StoreError
+from telescope.finished import open_result
 from telescope.machine import pack_size
 from telescope.records import Point, Result, Status, Trial
 from telescope.report.live import View, make_view
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, run
 from telescope.train.probe import PackProbe
 
 

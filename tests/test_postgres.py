@@ -20,8 +20,9 @@ from faults import answers, formula, quiet, run_fast, spec_of
 from telescope import Spec
 from telescope.dispatch import store
 from telescope.errors import ResumeError, StoreError
+from telescope.finished import open_result
 from telescope.records import CurvePoint, Result, Status, Trial
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, run
 from telescope.train import loop
 
 PASSWORD = "a-secret-of-the-test"

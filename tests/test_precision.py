@@ -20,13 +20,14 @@ from torch import nn
 from telescope.cli import main
 from telescope.dispatch.folder import Folder
 from telescope.errors import ResumeError, SpecError
+from telescope.finished import open_result
 from telescope.planning import make_plan
 from telescope.prepare import prepare
 from telescope.records import Point, Trial
 from telescope.report.live import PlainView
 from telescope.settle import settled
 from telescope.spec import Spec
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, run
 from telescope.train import choose
 from telescope.train.choose import Measured
 from telescope.train.config import OptimizerConfig, TrialConfig

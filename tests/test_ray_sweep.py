@@ -10,8 +10,9 @@ from conftest import tiny_spec
 from rich.console import Console
 
 from telescope import Spec
+from telescope.finished import open_result
 from telescope.report.live import make_view
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 

@@ -25,13 +25,15 @@ from telescope import open as telescope_open
 from telescope.comparing import differences
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError, SpecError
+from telescope.finished import Finished, open_result
 from telescope.ladder.ladder import Ladder
 from telescope.records import Axis, CurvePoint, LadderSpec, Point, Result, Status
 from telescope.report.figures import as_svg, draw_excess
 from telescope.report.page import HIDDEN, SECTIONS
 from telescope.report.svg import inline
+from telescope.report.verdict import describe_certificate
 from telescope.reporting import page_of, write_report
-from telescope.sweep import Finished, Options, open_result, recorded, run
+from telescope.sweep import Options, recorded, run
 from telescope.train.coordcheck_verdict import CoordCheck
 
 QUICKSTART = ROOT / "results" / "reference" / "quickstart"
@@ -168,7 +170,9 @@ def test_the_quickstarts_report_says_what_show_says(quickstart: Finished, page: 
         assert f"{value:.4g}" in said
     for interval in certificate.intervals.values():
         assert interval is None or f"90 %: {interval[0]:.3g} to {interval[1]:.3g}" in said
-    assert f"{certificate.predicted_excess_loss:.2%}" in said
+    assert f"{100 * certificate.predicted_excess_loss:.2f}\u00a0%" in said
+    verdict = describe_certificate(certificate, quickstart.spec.ladder.tolerance)
+    assert verdict.partition(":")[0] in said
     for axis in quickstart.ladder.spec.swept:
         label = {"lr": "learning rate", "weight_decay": "weight decay"}[axis.name]
         assert f"optimum of {label} against width, with the target" in found.figures
@@ -202,10 +206,22 @@ def flat(trial: Trial) -> float:
 FIGURES = ("optimum", "excess", "contours", "training", "cost")
 KINDS: dict[str, tuple[dict[str, Any], dict[str, int], str]] = {
     # what is swept → figures of each kind, and words of the answer
-    "nothing": ({"stop": 0}, {"optimum": 0, "excess": 0, "training": 0}, "NO ANSWER YET"),
-    "two trials": ({"stop": 2}, {"optimum": 0, "excess": 1, "contours": 0}, "NO ANSWER YET"),
-    "unfinished": ({"stop": 13}, {"optimum": 1, "contours": 0}, "NOT FINISHED: this is what width"),
-    "all diverged": ({"loss": lambda _: None}, {"optimum": 0, "excess": 1}, "STUCK: no answer"),
+    "nothing": (
+        {"stop": 0},
+        {"optimum": 0, "excess": 0, "training": 0},
+        "None yet: no stage",
+    ),
+    "two trials": (
+        {"stop": 2},
+        {"optimum": 0, "excess": 1, "contours": 0},
+        "None yet: no stage",
+    ),
+    "unfinished": (
+        {"stop": 13},
+        {"optimum": 1, "contours": 0},
+        "From width 16 alone so far: ",
+    ),
+    "all diverged": ({"loss": lambda _: None}, {"optimum": 0, "excess": 1}, "None: stuck"),
     "some diverged": (
         {"loss": lambda t: bowl(t) if t.lr < 0.25 else None},
         {"optimum": 1},
@@ -215,7 +231,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, int], str]] = {
     "paper": (
         {"ladder": {"widths": [16, 32], "policy": "paper"}},
         {"optimum": 1, "excess": 2},
-        "NOT CONFIRMED: policy paper",
+        "Not proven: policy paper gives no interval",
     ),
     "one fixed axis, losses below 0": (
         {"axes": {"lr": LR, "weight_decay": {"value": 0.25}}, "loss": lambda t: bowl(t) - 9},

@@ -23,8 +23,9 @@ from test_cli import telescope
 from telescope import Spec
 from telescope.dispatch import store
 from telescope.errors import ResumeError, StoreError, TelescopeError
+from telescope.finished import open_result
 from telescope.records import Result, Trial
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, run
 from telescope.train import loop
 
 TRIALS = 9

@@ -20,12 +20,13 @@ from telescope.answer import transfer
 from telescope.checking import write_check
 from telescope.dispatch.folder import Folder
 from telescope.errors import RefusedError, ResumeError, SpecError
+from telescope.finished import open_result
 from telescope.ladder.ladder import Ladder, replay
 from telescope.prepare import prepare
 from telescope.records import Point, Result, Trial
 from telescope.report.live import PlainView, View, make_view
 from telescope.report.tables import show_as_json
-from telescope.sweep import Options, Recorder, open_result, run
+from telescope.sweep import Options, Recorder, run
 from telescope.train import loop
 from telescope.train.coordcheck import Extent, coordinate_check
 

@@ -28,8 +28,8 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from telescope import Ladder, Spec
 from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
+from telescope.finished import open_result
 from telescope.records import Choice
-from telescope.sweep import open_result
 from telescope.tune import GATE, TelescopeSearch, _Gate
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test

@@ -111,6 +111,11 @@ class Ladder:
         ours = [result for stage in self.stages for result in self.results(stage)]
         return ours + [result for result in self.given if result.trial not in self._asked]
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that its decisions, certificates and figures depend on."""
+        return self._state().content
+
     def results(self, stage: Stage) -> list[Result]:
         """The results of a stage so far, in the order of its trials."""
         return self._state().results(stage)
@@ -152,9 +157,10 @@ class Ladder:
         Args:
             width: the width to predict; left out, the spec's target.
         """
-        from telescope.ladder.portrait import portrait  # as late as a policy
+        from telescope.ladder.portrait import Portrait, portrait  # as late as a policy
 
-        return portrait(self._state(), width or self.spec.target)
+        state, width = self._state(), width or self.spec.target
+        return self._recall(Portrait, (state.content, width), lambda: portrait(state, width))
 
     def _state(self) -> State:
         given = tuple(result.trial for result in self.given)

@@ -16,7 +16,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telescope.ladder.certificate import USABLE
 from telescope.ladder.portrait import Portrait, WidthPortrait
 from telescope.markup import table, text
 from telescope.records import Axis, Trial
@@ -39,9 +38,10 @@ from telescope.report.figures import (
 from telescope.report.live import describe_seconds
 from telescope.report.svg import inline
 from telescope.report.toml import as_toml
+from telescope.report.verdict import caveat, confirming, heading_of, percent
 
 if TYPE_CHECKING:
-    from telescope.sweep import Finished
+    from telescope.finished import Finished
     from telescope.train.coordcheck_verdict import CoordCheck
     from telescope.transfer.settings import Transfer
 
@@ -69,7 +69,7 @@ class Shown:
     @cached_property
     def portrait(self) -> Portrait:
         """The data of its figures."""
-        return self.finished.ladder.portrait()
+        return self.finished.portrait
 
     @cached_property
     def curves(self) -> Curves:
@@ -200,31 +200,21 @@ def _comparison(
     )
 
 
-def verdict_of(finished: Finished) -> tuple[str, str]:
-    """A sweep's verdict: its class (pass, warn or fail), and in words."""
-    ladder, certificate = finished.ladder, finished.certificate
-    if ladder.stuck:
-        return "fail", "STUCK: no answer"
-    if not ladder.choices:
-        return "warn", "NO ANSWER YET: no stage has finished"
-    if not ladder.is_finished:
-        width = ladder.choices[-1].width
-        return "warn", f"NOT FINISHED: this is what width {width} says so far"
-    if certificate is None:
-        why = f"policy {finished.spec.ladder.policy} says nothing of how sure it is"
-        return "warn", f"NOT CONFIRMED: {why}"
-    if certificate.verdict == "PASS":
-        return "pass", "CONFIRMED: use it"
-    if certificate.verdict == "FAIL":
-        return "fail", "DO NOT USE: the results contradict it"
-    is_usable = certificate.excess_bound <= USABLE * finished.spec.ladder.tolerance
-    return "warn", "USABLE, NOT CONFIRMED" if is_usable else "NOT CONFIRMED: a start, no answer"
+def _verdict(finished: Finished) -> tuple[str, str]:
+    """A sweep's verdict: its class (pass, warn or fail), and in the screens' words."""
+    if finished.ladder.stuck:
+        return "fail", _capital(caveat(finished))
+    certificate = finished.certificate
+    if (but := caveat(finished)) or certificate is None:
+        return "warn", _capital(but)
+    kind = {"PASS": "pass", "FAIL": "fail"}.get(certificate.verdict, "warn")
+    return kind, heading_of(certificate, finished.spec.ladder.tolerance)
 
 
 def _answer(page: Page, shown: Shown) -> str:
     """The card: settings, verdict, expected excess, what to do next."""
     finished, spec = shown.finished, shown.finished.spec
-    kind, words = verdict_of(finished)
+    kind, words = _verdict(finished)
     parts = [f'<p class="verdict {kind}">{text(words)}</p>']
     if finished.ladder.stuck:
         parts.append(f"<p>{text(_sentence(finished.ladder.stuck))}</p>")
@@ -263,8 +253,8 @@ def _expected_excess(finished: Finished) -> str:
     bound, goal = certificate.excess_bound, finished.spec.ladder.tolerance
     return _fact(
         "expected excess loss",
-        f"{certificate.predicted_excess_loss:.2%}",
-        f"at most {bound:.2%} with 90 %; goal {goal:.2%}",
+        _unbroken(percent(certificate.predicted_excess_loss)),
+        _unbroken(f"at most {percent(bound)} with 90 %; goal {percent(goal)}"),
     )
 
 
@@ -288,6 +278,8 @@ def _next_steps(shown: Shown) -> str:
                 f"<li>{text(_unbroken(problem))}</li>" for problem in certificate.problems
             )
             parts.append(f'<p>{title}:</p><ul class="todo">{items}</ul>')
+        if confirm := confirming(finished):
+            parts.append(f"<p>To confirm it: <code>{text(confirm)}</code></p>")
     command, why = shown.run_command, "goes on with it"
     if ladder.is_finished:
         command = f"telescope transfer {shlex.quote(str(finished.folder.path))}"
@@ -298,7 +290,11 @@ def _next_steps(shown: Shown) -> str:
 
 def _sentence(words: str) -> str:
     """The words with a capital and a full stop."""
-    return words[:1].upper() + _unbroken(words[1:]) + "." * (not words.endswith("."))
+    return _capital(_unbroken(words)) + "." * (not words.endswith("."))
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _unbroken(words: str) -> str:

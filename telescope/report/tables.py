@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from telescope.ladder.assumed import USABLE
 from telescope.records import Certificate, Choice, Status, as_json
 from telescope.report.live import describe_seconds
+from telescope.report.verdict import WORDS, caveat, confirming, describe_certificate, percent
 
 if TYPE_CHECKING:
     from telescope.finished import Finished
@@ -266,23 +264,18 @@ def _files_in(folder: Path) -> str:
 
 def _answer(finished: Finished, facts: Mapping[str, Any]) -> str:
     """The answer for the target in a sentence, as sure as it is."""
-    ladder, target = finished.ladder, facts["target"]
+    ladder, target, but = finished.ladder, facts["target"], caveat(finished)
     if ladder.stuck:
-        return f"none: stuck: {ladder.stuck}"
+        return f"{but}: {ladder.stuck}"
     if not ladder.choices:
-        return "none yet: no stage has finished"
+        return but
     tuned = {axis.name for axis in finished.spec.ladder_spec.swept}
     values = ", ".join(
         f"{axis} {value:.4g}{'' if axis in tuned else ' (not tuned)'}"
         for axis, value in target["point"].items()
     )
     text = f"width {target['width']}: {values} (base-width units)"
-    if not ladder.is_finished:
-        width = ladder.choices[-1].width
-        return f"{text}, from width {width} alone so far: the sweep has not finished"
-    if finished.certificate is None:
-        return f"{text}, not proven: policy {finished.spec.ladder.policy} gives no interval"
-    return text
+    return f"{text}, {but}" if but else text
 
 
 def _planned(planned: Mapping[str, float] | None) -> str:
@@ -293,60 +286,7 @@ def _planned(planned: Mapping[str, float] | None) -> str:
     return f" (planned {low:.2f} to {high:.2f}, {expected:.2f} expected)"
 
 
-HEADINGS = {"PASS": "CONFIRMED", "FAIL": "DO NOT USE"}
 STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
-
-
-def describe_certificate(certificate: Certificate, goal: float) -> str:
-    """A verdict in words that say whether the answer can be used.
-
-    Args:
-        certificate: the verdict.
-        goal: the excess loss that will do, as a share of the loss: `ladder.tolerance`.
-    """
-    excess, bound = certificate.predicted_excess_loss, certificate.excess_bound
-    is_usable = bound <= USABLE * goal
-    unproven = "USABLE, NOT CONFIRMED" if is_usable else "A START, NOT YET AN ANSWER"
-    return (
-        f"{HEADINGS.get(certificate.verdict, unproven)}: expect about {_percent(excess)} worse "
-        f"than the best setting at width {certificate.width}, at most {_percent(bound)} with 90 % "
-        f"(goal {_percent(goal)})"
-    )
-
-
-def _percent(share: float) -> str:
-    """A share of the loss, with a space as people write it.
-
-    >>> _percent(0.0021), _percent(0.00004)
-    ('0.21 %', '0.004 %')
-    """
-    return f"{100 * share:.2f} %" if share >= 0.0005 else f"{100 * share:.1g} %"
-
-
-def confirming(finished: Finished) -> str | None:
-    """The command that trains what would confirm an answer; None where none is sure to help.
-
-    A width more, or the widths that were left out: not where an axis has to be changed first.
-    """
-    certificate, ladder, spec = finished.certificate, finished.ladder, finished.spec
-    if certificate is None or certificate.verdict != "WARN" or not ladder.is_finished:
-        return None
-    swept = [axis.name for axis in spec.ladder_spec.swept]
-    if ladder.choices[-1].at_edge or any(certificate.intervals[name] is None for name in swept):
-        return None
-    widths, wider = list(spec.ladder.widths), 2 * spec.ladder.widths[-1]
-    sets = ["ladder.until=proven"] if ladder.skipped else []
-    if not ladder.skipped and wider <= spec.target.width and spec.trainer is None:
-        # One more round at the new width has to be within the budget too.
-        each = ladder.spec.cost(wider) / finished.target_flops
-        need = finished.cost()["over_target"] + max(4, len(swept) + 2) * each
-        sets = [f"ladder.widths={[*widths, wider]}"]
-        if need > spec.budget.max_over_target:
-            sets.append(f"budget.max_over_target={math.ceil(need * 10) / 10:g}")
-    if not sets or (spec.rule != "mup"):
-        return None
-    options = " ".join(f"--set {shlex.quote(text)}" for text in sets)
-    return f"telescope run {shlex.quote(str(finished.folder.path))} {options}"
 
 
 def print_certificate(
@@ -472,10 +412,6 @@ def _print_groups(console: Console, groups: Sequence[Mapping[str, Any]]) -> None
     _print_table(console, columns, expendable=("count", "output ×", "init std"))
 
 
-WORDS = {"PASS": "confirmed", "WARN": "not confirmed", "FAIL": "do not use"}
-"""A verdict in a table's cell."""
-
-
 def print_sweeps(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print what `ls` lists: one row per sweep."""
     ages = [row["age_seconds"] for row in rows]
@@ -519,7 +455,7 @@ def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
         },
         "answer": [_point(row) for row in rows],
         "verdict": [WORDS.get(row["verdict"], "–") for row in rows],
-        "expected excess": ["–" if share is None else _percent(share) for share in excess],
+        "expected excess": ["–" if share is None else percent(share) for share in excess],
         "cost": [_number(row["over_target"], ".2f") for row in rows],
     }
     narrow = [f"loss at {width}" for width in widths[:-1]]

@@ -1,0 +1,91 @@
+"""A sweep's verdict in words, the same on the screens and in the report."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from typing import TYPE_CHECKING
+
+from telescope.ladder.assumed import USABLE
+from telescope.records import Certificate
+
+if TYPE_CHECKING:
+    from telescope.finished import Finished
+
+HEADINGS = {"PASS": "CONFIRMED", "FAIL": "DO NOT USE"}
+WORDS = {"PASS": "confirmed", "WARN": "not confirmed", "FAIL": "do not use"}
+"""A verdict in a table's cell."""
+
+
+def caveat(finished: Finished) -> str:
+    """The reason why a sweep has no answer, or one that no certificate is for; "" without one."""
+    ladder = finished.ladder
+    if ladder.stuck:
+        return "none: stuck"
+    if not ladder.choices:
+        return "none yet: no stage has finished"
+    if not ladder.is_finished:
+        width = ladder.choices[-1].width
+        return f"from width {width} alone so far: the sweep has not finished"
+    if finished.certificate is None:
+        return f"not proven: policy {finished.spec.ladder.policy} gives no interval"
+    return ""
+
+
+def heading_of(certificate: Certificate, goal: float) -> str:
+    """A verdict in a few words that say whether the answer can be used.
+
+    Args:
+        certificate: the verdict.
+        goal: the excess loss that will do, as a share of the loss: `ladder.tolerance`.
+    """
+    is_usable = certificate.excess_bound <= USABLE * goal
+    unproven = "USABLE, NOT CONFIRMED" if is_usable else "A START, NOT YET AN ANSWER"
+    return HEADINGS.get(certificate.verdict, unproven)
+
+
+def describe_certificate(certificate: Certificate, goal: float) -> str:
+    """A verdict with what its answer costs; see `heading_of`."""
+    excess, bound = certificate.predicted_excess_loss, certificate.excess_bound
+    return (
+        f"{heading_of(certificate, goal)}: expect about {percent(excess)} worse than the best "
+        f"setting at width {certificate.width}, at most {percent(bound)} with 90 % "
+        f"(goal {percent(goal)})"
+    )
+
+
+def percent(share: float) -> str:
+    """A share of the loss, with a space as people write it.
+
+    >>> percent(0.0021), percent(0.00004)
+    ('0.21 %', '0.004 %')
+    """
+    return f"{100 * share:.2f} %" if share >= 0.0005 else f"{100 * share:.1g} %"
+
+
+def confirming(finished: Finished) -> str | None:
+    """The command that trains what would confirm an answer; None where none is sure to help.
+
+    A width more, or the widths that were left out: not where an axis has to be changed first.
+    """
+    certificate, ladder, spec = finished.certificate, finished.ladder, finished.spec
+    if certificate is None or certificate.verdict != "WARN" or not ladder.is_finished:
+        return None
+    if not (spec.trainer or spec.model):  # a program that asks and tells trains it
+        return None
+    swept = [axis.name for axis in spec.ladder_spec.swept]
+    if ladder.choices[-1].at_edge or any(certificate.intervals[name] is None for name in swept):
+        return None
+    widths, wider = list(spec.ladder.widths), 2 * spec.ladder.widths[-1]
+    sets = ["ladder.until=proven"] if ladder.skipped else []
+    if not ladder.skipped and wider <= spec.target.width and spec.trainer is None:
+        # One more round at the new width has to be within the budget too.
+        each = ladder.spec.cost(wider) / finished.target_flops
+        need = finished.cost()["over_target"] + max(4, len(swept) + 2) * each
+        sets = [f"ladder.widths={[*widths, wider]}"]
+        if need > spec.budget.max_over_target:
+            sets.append(f"budget.max_over_target={math.ceil(need * 10) / 10:g}")
+    if not sets or (spec.rule != "mup"):
+        return None
+    options = " ".join(f"--set {shlex.quote(text)}" for text in sets)
+    return f"telescope run {shlex.quote(str(finished.folder.path))} {options}"
