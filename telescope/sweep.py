@@ -28,12 +28,11 @@ from telescope.dispatch.outcome import latest_row
 from telescope.dispatch.packs import Packs
 from telescope.dispatch.queue import Trainer
 from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
-from telescope.finished import Finished as Finished
 from telescope.finished import Kept, given_trials, ladder_memory
-from telescope.finished import open_result as open_result
 from telescope.foreign import Foreign, Told
 from telescope.ladder.ladder import Ladder, replay
 from telescope.machine import check_numbered_device, gpus, pack_size, takes_any_gpu, workers
+from telescope.memory import code_of
 from telescope.prepare import (
     Prepared,
     check_compiler,
@@ -90,7 +89,7 @@ class Recorder:
     costs: tuple[float, float] | None = None
     """The least and the most that the plan says all trials can cost, in the ladder's unit."""
     is_changed: bool = True
-    """Whether table and figure may say something else than those that are there."""
+    """Whether the table may say something else than the one that is there."""
 
     def __post_init__(self) -> None:
         """Prepare what progress needs, which is asked for twice per trial."""
@@ -194,13 +193,9 @@ class Recorder:
         """Leave table and heartbeat as they are at the end of a run."""
         self.running.clear()
         self.folder.tidy(_ended(self.known))
-        if self.has_to_write("trials.csv"):
+        if self.is_changed or not (self.folder.path / "trials.csv").is_file():
             self.write_table()
         self.beat(state)
-
-    def has_to_write(self, file: str) -> bool:
-        """Whether a file for people is missing, or not what it would be now."""
-        return self.is_changed or not (self.folder.path / file).is_file()
 
     def beat(self, state: str) -> Progress:
         """Write the heartbeat; returns what it says."""
@@ -380,14 +375,22 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
 
 
 def _draw(recorder: Recorder, spec: Spec) -> None:
-    """Write the figure of the optimum and of the excess loss."""
-    if not recorder.has_to_write("loss.png"):
-        return
-    from telescope.report.figures import write_loss_figure
+    """Write the figure of the optimum and of the excess loss, unless it is there as it would be."""
+    path, memory = recorder.folder.path / "loss.png", recorder.store.memory
+    title = f"{spec.name}: rule {spec.rule or 'not stated'}, policy {spec.ladder.policy}"
 
-    rule = spec.rule or "not stated"
-    title = f"{spec.name}: rule {rule}, policy {spec.ladder.policy}"
-    write_loss_figure(recorder.folder.path / "loss.png", recorder.ladder, title)
+    def draw() -> bool:
+        from telescope.report.figures import write_loss_figure
+
+        write_loss_figure(path, recorder.ladder, title)
+        return True
+
+    code = code_of("report/figures", libraries=("matplotlib",))
+    of = ("loss.png", recorder.ladder.content, title, code)
+    memory.recall(bool, of, draw, only_latest=True)
+    if not path.is_file():  # somebody has taken it away
+        draw()
+    memory.keep()
 
 
 @contextmanager

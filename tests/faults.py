@@ -33,13 +33,14 @@ import pandas as pd
 from conftest import tiny_spec
 from rich.console import Console
 
-from telescope import Spec, sweep
+from telescope import Spec
 from telescope.answer import transfer
 from telescope.files import write_atomic
+from telescope.finished import open_result
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.report.live import View, make_view
 from telescope.report.tables import show_as_json
-from telescope.sweep import Options, open_result, run
+from telescope.sweep import Options, run
 from telescope.train import fused, loop
 
 STARTS = "starts.log"
@@ -86,7 +87,7 @@ def run_fast(place: Path, tables: dict[str, Any]) -> None:
         patch.object(loop, "train", fast),
         patch.object(fused, "train_pack", fast_pack),
         patch.object(fused, "obstacle", lambda config, trial: ""),
-        patch.object(sweep, "write_loss_figure", scribble),
+        patch("telescope.report.figures.write_loss_figure", scribble),
     ):
         run(Spec.from_dict(spec_of(place, **tables)), options, quiet)
 

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -17,7 +18,9 @@ from telescope.finished import Finished, open_result
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.state import Move
 from telescope.memory import Memory, code_of, is_self_contained
-from telescope.records import Certificate, Choice, LadderSpec, Point, Stage, Status, Trial
+from telescope.records import Certificate, Choice, LadderSpec, Point, Result, Stage, Status, Trial
+from telescope.spec import Spec
+from telescope.sweep import recorded
 
 TRIAL = Trial(32, Point.of(lr=0.1, weight_decay=1e-9), 3)
 MOVES = [
@@ -121,15 +124,56 @@ def test_the_code_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_sweep_is_the_same_from_memory(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = open_result(sweep, sweep.parent)
-    by_fit = slow.certificate
+    by_fit, drawn = slow.certificate, slow.portrait
     monkeypatch.setattr("telescope.ladder.ladder._policy", None)
+    monkeypatch.setattr("telescope.ladder.portrait.portrait", None)
     monkeypatch.setattr("telescope.dispatch.store.Store", None)
     quick = open_result(sweep, sweep.parent)
     assert isinstance(quick.certificate, Certificate)
     assert quick.certificate == by_fit
+    assert repr(quick.portrait) == repr(drawn)  # NaN beyond a wall equals itself
     assert quick.results == slow.results
     for name in ("stages", "choices", "skipped", "stuck", "given", "known", "is_finished"):
         assert getattr(quick.ladder, name) == getattr(slow.ladder, name), name
+
+
+def test_the_figure_is_drawn_anew_where_it_would_be_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def draw(path: Path, ladder: Ladder, title: str) -> None:
+        drawn.append(len(ladder.known))
+        path.write_bytes(b"a figure")
+
+    monkeypatch.setattr("telescope.report.figures.write_loss_figure", draw)
+    tables: dict[str, Any] = {
+        "name": "told",
+        "ladder": {"widths": [16]},
+        "target": {"width": 32},
+        "axes": {"lr": {"low": 0.01, "high": 1.0, "points": 5}},
+        "cost": {"parameters": {"16": 256, "32": 1024}},
+        "budget": {"max_over_target": 20.0},
+    }
+
+    def go_on(tell: bool = True) -> int:
+        drawn.clear()
+        with recorded(Spec.from_dict(tables), tmp_path) as recorder:
+            while tell and (trials := recorder.ask()):
+                for trial in trials:
+                    loss = 2 + math.log2(trial.lr / 0.1) ** 2 / 40
+                    recorder.tell(Result(trial, Status.COMPLETE, loss=loss))
+        return len(drawn)
+
+    assert go_on() == 1
+    assert go_on() == 0, "it is there as it would be"
+    (tmp_path / "told" / "loss.png").unlink()
+    assert go_on() == 1
+    monkeypatch.setattr("telescope.sweep.code_of", lambda *rooms, libraries: "a new version")
+    assert go_on() == 1
+    assert go_on() == 0
+    tables["axes"]["lr"]["high"] = 4.0
+    assert go_on(tell=False) == 1, "the same results, another axis"
 
 
 def test_what_changes_the_answer_is_not_remembered(sweep: Path) -> None:
@@ -157,7 +201,7 @@ def test_a_folder_that_cannot_be_written_is_read(sweep: Path) -> None:
 
 def test_a_ladder_without_memory_decides_alike(sweep: Path) -> None:
     kept = open_result(sweep, sweep.parent).ladder
-    plain = Ladder(kept.spec)
+    plain = Ladder(kept.spec, given=kept.given)
     results = {result.trial: result for result in kept.known}
     while trials := plain.ask():
         for trial in trials:
