@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from telescope.answer import certificate_of
 from telescope.catalog import find_result
-from telescope.comparing import differences, is_data_seen
 from telescope.dispatch.folder import DATABASE_FILE, Folder
 from telescope.errors import TelescopeError
 from telescope.ladder.ladder import Ladder, replay
@@ -242,6 +241,8 @@ def compare(sweeps: Sequence[str], results: Path) -> dict[str, Any]:
         RefusedError: their losses are of other data, or are measured otherwise.
         SpecError, ResumeError: there is no such sweep, or it cannot be read.
     """
+    from telescope.comparing import differences, is_data_seen  # it knows trainers, and torch
+
     opened = [open_result(sweep, results) for sweep in sweeps]
     records = {name: of.folder.read_spec() for name, of in zip(sweeps, opened, strict=True)}
     unlike = differences(records, of_unseen=True)

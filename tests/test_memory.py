@@ -179,7 +179,7 @@ def test_the_figure_is_drawn_anew_where_it_would_be_another(
 def test_what_changes_the_answer_is_not_remembered(sweep: Path) -> None:
     assert open_result(sweep, sweep.parent).certificate
     record = json.loads((sweep / "spec.json").read_text())
-    for key, value in (("tolerance", 0.02), ("until", "proven"), ("widths", [32, 64])):
+    for key, value in (("tolerance", 0.02), ("until", "proven"), ("widths", [32, 64, 128, 256])):
         changed = json.loads(json.dumps(record))
         changed["spec"]["ladder"][key] = value
         (sweep / "spec.json").write_text(json.dumps(changed))
