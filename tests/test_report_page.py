@@ -217,7 +217,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, int], str]] = {
         "None yet: no stage",
     ),
     "unfinished": (
-        {"stop": 13},
+        {"stop": 11},
         {"optimum": 1, "contours": 0},
         "From width 16 alone so far: ",
     ),

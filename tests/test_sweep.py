@@ -304,7 +304,7 @@ def test_compute_reaches_ray(
     assert given == {
         **{"workers": 3, "cpus": 2, "gpus": 0.5, "address": "head:6379"},
         **{"threads": 2, "device": "cpu", "timeout": 7.5, "by_width": None, "logs": None},
-        **{"takes_any_gpu": False},
+        **{"takes_any_gpu": False, "session": None},
     }
 
 

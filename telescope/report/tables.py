@@ -84,19 +84,17 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
     columns = _stage_columns(plan["stages"])
     _print_table(console, columns, expendable=("of which optimizer", "tokens"))
     target, seconds = plan["target"], plan["seconds"]
-    console.print(f"target     width {target['width']}, {_target_facts(target)}", highlight=False)
+    _print_item(console, "target", f"width {target['width']}, {_target_facts(target)}")
     _print_planned_cost(console, plan)
     about = "" if seconds["estimate"] is None else "about "
-    console.print(
-        f"time       {about}{describe_seconds(seconds['estimate'])} ({seconds['basis']})",
-        highlight=False,
-    )
+    time = f"{about}{describe_seconds(seconds['estimate'])} ({seconds['basis']})"
+    _print_item(console, "time", time)
     for key, value in plan.get("auto", {}).items():
-        console.print(f"auto       {key}: {value}", highlight=False)
+        _print_item(console, "auto", f"{key}: {value}")
     if note := plan.get("data", {}).get("note"):
-        console.print(f"data       {note}", style="yellow", soft_wrap=True)
+        _print_item(console, "data", note, "yellow")
     for note in plan.get("notes", ()):
-        console.print(f"note       {note}", style="yellow", soft_wrap=True)
+        _print_item(console, "note", note, "yellow")
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
 
@@ -136,15 +134,15 @@ def _print_planned_cost(console: Console, plan: Mapping[str, Any]) -> None:
     """Print the sweep's cost next to the target run's, and between what it may lie."""
     adaptive = plan["policy"] == "adaptive"
     flops = _number(plan["sweep_flops"], unit=" FLOPs: ") if plan["sweep_flops"] else ""
-    console.print(
-        f"cost       {flops}{plan['sweep_over_target']:.2f} target runs"
-        + (" expected" if adaptive else "")
-    )
+    expected = " expected" if adaptive else ""
+    _print_item(console, "cost", f"{flops}{plan['sweep_over_target']:.2f} target runs{expected}")
     if adaptive:
         low, high = plan["range"]["best"], plan["range"]["worst"]
-        console.print(
-            f"           {low:.2f} at best, {high:.2f} at worst; what is expected assumes a plain "
-            "bowl and little noise"
+        _print_item(
+            console,
+            "",
+            f"{low:.2f} at best, {high:.2f} at worst; what is expected is the middle of three "
+            "simulated sweeps",
         )
 
 
@@ -319,13 +317,17 @@ def print_certificate(
 
 LABEL = 10
 """Characters of the label that begins a line of an answer."""
+GLUE = "\ue000"
+"""Keeps a number and its per cent on one line: a no-break space is a space to rich."""
 
 
 def _print_item(console: Console, label: str, text: str, style: str | None = None) -> None:
     """A labelled line, its continuation indented under the text."""
-    first, *rest = Text(text).wrap(console, max(console.width - LABEL - 1, SENTENCE))
+    whole = Text(text.replace(" %", f"{GLUE}%"))
+    first, *rest = whole.wrap(console, max(console.width - LABEL - 1, SENTENCE))
     for start, line in [(label, first), *(("", line) for line in rest)]:
-        console.print(f"{start:{LABEL}} {line.plain.rstrip()}", style=style, soft_wrap=True)
+        shown = line.plain.rstrip().replace(GLUE, " ")
+        console.print(f"{start:{LABEL}} {shown}", style=style, soft_wrap=True)
 
 
 def _counts(choice: Choice) -> str:
