@@ -178,10 +178,11 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
         console.print(
             f"the steepest of each kind of {len(check.slopes)} quantities; --json has all"
         )
-    console.print(
-        "slope      of log2 size against log2 width ± its standard error, after the surest step; "
-        f"FAIL where it is beyond ±{check.threshold:g} by two errors, uncertain where those reach "
-        "across it"
+    _print_item(
+        console,
+        "slope",
+        "of log2 size against log2 width ± its standard error, after the surest step; FAIL where "
+        f"it is beyond ±{check.threshold:g} by two errors, uncertain where those reach across it",
     )
     if check.unwatched:
         console.print(
@@ -196,7 +197,8 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
 
 def _slope_of(check: CoordCheck, name: str) -> str:
     slope = check.slopes[name]
-    return "–" if slope is None else f"{slope:+.2f} ± {check.errors[name]:.2f}"
+    # Rounded first, so that none is shown as -0.00.
+    return "–" if slope is None else f"{round(slope, 2) + 0.0:+.2f} ± {check.errors[name]:.2f}"
 
 
 def _verdict_on(check: CoordCheck, name: str) -> str:
