@@ -305,7 +305,8 @@ def test_an_optimum_outside_extends_the_window_with_new_cells_only() -> None:
     ladder = run(outside, spec)
     base = ladder.stages[0]
     assert base.grid["lr"][:5] == pytest.approx([2**-6, 2**-5, 2**-4, 2**-3, 2**-2])
-    assert base.grid["lr"][5:] == pytest.approx([2**-1, 2**0], rel=1e-5)
+    # One step and three beyond the range; then a mark between them, near the optimum.
+    assert base.grid["lr"][5:] == pytest.approx([2**-1, 2**0, 2**1], rel=1e-5)
     assert max(trial.lr for trial in base.trials) > 2**-2
     assert len(base.trials) == len(set(base.trials))
     assert any("look above" in reason for reason in base.rounds)
@@ -315,7 +316,8 @@ def test_an_optimum_outside_extends_the_window_with_new_cells_only() -> None:
 def test_extending_ends_and_says_so() -> None:
     spec = LadderSpec((Axis("lr", 2**-6, 2**-2, 5), Axis("weight_decay", 0.1, 0.1, 1)), (32,))
     ladder = run(lambda t: Result(t, Status.COMPLETE, loss=3 - 0.1 * math.log2(t.lr)), spec)
-    assert len(ladder.stages[0].grid["lr"]) == 5 + 3 * 2
+    beyond = [2.0 ** (-2 + steps) for steps in (1, 3, 7, 15)]
+    assert ladder.stages[0].grid["lr"][5:] == pytest.approx(beyond, rel=1e-4)
     assert ladder.choices[0].at_edge == ("lr",)
     assert "may lie outside" in ladder.choices[0].reason
 

@@ -71,7 +71,7 @@ def test_without_a_coordinate_check_two_widths_do_not_prove_the_rule() -> None:
     assert certificate.verdict == "WARN"
     (problem,) = certificate.problems
     assert 'ladder.until = "proven"' in problem
-    proven = run(surface(2, noise=0.001), replace(ESSENTIAL, until_proven=True))
+    proven = run(surface(2, noise=0.001, drift=0.2), replace(ESSENTIAL, until_proven=True))
     assert len(proven.stages) > len(ladder.stages)
     assert certify(proven, rule_checked=False).verdict == "PASS"
 

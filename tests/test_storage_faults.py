@@ -215,7 +215,7 @@ def test_a_bug_in_the_program_is_a_line_too(place: Path, monkeypatch: pytest.Mon
     def broken(*_: Any) -> None:
         raise RuntimeError("unforeseen\nand long")
 
-    monkeypatch.setattr("telescope.report.status.list_sweeps", broken)
+    monkeypatch.setattr("telescope.catalog.list_results", broken)
     done = telescope("ls", cwd=place)
     expected = "telescope: a bug in telescope: RuntimeError: unforeseen; --debug shows where\n"
     assert (done.returncode, done.stderr) == (2, expected)

@@ -169,7 +169,7 @@ def test_a_failed_certificate_says_why(options: list[str], place: Path) -> None:
         assert answer["certificate"]["problems"][0] in done.stderr
         assert answer["lr"] > 0
     else:
-        assert "verdict    FAIL" in given
+        assert "verdict    DO NOT USE" in given
 
 
 def test_a_run_of_another_length_is_assumed_to_be_no_other(place: Path) -> None:

@@ -18,8 +18,18 @@ def read_status(sweep: str | Path, results: Path) -> dict[str, Any]:
         SpecError: there is no such sweep.
     """
     folder = Folder(find_result(sweep, results))
-    heartbeat = folder.read_status() or {"name": folder.path.name, "state": "interrupted"}
+    heartbeat = folder.read_status() or {}
+    if not _is_whole(heartbeat):
+        heartbeat = {"name": folder.path.name, "state": "interrupted"}
     return {**dict.fromkeys(KEYS), **heartbeat}
+
+
+def _is_whole(heartbeat: dict[str, Any]) -> bool:
+    """Tell whether a heartbeat has what is told of it; one that does not is no news."""
+    words, numbers = ("name", "state"), ("done", "total", "stage", "stages", "width", "running")
+    return all(isinstance(heartbeat.get(key), str) for key in words) and all(
+        isinstance(heartbeat.get(key), int) for key in numbers
+    )
 
 
 def describe_status(state: dict[str, Any]) -> str:
