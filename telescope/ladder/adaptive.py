@@ -144,17 +144,15 @@ def _decide(view: View) -> Move:
         return move
     if reason := _out_of_reach(view):
         return _close(view, reason, ends=True)
-    rest = _rest_of_the_ladder(view)
-    ending, widening = _is_good_enough(view), _should_widen(view, rest)
-    giving_up = _should_give_up(view)
-    if ending or widening or giving_up:
+    ending = _is_good_enough(view)
+    rest = [] if ending else _rest_of_the_ladder(view)
+    widening = None if ending else _should_widen(view, rest)
+    if reason := ending or widening or _should_give_up(view):
         if move := _grow(view, *_repeats(view)):
             return move
         next_width = _next_width(view)
         goes_on = next_width is not None and bool(view.state.given_at(next_width))
-        if ending:
-            return _close(view, ending, ends=not goes_on)
-        return _close(view, widening or giving_up or "", ends=not (widening or goes_on))
+        return _close(view, reason, ends=not (widening or goes_on))
     best = _next_round(view, rest)
     if move := _grow(
         view, _with(stage, best), best, "these say most about the optimum at the target"

@@ -39,22 +39,14 @@ class Pick:
     """Nats that the predicted excess loss at the target would fall by, picks before it counted."""
 
 
-def pick(
-    surface: Surface,
-    options: Sequence[Candidates],
-    wanted: Array,
-    count: int,
-    *,
-    enough: float = 0.0,
-) -> list[Pick]:
+def pick(surface: Surface, options: Sequence[Candidates], wanted: Array, count: int) -> list[Pick]:
     """Choose trials greedily by gain per cost; each counts what those before it will have said.
 
     Args:
         surface: the fit.
         options: one per width.
         wanted: (draws, k) what is not known: the square of its length is what it costs, in nats.
-        count: how many to choose at most; none twice.
-        enough: share of what is not known that may be left: fewer are chosen where they leave less.
+        count: how many to choose; none twice.
     """
     predicted = [_losses(surface, option) for option in options]
     losses = np.concatenate([values for values, _ in predicted], axis=1)
@@ -65,10 +57,9 @@ def pick(
     wanted = wanted - wanted.mean(axis=0)
     together = losses.T @ losses / len(losses)
     says = wanted.T @ losses / len(losses)
-    unknown = at_first = float((wanted**2).sum(axis=1).mean())
     picks: list[Pick] = []
     left = np.ones(len(cost), dtype=bool)
-    while len(picks) < count and left.any() and unknown > enough * at_first:
+    while len(picks) < count and left.any():
         gain = np.where(left, (says**2).sum(axis=0) / (np.diagonal(together) + error), 0.0)
         worth = np.where(left, gain / cost, -1.0)
         # Rounded, so that cells which a reflection swaps tie, whatever the order of the sums.
@@ -77,7 +68,6 @@ def pick(
         left[best] = False
         option = int(owner[best])
         picks.append(Pick(options[option].width, best - int(start[option]), float(gain[best])))
-        unknown -= float(gain[best])
         row, total = together[best].copy(), together[best, best] + error[best]
         says = says - np.outer(says[:, best], row) / total
         together = together - np.outer(row, row) / total

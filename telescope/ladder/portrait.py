@@ -225,12 +225,8 @@ class _Fit:
         return width in self.surface.data.seen
 
     def losses(self, width: int, places: Array) -> Array:
-        """(n,) nats: the expected losses at places (n, k); see `Surface.loss_at`."""
-        surface = self.surface
-        lowest = surface.data.losses[surface.data.widths == width].min()
-        level = surface.levels(width).mean()
-        shape = surface.basis.shapes(places) @ surface.polynomials(width).mean(0)
-        losses: Array = self.unit * (lowest + level + shape)
+        """(n,) nats: the expected losses at places (n, k)."""
+        losses: Array = self.unit * self.surface.losses_at(width, places)
         return losses
 
     def lowest(self, width: int) -> float:

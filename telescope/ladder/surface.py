@@ -139,7 +139,6 @@ class _Posterior:
     A hypothesis is one of `drift.HYPOTHESES`; a setting is noise, misfit and share of the bend.
     """
 
-    hypotheses: Sequence[Law]
     columns: Array
     """(hypotheses, n, columns)."""
     covariance: Array
@@ -191,14 +190,14 @@ def _weigh(
     log_evidence += prior + np.log([h.prior for h in hypotheses])[:, None]
     weights = np.exp(log_evidence - log_evidence.max())
     weights /= weights.sum()
-    return _Posterior(hypotheses, columns, covariance, weights, noise, misfit, variances[number])
+    return _Posterior(columns, covariance, weights, noise, misfit, variances[number])
 
 
-def _probable(scales: Array, guess: _Posterior) -> Array:
-    """The scales of noise that a first guess has not ruled out, each with its neighbours."""
-    by_scale = guess.weights.sum(0).reshape(len(scales), -1).sum(1)
+def _probable_scales(guess: _Posterior) -> Array:
+    """Those of `NOISE_SCALES` that a first guess has not ruled out, each with its neighbours."""
+    by_scale = guess.weights.sum(0).reshape(len(NOISE_SCALES), -1).sum(1)
     likely = np.flatnonzero(by_scale > NEGLIGIBLE * by_scale.max())
-    kept: Array = scales[max(0, likely[0] - 1) : likely[-1] + 2]
+    kept: Array = NOISE_SCALES[max(0, likely[0] - 1) : likely[-1] + 2]
     return kept
 
 
@@ -246,10 +245,9 @@ class Surface:
         self.centre = self.origin
         self.curvature = spread / (frame.span / 4) ** 2
         least = self.curvature * LEAST_CURVATURE
-        scales = NOISE_SCALES
         for _ in range(ITERATIONS):
             self.basis = self._basis_at(spread, height)
-            posterior = _weigh(self.basis, data, FIRST_GUESS, scales=scales, bends=BENDS[1:2])
+            posterior = _weigh(self.basis, data, FIRST_GUESS, bends=BENDS[1:2])
             mean = posterior.mean(above)
             law = FIRST_GUESS[int(posterior.weights.sum(1).argmax())]
             shape = self.basis.polynomial(data.seen[-1], law) @ mean
@@ -258,7 +256,7 @@ class Surface:
             at_base = self.basis.polynomial(frame.widths[0], law) @ mean
             self.curvature = np.maximum(at_base[k : 2 * k], least)
         self.basis = self._basis_at(spread, height)
-        posterior = _weigh(self.basis, data, scales=_probable(scales, posterior))
+        posterior = _weigh(self.basis, data, scales=_probable_scales(posterior))
         of_hypothesis = posterior.weights.sum(1)
         self.law_weights = of_hypothesis.reshape(len(LAWS), -1).sum(1)
         self.deepening = float(of_hypothesis @ [h.deepening for h in HYPOTHESES])
@@ -376,11 +374,16 @@ class Surface:
         levels: Array = self._coefficients[:, self.frame.widths.index(width)]
         return levels
 
+    def losses_at(self, width: int, places: Array) -> Array:
+        """(n,) nats: the expected losses at places (n, k) and a width that was measured."""
+        lowest = self.data.losses[self.data.widths == width].min()
+        draws = self.basis.shapes(places) @ self.polynomials(width).T + self.levels(width)
+        losses: Array = lowest + draws.mean(axis=1)
+        return losses
+
     def loss_at(self, width: int, place: Array) -> float:
         """Nats: the expected loss at a place and a width that was measured."""
-        lowest = self.data.losses[self.data.widths == width].min()
-        shape = self.polynomials(width) @ self.basis.shapes(place[None])[0]
-        return float(lowest + (self.levels(width) + shape).mean())
+        return float(self.losses_at(width, place[None])[0])
 
     def joins(self, width: int, one: Array, other: Array, level: float) -> bool:
         """Tell whether a path joins two places on which no expected loss is above a level.
@@ -398,9 +401,7 @@ class Surface:
             for a, b in zip(low - margin, high + margin, strict=True)
         ]
         grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
-        lowest = self.data.losses[self.data.widths == width].min()
-        losses = self.polynomials(width).mean(0) @ self.basis.shapes(grid).T
-        losses += lowest + self.levels(width).mean()
+        losses = self.losses_at(width, grid)
         sizes = [len(axis) for axis in axes]
         start, end = (
             np.unravel_index(int(((grid - place) ** 2).sum(1).argmin()), sizes)

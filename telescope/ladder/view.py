@@ -188,15 +188,12 @@ class View:
         """The swept axes whose optimum the results do not show."""
         return [self.spec.swept[number].name for number in self.held]
 
-    def picks(
-        self, options: Mapping[int, Sequence[Point]], count: int, *, enough: float = 0.0
-    ) -> list[PickedPoint]:
+    def picks(self, options: Mapping[int, Sequence[Point]], count: int) -> list[PickedPoint]:
         """The trials that say most about the target per cost, best first.
 
         Args:
             options: width → points that may be asked for.
-            count: how many at most.
-            enough: share of the predicted excess that may be left.
+            count: how many.
         """
         given = {width: points for width, points in options.items() if points}
         if not given:
@@ -206,7 +203,6 @@ class View:
             [self._as_candidates(*item) for item in given.items()],
             self._wanted,
             count,
-            enough=enough,
         )
         return [PickedPoint(p.width, given[p.width][p.index], p.gain / self.loss) for p in chosen]
 
