@@ -1,4 +1,4 @@
-"""How long a person waits for a screen, as a multiple of `python -c "import torch"`.
+"""Time that a person waits for a screen, as a multiple of `python -c "import torch"`.
 
     python benchmarks/screens.py [--first-trial]
 

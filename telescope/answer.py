@@ -31,7 +31,7 @@ FIND_YOUR_RULE = (
 )
 
 UNCONFIRMED = "the answer will not be confirmed: {}"
-"""What `plan` and `run` say before a budget is spent; the blank is `rule_problem`'s."""
+"""The line of `plan` and `run` before a budget is spent; the blank is `rule_problem`'s."""
 
 UNKNOWN_STEPS = (
     "weight_decay is as swept: trainer.steps does not say how many steps the trials had; for a run "

@@ -231,7 +231,7 @@ class Ladder:
 
     @property
     def _state(self) -> str:
-        """How far it is, in words."""
+        """Its progress, in words."""
         if self.stuck:
             return f"stuck: {self.stuck}"
         if self._ladder.is_finished:
@@ -267,12 +267,12 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where its results are."""
+        """The folder of its results."""
         return self._finished.folder.path
 
     @property
     def spec(self) -> Spec:
-        """What was swept."""
+        """The spec that was swept."""
         return self._finished.spec
 
     @property
@@ -299,12 +299,12 @@ class Sweep:
 
     @property
     def certificate(self) -> Certificate | None:
-        """How sure the answer for the spec's target is; None under policy `paper`."""
+        """The verdict on the answer for the spec's target; None under policy `paper`."""
         return self._finished.certificate
 
     @property
     def cost(self) -> Mapping[str, Any]:
-        """What it cost, in the keys of `show --json`."""
+        """Its cost, in the keys of `show --json`."""
         return self._finished.cost()
 
     def transfer(
@@ -315,7 +315,7 @@ class Sweep:
         shapes: Shapes | str | Path | None = None,
         fold_readout: bool = False,
     ) -> Transfer:
-        """What to use at a width, as `telescope transfer` says; see `Ladder.transfer`."""
+        """The settings at a width, as `telescope transfer` has them; see `Ladder.transfer`."""
         return transfer(
             self.spec,
             self._finished.ladder,

@@ -98,7 +98,7 @@ class Faults:
             self._found.update(dict.fromkeys(error.faults))
 
     def __len__(self) -> int:
-        """How many have been found."""
+        """The number found so far."""
         return len(self._found)
 
     def raise_all(self) -> None:

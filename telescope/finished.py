@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def ladder_memory(folder: Folder) -> Memory:
-    """What the ladder of a sweep decided before, on the same results, under the same code."""
+    """Earlier decisions of a sweep's ladder, on the same results, under the same code."""
     code = code_of("ladder", "records", "dispatch/store", "memory", libraries=("numpy",))
     return Memory(folder.memory_file, code)
 
@@ -128,11 +128,11 @@ class Finished:
     planned: Mapping[str, float] | None
     """Best, expected and worst cost that the plan gave, in target runs."""
     memory: Memory = field(default_factory=lambda: Memory(None, ""), compare=False)
-    """What was decided before; whoever has asked for more than before lets it `keep` that."""
+    """Earlier decisions; whoever has asked for more than before lets it `keep` that."""
 
     @cached_property
     def certificate(self) -> Certificate | None:
-        """What the ladder says of the target; None where its policy says nothing."""
+        """The ladder's verdict on the target; None where its policy has none."""
         certificate = certificate_of(self.spec, self.ladder, rule_checked=self.rule_checked)
         self.memory.keep()
         return certificate
@@ -146,7 +146,7 @@ class Finished:
 
     @property
     def rule_checked(self) -> bool:
-        """Whether a coordinate check of this very training has passed."""
+        """Tell whether a coordinate check of this very training has passed."""
         check = self.folder.read_check() or {}
         same = check.get("fingerprint") == self.folder.read_spec()["fingerprint"]
         return same and check.get("verdict") == "PASS"
@@ -171,7 +171,7 @@ class Finished:
         return spent
 
     def cost(self) -> dict[str, Any]:
-        """What all stored trials cost, and what was planned, in the keys of `show --json`."""
+        """The cost of all stored trials, and the plan's, in the keys of `show --json`."""
         flops = sum(result.flops for result in self.results)
         return {
             "flops": (flops or None) if self.spec.cost else flops,

@@ -31,11 +31,11 @@ FIXED_BY_VERSION = {
     *("__future__", "abc", "collections", "dataclasses", "enum", "functools", "itertools", "math"),
     *("operator", "typing", "numpy", "torch", "mup"),
 }
-"""What a model file may import for its text and the libraries' versions to say all that it does."""
+"""Modules of which a model file's text and the libraries' versions say all: it may import them."""
 
 
 class Memory:
-    """What was made before by one version of the code, in one JSON file."""
+    """Values that one version of the code has made, in one JSON file."""
 
     def __init__(self, path: Path | None, code: str) -> None:
         """Read the file, if there is one.
@@ -52,7 +52,7 @@ class Memory:
     def recall(
         self, kind: object, of: object, make: Callable[[], Made], *, only_latest: bool = False
     ) -> Made:
-        """What `make` makes, from memory where it was made before.
+        """The value that `make` makes, from memory where it was made before.
 
         Args:
             kind: the type of what is made, of records and plain values; `Move | None` too.
@@ -89,7 +89,7 @@ class Memory:
 
 
 def made_before(kind: object, of: object, make: Callable[[], Made], *, code: str) -> Made:
-    """What `make` makes, from the user's cache folder where it was made before.
+    """The value that `make` makes, from the user's cache folder where it was made before.
 
     Args:
         kind: see `Memory.recall`.
@@ -108,7 +108,7 @@ def made_before(kind: object, of: object, make: Callable[[], Made], *, code: str
 
 
 def of_model(kind: object, model: ModelConfig, of: object, make: Callable[[], Made]) -> Made:
-    """What `make` makes of a model file, as `made_before`, if its text says all that it builds.
+    """The value that `make` makes of a model file, as `made_before`, if its text says all of it.
 
     Args:
         kind: see `Memory.recall`.
@@ -149,7 +149,7 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
 
 
 def _read(path: Path, code: str) -> dict[str, Any]:
-    """What this code made; nothing where the file is missing, damaged or another code's."""
+    """The values of this code; none where the file is missing, damaged or another code's."""
     with suppress(OSError, ValueError, RecursionError):
         data = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(data, dict) and data.get("code") == code and isinstance(data["made"], dict):
@@ -159,7 +159,7 @@ def _read(path: Path, code: str) -> dict[str, Any]:
 
 @functools.cache
 def code_of(*rooms: str, libraries: tuple[str, ...]) -> str:
-    """What identifies code: its text and its libraries' versions; empty where it cannot be read.
+    """A digest of code: its text and its libraries' versions; empty where it cannot be read.
 
     Args:
         rooms: folders of this package, all of whose modules count, or single modules.

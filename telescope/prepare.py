@@ -201,7 +201,7 @@ def count_costs(spec: Spec) -> Counted:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What a model file turned out to be."""
+    """Facts of a built model file."""
 
     costs: dict[int, StepCost]
     target_cost: StepCost

@@ -112,7 +112,7 @@ def _check(sweep: Finished) -> tuple[CoordCheck | None, str]:
 
 
 def _run_command(sweep: Finished) -> str:
-    """What runs the sweep: its bundled name, or a file with the spec that the report holds.
+    """The command that runs the sweep: its bundled name, or a file with the spec of the report.
 
     "" where telescope does not train it: a program that asks and tells does.
     """

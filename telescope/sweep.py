@@ -89,7 +89,7 @@ class Recorder:
     costs: tuple[float, float] | None = None
     """The least and the most that the plan says all trials can cost, in the ladder's unit."""
     is_changed: bool = True
-    """Whether the table may say something else than the one that is there."""
+    """Tell whether the table may differ from the one that is there."""
 
     def __post_init__(self) -> None:
         """Prepare what progress needs, which is asked for twice per trial."""

@@ -1,4 +1,4 @@
-"""What is remembered: the same as what was made, for as long as what it was made of is the same."""
+"""Memory gives what was made, for as long as what it was made of stays the same."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_a_function_can_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Interrupt(tune.Callback):  # type: ignore[misc]
-    """What Ctrl-C does, once, after some trials."""
+    """Interrupt as Ctrl-C does, once, after some trials."""
 
     def __init__(self, mark: Path, after: int = 3) -> None:
         self.mark, self.after = mark, after

@@ -113,7 +113,7 @@ class Folder:
 
     @property
     def memory_file(self) -> Path:
-        """What the fits of this sweep decided, kept so that no verb need make them again."""
+        """The decisions of this sweep's fits, kept so that no verb need make them again."""
         return self.path / MEMORY_FILE
 
     @property
@@ -164,7 +164,7 @@ class Folder:
         write_atomic(self.path / "curves" / f"{result.trial}.csv", text.getvalue(), durable=False)
 
     def read_curve(self, trial: Trial) -> tuple[CurvePoint, ...]:
-        """What `write_curve` wrote of a trial; empty where there is none, or none to be read."""
+        """The curve that `write_curve` wrote of a trial; empty where none can be read."""
         path = self.path / "curves" / f"{trial}.csv"
         try:
             rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))

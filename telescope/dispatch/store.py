@@ -110,7 +110,7 @@ class Store:
         )
 
     def _is_log(self, width: int, axis: str, value: float) -> bool:
-        """Whether an axis is log-spaced in a width's study: as its first trial has it.
+        """Tell whether an axis is log-spaced in a width's study: as its first trial has it.
 
         Optuna refuses a study in which the same parameter is so in one trial and not in another.
         """
@@ -197,7 +197,7 @@ def _range(axis: Axis | None, value: float, *, is_log: bool) -> FloatDistributio
 
 
 def _attributes(result: Result, unshown: Mapping[str, float]) -> dict[str, Any]:
-    """What of a result is no parameter and no value. Each attribute costs a few queries: few.
+    """The facts of a result besides its parameters and value. Each costs a few queries: few.
 
     Args:
         result: the result.

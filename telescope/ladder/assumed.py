@@ -1,11 +1,11 @@
-"""What is taken to be alike in the sweep and at the target, where nothing measures it."""
+"""Assumptions on what is alike in the sweep and at the target, where nothing measures it."""
 
 from __future__ import annotations
 
 USABLE = 5.0
 """Tolerances that an answer may cost at most and be called usable without a proof."""
 FIND_THE_RULE = "run `telescope check`, and see optimizer.rule"
-"""What to do about an optimum that keeps moving, where telescope trains the model itself."""
+"""Advice on an optimum that keeps moving, where telescope trains the model itself."""
 ALIKE = ("depth", "batch size", "steps", "data", "schedule")
 """Names of all that is taken to be the same at every width and at the target."""
 

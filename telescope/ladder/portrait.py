@@ -45,9 +45,9 @@ class Spot:
     width: int
     value: float
     interval: tuple[float, float] | None
-    """Where the optimum lies with 90 %; None where nothing says so."""
+    """The range that holds the optimum with 90 %; None where there is none."""
     is_measured: bool
-    """Whether a loss of this width is in the fit; else it is predicted."""
+    """A loss of this width is in the fit; else it is predicted."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class WidthPortrait:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there is a fit at this width."""
+        """Tell whether there is a fit at this width."""
         return bool(self.curves)
 
 
@@ -139,13 +139,13 @@ class Portrait:
     ceilings: Mapping[str, float]
     """Axis → the excess up to which a figure along it shows its bottom well."""
     is_share: bool
-    """Whether excess is in per cent of the loss; in the loss's own unit where that is about 0."""
+    """Excess is in per cent of the loss; else, where the loss is about 0, in its own unit."""
     unfitted: str
-    """Why there is no fit; "" where there is one."""
+    """The reason for having no fit; "" where there is one."""
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the numbers come from a fit."""
+        """Tell whether the numbers come from a fit."""
         return not self.unfitted
 
     def describe_excess(self, excess: float) -> str:
@@ -196,7 +196,7 @@ def portrait(state: State, target: int) -> Portrait:
 
 @dataclass(frozen=True)
 class _Excess:
-    """What losses of one width lie above its lowest, in the figures' unit."""
+    """The excess of one width's losses over its lowest, in the figures' unit."""
 
     lowest: float
     scale: float
@@ -239,7 +239,7 @@ class _Fit:
 
 
 def _unfitted(closed: State) -> str:
-    """Why closed stages have no fit."""
+    """The reason for which closed stages have no fit."""
     if not closed.spec.swept:
         return "no axis is swept: there is nothing to fit"
     if closed.spec.policy == "paper":
@@ -258,7 +258,7 @@ def _by_width(state: State) -> dict[int, list[Result]]:
 def _lowest(
     fit: _Fit | None, width: int, results: Sequence[Result], choice: Choice | None
 ) -> float:
-    """What the excess of a width is counted from: the fit's lowest, else the choice's, else any."""
+    """The loss that a width's excess is counted from: the fit's lowest, the choice's, or any."""
     if fit and fit.has(width):
         return fit.lowest(width)
     losses = [r.loss for r in results if r.loss is not None]

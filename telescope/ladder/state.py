@@ -15,7 +15,7 @@ class Memory(Protocol):
     """Remembers what was made of a state, so that a replay need not make it again."""
 
     def recall(self, kind: object, of: object, make: Callable[[], Made]) -> Made:
-        """What `make` makes, a value of the type `kind`, of the content of `of`."""
+        """The value of the type `kind` that `make` makes of the content of `of`."""
         ...
 
     def keep(self) -> None:

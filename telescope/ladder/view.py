@@ -27,7 +27,7 @@ BUDGET_SPENT = "the budget is spent"
 MOST_TRIALS = 30
 """Trials of one stage, for each of the spec's seeds, after which it closes as it is."""
 CHECKED_ODDS = 0.2
-"""What a passed coordinate check multiplies the odds of a wrong width rule by. Of 16 variants of
+"""Factor by which a passed coordinate check multiplies the odds of a wrong rule. Of 16 variants of
 the quickstart's optimizer, 0 of 7 wrong ones passed and 8 of 9 right ones: 0.14 by the rule of
 succession, taken a little more carefully."""
 RULED_OUT = 0.03

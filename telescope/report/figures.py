@@ -1,4 +1,4 @@
-"""What is drawn: panels of a ladder's portrait, training curves, cost and the coordinate check.
+"""Drawings: panels of a ladder's portrait, training curves, cost and the coordinate check.
 
 Each `draw_` function fills one panel. `loss.png` and `coordcheck.png` put several on a page, the
 report puts each in a figure of its own. Colours are a few names, so that the report can turn them
@@ -57,7 +57,7 @@ STYLE: dict[Any, Any] = {
 }
 AXIS_LABELS = {"lr": "learning rate", "weight_decay": "weight decay"}
 HOVER, NEXT = "hover:", "\u241e"
-"""What the id of an artist begins with that has a title per point, and what stands between them."""
+"""Beginning of the id of an artist with a title per point, and the mark between titles."""
 PANEL = (4.3, 3.0)
 """Inches of a panel of the report; a phone shows one beside the other's end."""
 MARGINS = (0.72, 0.5, 0.12, 0.3)

@@ -55,7 +55,7 @@ class View(AbstractContextManager["View"], Protocol):
         ...
 
     def phase(self, text: str) -> AbstractContextManager[object]:
-        """What is done before the first trial, for as long as the block runs."""
+        """Show a phase before the first trial, for as long as the block runs."""
         ...
 
     def start(self, progress: Progress) -> None:
@@ -173,7 +173,7 @@ class PlainView(View):
         self._line(text)
 
     def phase(self, text: str) -> AbstractContextManager[object]:
-        """What follows in a moment is not worth a line."""
+        """Say nothing of it: its end follows in a moment."""
         return nullcontext()
 
     def watch(self, latest: Callable[[], str]) -> None:
@@ -288,7 +288,7 @@ def _passed(progress: Progress, seconds: float) -> Progress:
 
 
 def describe_left(progress: Progress) -> str:
-    """How long it will go on, and between what that may turn out.
+    """The time left, and the range in which it may turn out.
 
     A range is said where it is wider than the estimate is sure anyway.
     """

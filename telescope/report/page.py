@@ -55,16 +55,16 @@ class Shown:
     """A sweep with all that its report shows."""
 
     name: str
-    """What it is called, unlike all others of the page."""
+    """Its name, unlike all others of the page."""
     finished: Finished
     settings: Transfer | None
     no_settings: str
-    """Why there are none; "" where there are."""
+    """The reason for having none; "" where there are some."""
     check: CoordCheck | None
     no_check: str
-    """Why there is none to draw; "" where there is."""
+    """The reason for having none to draw; "" where there is one."""
     run_command: str
-    """What runs the sweep, or goes on with it; "" where another program does."""
+    """The command that runs the sweep or goes on with it; "" where another program does."""
 
     @cached_property
     def portrait(self) -> Portrait:
@@ -246,7 +246,7 @@ def _setting(finished: Finished, axis: Axis) -> str:
 
 
 def _expected_excess(finished: Finished) -> str:
-    """What the answer costs, as far as the certificate says."""
+    """The answer's excess loss, as far as the certificate has it."""
     certificate = finished.certificate
     if certificate is None:
         return ""
@@ -265,7 +265,7 @@ def _fact(title: str, value: str, known: str) -> str:
 
 
 def _next_steps(shown: Shown) -> str:
-    """What speaks against the answer, and the command that comes next."""
+    """The problems of the answer, and the command that comes next."""
     finished = shown.finished
     certificate, ladder = finished.certificate, finished.ladder
     parts = []
@@ -354,7 +354,7 @@ def _folded(title: str, content: str) -> str:
 
 
 def _scrolling(content: str) -> str:
-    """What may be wider than a phone; the keyboard reaches it, to scroll."""
+    """A part that may be wider than a phone; the keyboard reaches it, to scroll."""
     return f'<div class="scroll" tabindex="0">{content}</div>'
 
 
@@ -439,7 +439,7 @@ def _training(page: Page, shown: Shown) -> str:
 
 
 def _cost(page: Page, shown: Shown) -> str:
-    """What was planned and spent."""
+    """Planned and actual cost."""
     finished, cost = shown.finished, shown.finished.cost()
     spent, limit = finished.cost_by_width(), finished.spec.budget.max_over_target
     figure = page.figure(

@@ -294,7 +294,7 @@ class DataConfig:
     """How many held-out tokens a loss is measured on; the same ones every time."""
 
     duplicates: Literal["refuse", "drop"] = "refuse"
-    """What to do about a file that is an exact copy of another one."""
+    """Treatment of a file that is an exact copy of another one."""
 
     def __post_init__(self) -> None:
         """Check ranges, and that the sources fit together."""

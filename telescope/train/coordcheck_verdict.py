@@ -126,7 +126,7 @@ class CoordCheck:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CoordCheck:
-        """What `as_dict` was of, NaN where it had none.
+        """The check of which `as_dict` was made, NaN where it had no number.
 
         Raises:
             KeyError, TypeError, ValueError, AttributeError: it is of another version, or damaged.
