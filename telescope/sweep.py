@@ -88,8 +88,6 @@ class Recorder:
     """Why packs were smaller than asked for, as far as it has been said."""
     costs: tuple[float, float] | None = None
     """The least and the most that the plan says all trials can cost, in the ladder's unit."""
-    is_changed: bool = True
-    """Tell whether the table may differ from the one that is there."""
 
     def __post_init__(self) -> None:
         """Prepare what progress needs, which is asked for twice per trial."""
@@ -132,7 +130,6 @@ class Recorder:
 
     def _tell(self, result: Result) -> None:
         """Let the ladder decide, and show what it does."""
-        self.is_changed = True
         self.running.discard(result.trial)
         self.known.append(result)
         self._note_seconds(result)
@@ -193,8 +190,7 @@ class Recorder:
         """Leave table and heartbeat as they are at the end of a run."""
         self.running.clear()
         self.folder.tidy(_ended(self.known))
-        if self.is_changed or not (self.folder.path / "trials.csv").is_file():
-            self.write_table()
+        self.write_table()
         self.beat(state)
 
     def beat(self, state: str) -> Progress:
@@ -468,7 +464,6 @@ def _recording(
             planned={stage.width: stage.trials for stage in prepared.plan.stages},
             known=known,
             costs=(prepared.plan.best, prepared.plan.worst),
-            is_changed=any(record.get(key) != before.get(key) for key in record),
         )
         try:
             if isinstance(prepared, Foreign):

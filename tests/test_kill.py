@@ -63,6 +63,17 @@ def test_killed_at_random_moments(
     record_property("kill -9 of an inline driver at random moments", str(tally))
 
 
+def test_a_table_that_a_kill_left_behind_is_written_anew(places: Iterator[Path]) -> None:
+    """Killed after its last result was stored and before the table was written."""
+    place = next(places)
+    expected = undisturbed(place, ONE_STAGE)
+    table = place / "results" / "tiny" / "trials.csv"
+    whole = table.read_text()
+    table.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert undisturbed(place, ONE_STAGE) == expected
+    assert table.read_text() == whole
+
+
 IN_PACKS = {**ONE_STAGE, "compute": {"pack": 2}}
 SPARE_WRITES = 8
 """By how many writes one run may fall short of another."""

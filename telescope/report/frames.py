@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from telescope.files import write_atomic
 from telescope.ladder.ladder import Ladder
 from telescope.records import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def trials_frame(ladder: Ladder, results: Sequence[Result]) -> pd.DataFrame:
@@ -19,13 +23,24 @@ def trials_frame(ladder: Ladder, results: Sequence[Result]) -> pd.DataFrame:
     reason (its first line), flops, seconds. Trials that today's ladder does not ask for, because
     the spec has changed since, come last.
     """
+    import pandas as pd
+
+    return pd.DataFrame(_rows(ladder, results), columns=_columns(ladder))
+
+
+def _columns(ladder: Ladder) -> list[str]:
+    axes = [axis.name for axis in ladder.spec.axes]
+    return ["width", "seed", *axes, "loss", "status", "reason", "flops", "seconds"]
+
+
+def _rows(ladder: Ladder, results: Sequence[Result]) -> list[dict[str, Any]]:
     asked = ladder.known
     known = {result.trial for result in asked}
     others = {result.trial: result for result in results if result.trial not in known}
     rest = sorted(
         others.values(), key=lambda r: (r.trial.width, tuple(r.trial.point.values()), r.trial.seed)
     )
-    rows = [
+    return [
         {
             "width": result.trial.width,
             "seed": result.trial.seed,
@@ -38,11 +53,12 @@ def trials_frame(ladder: Ladder, results: Sequence[Result]) -> pd.DataFrame:
         }
         for result in [*asked, *rest]
     ]
-    axes = [axis.name for axis in ladder.spec.axes]
-    columns = ["width", "seed", *axes, "loss", "status", "reason", "flops", "seconds"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def write_csv(path: Path, ladder: Ladder, results: Sequence[Result]) -> None:
-    """Write `trials.csv`, whole or not at all."""
-    write_atomic(path, trials_frame(ladder, results).to_csv(index=False))
+    """Write `trials.csv`, whole or not at all; without pandas, whose import takes longer."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, _columns(ladder), lineterminator="\n")
+    table.writeheader()
+    table.writerows(_rows(ladder, results))
+    write_atomic(path, text.getvalue())
