@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # What is imported first is compiled then, and for all processes after: tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-slow types pytest clean
+.PHONY: quickstart test test-slow types pytest docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/telescope run quickstart
@@ -30,12 +30,20 @@ pytest:
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
 
+# The site, in build/site/index.html. A link or a name that leads nowhere is an error.
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --constraint constraints.txt --editable ".[test]"
+	touch $(VENV)/installed $(VENV)/installed-docs $@
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --constraint constraints.txt --editable ".[docs]"
 	touch $(VENV)/installed $@
 
 $(BIN)/python:

@@ -1,4 +1,4 @@
-"""Ask and tell for loops of other people's: the README's own lines, any axes, costs, budget."""
+"""Ask and tell for loops of other people's: the page's own lines, any axes, costs, budget."""
 
 from __future__ import annotations
 
@@ -9,24 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, one_line
+from blocks import blocks_of
+from conftest import one_line
 
 from telescope import Ladder, Spec
 from telescope.errors import RefusedError, TrialError
-from telescope.records import Trial
 
 
-def test_the_readmes_lines_run() -> None:
-    text = (ROOT / "README.md").read_text()
-    section = text.partition("### Ask and tell")[2].partition("\n### ")[0]
-    code = section.partition("```python\n")[2].partition("```")[0]
-
-    def train_and_evaluate(trial: Trial) -> float:
-        assert trial.point["dropout"] == 0.1
-        return 2 + 0.1 * math.log2(trial.lr / 0.06) ** 2 + 1 / trial.width
-
-    names: dict[str, Any] = {"train_and_evaluate": train_and_evaluate}
-    exec(code, names)
+def test_the_pages_lines_find_the_optimum() -> None:
+    """The loss of docs/own-loop.md is least at lr 0.06, whatever the width."""
+    block = next(block for block in blocks_of("docs/own-loop.md") if block.language == "python")
+    names: dict[str, Any] = {}
+    exec(block.code, names)
+    assert all(result.trial.point["dropout"] == 0.1 for result in names["ladder"].results)
     answer = names["answer"]
     assert answer.lr == pytest.approx(0.06, rel=0.1)
     assert answer.certificate.intervals["lr"] is not None

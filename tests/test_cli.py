@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
-from conftest import ROOT, as_toml, tiny_spec
+from conftest import as_toml, tiny_spec
 
 from telescope.cli import main
 
@@ -475,15 +475,3 @@ def test_status_sees_a_running_sweep_and_ctrl_c_keeps_what_finished(place: Path)
     assert after["state"] == "interrupted"
     assert after["done"] >= state["done"]
     assert len(from_json("show", "long", cwd=place)["choices"]) <= 1
-
-
-def test_the_readmes_commands_are_real() -> None:
-    """Every `telescope VERB` and `make TARGET` that the README shows as code exists."""
-    text = (ROOT / "README.md").read_text()
-    verbs = set(re.findall(r"(?:`|^|\$ )telescope (\w+)", text, re.MULTILINE))
-    targets = set(re.findall(r"(?:`|^|\$ )make (\w+)", text, re.MULTILINE))
-    assert {"run", "show", "transfer"} <= verbs <= STABLE_OPTIONS.keys()
-    assert {"quickstart", "test"} <= targets
-    makefile = (ROOT / "Makefile").read_text()
-    for target in targets:
-        assert f"\n{target}:" in makefile, target

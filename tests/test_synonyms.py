@@ -1,4 +1,4 @@
-"""The README's table of the names that Muon's scales have elsewhere, recomputed cell by cell."""
+"""The names that Muon's scales have elsewhere, as docs/width-rules.md has them, cell by cell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCALES = {
 
 def table() -> list[list[str]]:
     """The rows of the table below the sentence about the word."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "width-rules.md").read_text()
     part = text[text.index("| scale elsewhere |") :].split("\n\n")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[2:]]
 
