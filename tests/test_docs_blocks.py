@@ -63,6 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", pages())
 def test_a_page_runs(page: str, folder: Path) -> None:
     run_page(page, folder, slow=False)
