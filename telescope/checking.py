@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-from telescope.dispatch.folder import Folder
+from telescope.dispatch.folder import CHECK_FIGURE_FILE, Folder
 from telescope.errors import RefusedError, SpecError
 from telescope.foreign import Told
 from telescope.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_usable, prepare
@@ -67,8 +68,8 @@ def run_check(
     check_usable(prepared.spec.compute.device)
     config, point = prepared.trial_config, check_point(prepared.spec)
     check_corpus(check_config(config, extent))
-    seconds = expected_seconds(prepared, extent)
-    if seconds > ANNOUNCED_SECONDS:
+    is_long = seconds_at_most(prepared, extent) > ANNOUNCED_SECONDS
+    if is_long and (seconds := expected_seconds(prepared, extent)) > ANNOUNCED_SECONDS:
         widths = ", ".join(map(str, extent.widths(config.base_width)))
         say(
             f"{prepared.spec.name}: coordinate check at widths {widths}: about "
@@ -106,7 +107,9 @@ def check_in_full(
     check = run_check(prepared, say, progress=progress)
     folder.create()
     is_kept = write_check(folder, check, prepared, settlement(given, prepared, figures))
-    if not is_kept:
+    if is_kept:
+        draw_kept_check(folder, spec)
+    else:
         say(
             f"{spec.name}: verdict not kept: {folder.path} holds a sweep of other training; "
             "--name keeps it elsewhere"
@@ -131,12 +134,6 @@ def _middle(axis: AxisTable) -> float:
 
 def expected_seconds(prepared: Prepared, extent: Extent) -> float:
     """How long the check takes on this machine, by counted FLOPs at the spec's or assumed rate."""
-    compute = prepared.spec.compute
-    assumed = ASSUMED_FLOP_RATE * min(map(compute.cpus_at, prepared.spec.ladder.widths))
-    rate = compute.flop_rate or assumed
-    if resolve_device(compute.device) == "cpu":
-        # The spec's rate is a worker's, and the worker may be a GPU of a cluster.
-        rate = min(rate, assumed)
     config = check_config(prepared.trial_config, extent)
     flops_per_step = sum(
         step_cost(
@@ -144,7 +141,34 @@ def expected_seconds(prepared: Prepared, extent: Extent) -> float:
         ).total
         for width in extent.widths(config.base_width)
     )
-    return flops_per_step * config.train.steps * len(extent.seeds) / rate
+    return _seconds_of(prepared, extent, flops_per_step)
+
+
+def seconds_at_most(prepared: Prepared, extent: Extent) -> float:
+    """A bound of `expected_seconds` from what is counted already: to count takes a second.
+
+    The check's batches are no larger than the sweep's, and a step's cost grows with the width at
+    most as its cube, which that of Newton-Schulz does.
+    """
+    costs = prepared.costs
+
+    def at_most(width: int) -> float:
+        counted = min((other for other in costs if other >= width), default=max(costs))
+        return costs[counted].total * max(1.0, width / counted) ** 3
+
+    widths = extent.widths(prepared.spec.base_width)
+    return _seconds_of(prepared, extent, sum(map(at_most, widths)))
+
+
+def _seconds_of(prepared: Prepared, extent: Extent, flops_per_step: float) -> float:
+    """How long a check takes whose steps at all widths cost so much together."""
+    compute = prepared.spec.compute
+    assumed = ASSUMED_FLOP_RATE * min(map(compute.cpus_at, prepared.spec.ladder.widths))
+    rate = compute.flop_rate or assumed
+    if resolve_device(compute.device) == "cpu":
+        # The spec's rate is a worker's, and the worker may be a GPU of a cluster.
+        rate = min(rate, assumed)
+    return flops_per_step * max(extent.steps) * len(extent.seeds) / rate
 
 
 def write_check(
@@ -153,7 +177,7 @@ def write_check(
     prepared: Prepared,
     settlement: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Keep the verdict, whose it is, and its figure in the results folder.
+    """Keep the verdict, and whose it is, in the results folder; `draw_kept_check` draws it.
 
     Args:
         folder: the sweep's.
@@ -166,89 +190,135 @@ def write_check(
     """
     if folder.exists and folder.read_spec()["fingerprint"] != prepared.fingerprint:
         return False
-    from telescope.report.figures import write_check_figure
-
     own = {"fingerprint": prepared.fingerprint, **(settlement or {})}
     folder.write_check({**check.as_dict(), **own})
-    write_check_figure(folder.path / "coordcheck.png", check, check_title(prepared.spec))
+    (folder.path / CHECK_FIGURE_FILE).unlink(missing_ok=True)  # an earlier one's
     return True
 
 
+def draw_kept_check(folder: Folder, spec: Spec) -> None:
+    """Write the figure of a verdict that is kept with its sizes, unless it is there.
+
+    Apart from `write_check`, because a second of imports and drawing is no part of a sweep's start.
+    """
+    path = folder.path / CHECK_FIGURE_FILE
+    if path.is_file():
+        return
+    try:
+        check = CoordCheck.from_dict(folder.read_check() or {})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return  # no check was made, or it is of another version
+    from telescope.report.figures import write_check_figure
+
+    write_check_figure(path, check, check_title(spec))
+
+
+_Timed = tuple[CoordCheck, float]
+"""A check, and the seconds that it took."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict that there is, or that is being made in another thread."""
+
+    settle: Callable[[], Callable[[], object]]
+    """Wait for it, and say it; returns what writes it down, to be called when the folder is the
+    sweep's. Raises what `check_before_run` does."""
+    is_due: Callable[[], bool] = lambda: True
+    """Whether there is no more to wait for."""
+
+
+def _nothing() -> None:
+    """Write no verdict down."""
+
+
+@contextmanager
 def check_before_run(
     prepared: Prepared | Told,
     folder: Folder,
     *,
     wanted: bool,
     say: Callable[[str], None],
-    meanwhile: Callable[[], object] = lambda: None,
     phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
-) -> Callable[[], object]:
+) -> Iterator[Verdict]:
     """Make the short check of a sweep that has not started, unless it has its verdict already.
 
-    A verdict is about how a sweep starts: one that has started goes on, with or without.
+    A verdict is about how a sweep starts: one that has started goes on, with or without. The check
+    is made in a thread of its own, and given up when the context is left before it is done.
 
     Args:
         prepared: the sweep.
         folder: its results folder; a verdict on the same training is not measured again.
         wanted: False for `--no-check`.
         say: takes what there is to say, a line each.
-        meanwhile: what can be done while the check is made, if one is; done in this thread.
         phase: shows what is being done, for as long as its block runs.
 
-    Returns:
-        What writes the verdict down, to be called when the folder is the sweep's.
-
-    Raises:
-        RefusedError: the check failed, and the spec's rule claims to transfer.
+    Yields:
+        The verdict; to settle it raises RefusedError where the check failed and the spec's rule
+        claims to transfer, and what `run_check` raises.
     """
     if folder.exists:
-        return lambda: None
+        yield Verdict(lambda: _nothing)
+        return
     spec, known = prepared.spec, folder.read_check() or {}
     is_known = known.get("fingerprint") == prepared.fingerprint and known["verdict"]
     reason = NO_MODEL if isinstance(prepared, Told) else _why_not(spec, wanted)
     if isinstance(prepared, Told) or reason:
         say(f"{spec.name}: no coordinate check: {reason}")
         record = {"verdict": None, "reason": reason, "fingerprint": prepared.fingerprint}
-        return (lambda: None) if is_known else (lambda: folder.write_check(record))
+        yield Verdict(lambda: _nothing if is_known else (lambda: folder.write_check(record)))
+        return
     if is_known:
         _settle(spec, known["verdict"] == "PASS", f": as kept in {folder.path}", say)
-        return lambda: None
-    start = time.monotonic()
-    check = _beside(meanwhile, lambda progress: run_check(prepared, say, SHORT, progress=progress))
-    took = f" in {describe_seconds(time.monotonic() - start)}" if check.passed else ""
-    _settle(spec, check.passed, f"{took}: {describe_verdict(check)}", say)
-    return lambda: write_check(folder, check, prepared)
+        yield Verdict(lambda: _nothing)
+        return
+    ours = prepared
+
+    def make(progress: Callable[[float, float], None]) -> _Timed:
+        start = time.monotonic()
+        with phase("checking the model"):
+            check = run_check(ours, say, SHORT, progress=progress)
+        return check, time.monotonic() - start
+
+    with _beside(make) as outcome:
+
+        def settle() -> Callable[[], object]:
+            check, seconds = outcome.result()
+            took = f" in {describe_seconds(seconds)}" if check.passed else ""
+            _settle(spec, check.passed, f"{took}: {describe_verdict(check)}", say)
+            return lambda: write_check(folder, check, ours)
+
+        yield Verdict(settle, outcome.done)
 
 
 class _Ended(BaseException):
     """Ends a check whose outcome nobody waits for any more."""
 
 
+@contextmanager
 def _beside(
-    meanwhile: Callable[[], object],
-    work: Callable[[Callable[[float, float], None]], CoordCheck],
-) -> CoordCheck:
+    work: Callable[[Callable[[float, float], None]], _Timed],
+) -> Iterator[Future[_Timed]]:
     """Make a check in another thread, while this one does something else.
 
-    An error of either ends both; a check that is given up ends before its next run.
+    One whose outcome nobody waits for any more ends before its next run.
     """
-    ending, outcome = threading.Event(), Future[CoordCheck]()
+    ending, outcome = threading.Event(), Future[_Timed]()
 
     def heed(_done: float, _whole: float) -> None:
         if ending.is_set():
             raise _Ended
 
-    def check() -> None:
+    def make() -> None:
         try:
             outcome.set_result(work(heed))
         except BaseException as error:
             outcome.set_exception(error)
 
-    thread = threading.Thread(target=check, name="telescope-check", daemon=True)
+    thread = threading.Thread(target=make, name="telescope-check", daemon=True)
     thread.start()
     try:
-        meanwhile()
-        return outcome.result()
+        yield outcome
     finally:
         ending.set()
         thread.join()

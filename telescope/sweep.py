@@ -7,6 +7,7 @@ any two of these loses nothing that was stored, because the ladder is rebuilt fr
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import socket
@@ -18,10 +19,10 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from telescope.answer import UNCONFIRMED, rule_problem
-from telescope.checking import check_before_run
+from telescope.checking import Verdict, check_before_run, draw_kept_check
 from telescope.comparing import check_comparable
 from telescope.dispatch.folder import Folder
 from telescope.dispatch.outcome import latest_row
@@ -45,9 +46,6 @@ from telescope.records import Result, Status, Trial
 from telescope.report.live import Progress, QuietView, View
 from telescope.settle import settled
 from telescope.spec import Spec
-
-if TYPE_CHECKING:
-    from telescope.dispatch.ray_tune import Session, Size
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
 
@@ -320,15 +318,14 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
                 is_cluster=is_cluster,
                 say=view.note,
             )
-        ray = _Ray(prepared, folder, options, at_once, view)
         with (
-            ray,
-            _recording(prepared, folder, options, view, at_once, measured, ray.start) as recorder,
+            _checked(prepared, folder, options, view, at_once, measured) as start,
+            ExitStack() as stack,
         ):
-            with ray:
-                _dispatch(recorder, prepared, options, ray)
-            _draw(recorder, spec)
-            return folder, recorder.ladder
+            late = _Late(start, stack)
+            _dispatch(late, prepared, folder, options, at_once, view)
+            _draw(late.recorder, spec)
+            return folder, late.recorder.ladder
 
 
 def _prepare(spec: Spec, *, is_cluster: bool) -> Prepared | Foreign:
@@ -364,14 +361,19 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
     with (
         _told_what_to_mend(folder),
         folder.held(),
-        _recording(told, folder, Options(results), QuietView(), at_once) as recorder,
+        _checked(told, folder, Options(results), QuietView(), at_once) as start,
+        start.recording() as recorder,
     ):
         yield recorder
         _draw(recorder, spec)
 
 
 def _draw(recorder: Recorder, spec: Spec) -> None:
-    """Write the figure of the optimum and of the excess loss, unless it is there as it would be."""
+    """Write the figures of the coordinate check, and of the optimum and the excess loss.
+
+    Unless they are there as they would be.
+    """
+    draw_kept_check(recorder.folder, spec)
     path, memory = recorder.folder.path / "loss.png", recorder.store.memory
     title = f"{spec.name}: rule {spec.rule or 'not stated'}, policy {spec.ladder.policy}"
 
@@ -404,16 +406,15 @@ def _told_what_to_mend(folder: Folder) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(
+def _checked(
     prepared: Prepared | Told,
     folder: Folder,
     options: Options,
     view: View,
     at_once: Mapping[int, int],
     measured: Mapping[str, Any] | None = None,
-    meanwhile: Callable[[], object] = lambda: None,
-) -> Iterator[Recorder]:
-    """Check, open the store, replay it, and leave folder and heartbeat in a true state."""
+) -> Iterator[_Start]:
+    """Check that the sweep can be run or gone on with; its model is checked in another thread."""
     spec = prepared.spec
     trainer = check_comparable(
         folder, prepared, accept_trainer=options.accept_trainer, say=view.note
@@ -430,15 +431,63 @@ def _recording(
         view.note(f"{spec.name}: {UNCONFIRMED.format(problem)}")
     if prepared.repeated_data:
         view.note(f"{spec.name}: {prepared.repeated_data}")
-    write_verdict = check_before_run(
-        prepared,
-        folder,
-        wanted=options.check,
-        say=view.note,
-        meanwhile=meanwhile,
-        phase=view.phase,
-    )
-    with closing(kept) as store:
+    one_by_one = options.dispatcher == "inline"
+    with check_before_run(
+        prepared, folder, wanted=options.check, say=view.note, phase=view.phase
+    ) as verdict:
+        yield _Start(
+            prepared=prepared,
+            folder=folder,
+            view=view,
+            workers=dict.fromkeys(at_once, 1) if one_by_one else at_once,
+            kept=kept,
+            before=before,
+            record=record,
+            verdict=verdict,
+        )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A sweep that begins, or goes on, as soon as its verdict is there."""
+
+    prepared: Prepared | Told
+    folder: Folder
+    view: View
+    workers: Mapping[int, int]
+    kept: Kept
+    before: Mapping[str, Any]
+    """What the folder's `spec.json` says so far."""
+    record: dict[str, Any]
+    """What it will say."""
+    verdict: Verdict
+
+    @contextmanager
+    def recording(self) -> Iterator[Recorder]:
+        """Wait for the verdict, replay the store, and leave folder and heartbeat in a true state.
+
+        Raises:
+            RefusedError: the coordinate check failed.
+            TelescopeError: see `run`.
+        """
+        write_verdict = self.verdict.settle()
+        with closing(self.kept) as store:
+            recorder = self._replayed(store, write_verdict)
+            try:
+                if isinstance(self.prepared, Foreign):
+                    self.view.watch(recorder.latest)
+                self.view.start(recorder.beat("running"))
+                yield recorder
+            except BaseException:
+                with suppress(OSError):  # a full disk, say, which is being reported already
+                    recorder.leave("interrupted")
+                raise
+            ended = "finished" if recorder.ladder.is_finished else "interrupted"
+            recorder.leave("stuck" if recorder.ladder.stuck else ended)
+
+    def _replayed(self, store: Kept, write_verdict: Callable[[], object]) -> Recorder:
+        """The ladder with all that is stored, and the folder as the sweep's."""
+        prepared, folder = self.prepared, self.folder
         known = store.results()
         for result in folder.unstored():
             if result not in known:
@@ -448,34 +497,69 @@ def _recording(
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.tidy(_ended(known))
         ours = prepared.trial_config if isinstance(prepared, Prepared) else None
-        given = given_trials(before)
         ladder = replay(
-            prepared.ladder_spec, known, given=given, retry_failures=True, memory=memory
+            prepared.ladder_spec,
+            known,
+            given=given_trials(self.before),
+            retry_failures=True,
+            memory=store.memory,
         )
-        record["given"] = _given_record(ladder)
-        folder.write_spec(record, ours.model.text if ours else None)
-        recorder = Recorder(
+        self.record["given"] = _given_record(ladder)
+        folder.write_spec(self.record, ours.model.text if ours else None)
+        return Recorder(
             ladder=ladder,
             store=store,
             folder=folder,
-            view=view,
-            name=spec.name,
-            workers=dict.fromkeys(at_once, 1) if options.dispatcher == "inline" else at_once,
+            view=self.view,
+            name=prepared.spec.name,
+            workers=self.workers,
             planned={stage.width: stage.trials for stage in prepared.plan.stages},
             known=known,
             costs=(prepared.plan.best, prepared.plan.worst),
         )
-        try:
-            if isinstance(prepared, Foreign):
-                view.watch(recorder.latest)
-            view.start(recorder.beat("running"))
-            yield recorder
-        except BaseException:
-            with suppress(OSError):  # a full disk, say, which is being reported already
-                recorder.leave("interrupted")
-            raise
-        ended = "finished" if recorder.ladder.is_finished else "interrupted"
-        recorder.leave("stuck" if recorder.ladder.stuck else ended)
+
+
+class _Late:
+    """A sweep as a source of trials, which begins when it is first asked for one."""
+
+    def __init__(self, start: _Start, stack: ExitStack) -> None:
+        """Nothing has begun.
+
+        Args:
+            start: how it begins.
+            stack: what ends it.
+        """
+        self._start = start
+        self._stack = stack
+
+    @cached_property
+    def recorder(self) -> Recorder:
+        """The sweep, begun; waits for the verdict."""
+        return self._stack.enter_context(self._start.recording())
+
+    def is_due(self) -> bool:
+        """Whether there is no verdict to wait for."""
+        return self._start.verdict.is_due()
+
+    def ask(self) -> Sequence[Trial]:
+        """See `Recorder.ask`."""
+        return self.recorder.ask()
+
+    def tell(self, *results: Result) -> None:
+        """See `Recorder.tell`."""
+        self.recorder.tell(*results)
+
+    def on_start(self, trial: Trial) -> None:
+        """See `Recorder.on_start`."""
+        self.recorder.on_start(trial)
+
+    def on_release(self, trials: Sequence[Trial]) -> None:
+        """See `Recorder.on_release`."""
+        self.recorder.on_release(trials)
+
+    def note_pack(self, line: Mapping[str, Any]) -> None:
+        """See `Recorder.note_pack`."""
+        self.recorder.note_pack(line)
 
 
 def _given_record(ladder: Ladder) -> list[dict[str, Any]]:
@@ -488,109 +572,74 @@ def _ended(results: Iterable[Result]) -> list[Trial]:
     return [result.trial for result in results if result.status is not Status.FAILED]
 
 
-class _Ray:
-    """The Ray that a sweep's trials run on, which can be started before they are asked for.
-
-    A context manager; what was started is ended when it is left first.
-    """
-
-    def __init__(
-        self,
-        prepared: Prepared | Foreign,
-        folder: Folder,
-        options: Options,
-        at_once: Mapping[int, int],
-        view: View,
-    ) -> None:
-        """Nothing is started, nor imported, yet."""
-        self._view = view
-        self._spec = prepared.spec
-        self._options = options
-        self._at_once = at_once
-        self._stack = ExitStack()
-        self.owner = str(folder.path.resolve())
-        self.session: Session | None = None
-
-    def __enter__(self) -> Self:
-        """Leave it as it is."""
-        return self
-
-    def __exit__(self, *error: Any) -> bool | None:
-        """End what was started."""
-        self.session = None
-        return self._stack.pop_all().__exit__(*error)
-
-    @cached_property
-    def sizes(self) -> dict[int, Size]:
-        """Width → how many trials run at once, and what each holds."""
-        from telescope.dispatch.ray_tune import Size
-
-        is_cluster = self._options.ray_address is not None
-        reserved = gpus(self._spec, self._at_once, is_cluster=is_cluster)
-        return {
-            width: Size(number, self._spec.compute.cpus_at(width), reserved[width])
-            for width, number in self._at_once.items()
-        }
-
-    @property
-    def base(self) -> Size:
-        """The size of the base width's trials."""
-        return self.sizes[self._spec.base_width]
-
-    def start(self) -> None:
-        """Start a Ray of our own, and have its workers import what our own trainer needs."""
-        if self._options.dispatcher == "inline" or self._options.ray_address:
-            return
-        with self._view.phase("starting Ray"):
-            from telescope.dispatch.ray_tune import opened
-
-            sizes = [self.base, *self.sizes.values()]
-            self.session = self._stack.enter_context(
-                opened(sizes, owner=self.owner, imports="telescope.train.loop")
-            )
-
-
 def _dispatch(
-    recorder: Recorder, prepared: Prepared | Foreign, options: Options, ray: _Ray
+    late: _Late,
+    prepared: Prepared | Foreign,
+    folder: Folder,
+    options: Options,
+    at_once: Mapping[int, int],
+    view: View,
 ) -> None:
-    """Run what the ladder asks for; Ray is not even imported when there is nothing to run."""
-    if not recorder.ask():
-        return
-    trainer, timeout = _trainer(prepared, recorder.folder)
+    """Run what the ladder asks for; Ray is not even imported when there is nothing to run.
+
+    A Ray of our own and its workers start while the model is being checked; a cluster's places are
+    taken only when there is a trial for them.
+    """
     is_cluster = options.ray_address is not None
+    starts_ahead = options.dispatcher != "inline" and not is_cluster and not late.is_due()
+    if not starts_ahead and not late.ask():
+        return
+    trainer, timeout = _trainer(prepared, folder)
     size = 1 if prepared.spec.trainer else pack_size(prepared.spec, is_cluster=is_cluster)
-    packs = Packs(size, lines=recorder.folder.packs(), note=recorder.note_pack)
+    packs = Packs(size, lines=folder.packs(), note=late.note_pack)
     if options.dispatcher == "inline":
         from telescope.dispatch.inline import run_inline
 
         run_inline(
-            recorder,
+            late,
             trainer,
             timeout=timeout,
             packs=packs,
-            on_start=recorder.on_start,
-            on_release=recorder.on_release,
+            on_start=late.on_start,
+            on_release=late.on_release,
         )
         return
-    from telescope.dispatch.ray_tune import run_ray
+    spec, owner = prepared.spec, str(folder.path.resolve())
+    with ExitStack() as stack:
+        with view.phase("starting Ray"):
+            from telescope.dispatch.ray_tune import Size, opened, run_ray
 
-    run_ray(
-        recorder,
-        trainer,
-        workers=ray.base.workers,
-        cpus=ray.base.cpus,
-        gpus=ray.base.gpus,
-        by_width=ray.sizes if prepared.spec.compute.is_by_width else None,
-        address=options.ray_address,
-        timeout=timeout,
-        packs=packs,
-        owner=ray.owner,
-        on_start=recorder.on_start,
-        on_release=recorder.on_release,
-        logs=recorder.folder.logs if _prints(prepared) else None,
-        takes_any_gpu=is_cluster and takes_any_gpu(prepared.spec),
-        session=ray.session,
-    )
+            reserved = gpus(spec, at_once, is_cluster=is_cluster)
+            sizes = {
+                width: Size(number, spec.compute.cpus_at(width), reserved[width])
+                for width, number in at_once.items()
+            }
+            base = sizes[spec.base_width]
+            session = (
+                None
+                if is_cluster
+                else stack.enter_context(opened([base, *sizes.values()], owner=owner))
+            )
+        if not late.is_due():  # the trials wait for this thread once the verdict is there
+            importlib.import_module("telescope.dispatch.store")
+        run_ray(
+            late,
+            trainer,
+            workers=base.workers,
+            cpus=base.cpus,
+            gpus=base.gpus,
+            by_width=sizes if spec.compute.is_by_width else None,
+            address=options.ray_address,
+            timeout=timeout,
+            packs=packs,
+            owner=owner,
+            on_start=late.on_start,
+            on_release=late.on_release,
+            logs=folder.logs if _prints(prepared) else None,
+            takes_any_gpu=is_cluster and takes_any_gpu(spec),
+            session=session,
+            is_due=late.is_due,
+        )
 
 
 def _prints(prepared: Prepared | Foreign) -> bool:

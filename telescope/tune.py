@@ -29,7 +29,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from telescope.api import Ladder
-from telescope.dispatch.ray_worker import Gate
+from telescope.dispatch.gate import Gate
 from telescope.errors import ResumeError, SpecError, TrialError
 from telescope.files import write_json
 from telescope.losses import judged

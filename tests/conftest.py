@@ -147,3 +147,12 @@ def left_over(mark: str, patience: float = 0.0) -> list[psutil.Process]:
 
     found = list(filter(is_marked, psutil.process_iter()))
     return psutil.wait_procs(found, timeout=patience)[1]
+
+
+def wide_block(tmp_path: Path) -> str:
+    """The bundled model with a block that grows with the width."""
+    before = "return x_BTD + self.mlp(self.mlp_norm(x_BTD))"
+    text = GPT.read_text().replace(before, before.replace("+ self", "+ x_BTD.shape[-1] * self"))
+    assert text != GPT.read_text()
+    (tmp_path / "wide.py").write_text(text)
+    return str(tmp_path / "wide.py")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import GPT, gpt_config, tiny_spec
 
-from telescope.checking import check_point, expected_seconds
+from telescope.checking import check_point, expected_seconds, seconds_at_most
 from telescope.errors import ModelError
 from telescope.prepare import prepare
 from telescope.records import Point, Trial
@@ -520,6 +520,24 @@ def test_a_clusters_flop_rate_is_not_this_machines(corpus_file: Path) -> None:
 
     assert seconds(3.2e15) == seconds(None)
     assert seconds(1e9) == pytest.approx(20 * seconds(None))  # ASSUMED_FLOP_RATE is 2e10
+
+
+@pytest.mark.parametrize("widths", [[16], [16, 32], [16, 32, 64, 128, 256]])
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_short_check_is_known_to_be_short_without_counting(
+    corpus_file: Path, widths: list[int], name: str
+) -> None:
+    """The bound holds whatever was counted, and is no more than 25 times what counting finds."""
+    data = tiny_spec(
+        corpus_file,
+        ladder={"widths": widths},
+        optimizer={"name": name},
+        target={"width": 256},
+    )
+    prepared = prepare(Spec.from_dict(data))
+    for extent in (SHORT, Extent()):
+        counted = expected_seconds(prepared, extent)
+        assert counted <= seconds_at_most(prepared, extent) <= 25 * counted
 
 
 def test_an_expert_without_a_token_is_not_judged() -> None:

@@ -22,7 +22,7 @@ from telescope.dispatch.folder import Folder
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.packing import Packer, choose_size
 from telescope.dispatch.packs import Limit, Pack, Packs
-from telescope.dispatch.queue import Order, Queue
+from telescope.dispatch.queue import Order, Queue, Trainer
 from telescope.errors import SpecError, StoreError
 from telescope.finished import open_result
 from telescope.machine import pack_size
@@ -524,3 +524,32 @@ def test_packs_on_ray_and_a_worker_that_dies_with_one() -> None:
     names = [[str(trial) for trial in some] for some in (died, lived)]
     assert lines[1] == {"width": 32, "packs": names}
     assert [line["alone"] for line in lines if "alone" in line] == names[:1]
+
+
+def test_what_fails_ahead_is_tried_again_with_the_trial() -> None:
+    """A trainer is loaded once, whether ahead or not; one that cannot be is the trial's failure."""
+    loads: list[str] = []
+
+    class Warmed:
+        def warm(self) -> None:
+            loads.append("warm")
+            raise OSError("no corpus yet")
+
+        def __call__(self, trial: Trial) -> Result:
+            return good(trial)
+
+    def load() -> Trainer:
+        loads.append("load")
+        if len(loads) == 1:
+            raise ImportError("not yet")
+        return Warmed()
+
+    packer = Packer(load)
+    for _ in range(3):
+        packer.warm()
+    assert loads == ["load", "load", "warm"]
+    trial = trials(1)[0]
+    done = packer(Order((trial,)))
+    assert isinstance(done, Pack)
+    assert [result.status for result in done.results] == [Status.COMPLETE]
+    assert loads == ["load", "load", "warm"]

@@ -42,6 +42,20 @@ def test_a_trial_is_handed_out_once() -> None:
     assert queue.is_done
 
 
+def test_a_source_that_comes_later_is_not_asked_before() -> None:
+    class Later(Source):
+        def ask(self) -> Sequence[Trial]:
+            assert due, "asked too early"
+            return super().ask()
+
+    due: list[bool] = []
+    queue = Queue(Later(), is_due=lambda: bool(due))
+    assert (queue.take(), queue.has_work, queue.is_done) == (None, False, False)
+    due.append(True)
+    assert queue.has_work
+    assert queue.take() == Order((TRIALS[0],))
+
+
 def test_a_crash_is_tried_three_times_then_told_with_its_reason() -> None:
     source, calls = Source(), []
 

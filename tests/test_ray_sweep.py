@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import tiny_spec
+from conftest import tiny_spec, wide_block
 from rich.console import Console
 
 from telescope import Spec
+from telescope.dispatch.ray_session import marked
+from telescope.errors import RefusedError
 from telescope.finished import open_result
 from telescope.report.live import make_view
 from telescope.sweep import Options, run
@@ -21,7 +23,9 @@ def test_ray_and_inline_agree(tmp_path: Path, corpus_file: Path) -> None:
     spec = Spec.from_dict(tiny_spec(corpus_file))
     tables, curves = [], []
     for dispatcher in ("ray", "inline"):
-        options = Options(tmp_path / dispatcher, workers=2, dispatcher=dispatcher, check=False)
+        # With a check, our own Ray and its workers start while it is made.
+        is_checked = dispatcher == "ray"
+        options = Options(tmp_path / dispatcher, workers=2, dispatcher=dispatcher, check=is_checked)
         folder, ladder = run(spec, options, lambda: make_view(Console(quiet=True)))
         assert ladder.is_finished
         tables.append(pd.read_csv(folder.path / "trials.csv").drop(columns="seconds"))
@@ -33,3 +37,23 @@ def test_ray_and_inline_agree(tmp_path: Path, corpus_file: Path) -> None:
         by_width.setdefault(result.trial.width, set()).add(result.worker)
     assert len(by_width[16]) == 2
     assert by_width[32] <= by_width[16]
+
+
+def test_a_wrong_model_is_refused_while_ray_starts(tmp_path: Path, corpus_file: Path) -> None:
+    """As it is without Ray: in the same words, with nothing trained and nothing left."""
+    wrong = {"ladder": {"widths": [16]}, "model": {"file": wide_block(tmp_path)}}
+    spec = Spec.from_dict(tiny_spec(corpus_file, **wrong))
+    said = []
+    for dispatcher in ("ray", "inline"):
+        results = tmp_path / dispatcher
+        results.mkdir()
+        with pytest.raises(RefusedError, match=r"coordinate check FAIL: .*grows") as refused:
+            run(
+                spec,
+                Options(results, workers=2, dispatcher=dispatcher),
+                lambda: make_view(Console(quiet=True)),
+            )
+        said.append(str(refused.value))
+        assert list(results.iterdir()) == []
+        assert marked(str((results / "tiny").resolve())) == []
+    assert said[0] == said[1]

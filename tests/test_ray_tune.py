@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,44 @@ def own_folders() -> set[Path]:
             if owner.read_text() == f"process {os.getpid()}":
                 found.add(owner.parent)
     return found
+
+
+WORKER = r"ray::(Worker|ResourceTrainable)"
+"""How a process is called that Tune has made a worker."""
+
+
+def test_workers_start_before_the_source_can_be_asked() -> None:
+    """They wait at the gate; a source that then refuses ends the run, one that asks gets them."""
+
+    class Later(Stages):
+        refusal: Exception | None = None
+
+        def ask(self) -> Sequence[Trial]:
+            assert is_due(), "asked too early"
+            if self.refusal:
+                raise self.refusal
+            return super().ask()
+
+    due: list[bool] = []
+
+    def is_due() -> bool:
+        if not due:
+            titles = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+            started = [title for title in titles if title and re.match(WORKER, title[0])]
+            due.extend([True] * (len(started) >= 2))
+        return bool(due)
+
+    with ray_tune.opened([ray_tune.Size(2)]) as session:
+        source = Later(2)
+        options = {"workers": 2, "session": session, "is_due": is_due}
+        ray_tune.run_ray(source, make_trainer(), **options)
+        assert len(source.results) == 2
+        due.clear()
+        source = Later(2)
+        source.refusal = SpecError("no")
+        with pytest.raises(SpecError, match="no"):
+            ray_tune.run_ray(source, make_trainer(), **options)
+        assert source.results == {}
 
 
 def test_a_sweep_with_mishaps_on_our_own_ray(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import GPT, tiny_spec
+from conftest import GPT, tiny_spec, wide_block
 from rich.console import Console
 
 from telescope import Spec
@@ -299,6 +299,7 @@ def test_compute_reaches_ray(
     spec = Spec.from_dict(data)
     run(spec, Options(tmp_path, ray_address="head:6379", check=False), quiet)
     del given["on_start"], given["on_release"]
+    assert given.pop("is_due")()  # nothing to wait for
     assert given.pop("packs").size == 1  # on a CPU auto is one
     assert given.pop("owner") == str((tmp_path / "tiny").resolve())
     assert given == {
@@ -377,15 +378,6 @@ def test_a_verdict_on_another_training_does_not_count(tmp_path: Path, corpus_fil
     folder.create()
     folder.write_check({"verdict": "PASS", "fingerprint": "of another model"})
     assert len(checked(tmp_path, data)) == 1
-
-
-def wide_block(tmp_path: Path) -> str:
-    """The bundled model with a block that grows with the width."""
-    before = "return x_BTD + self.mlp(self.mlp_norm(x_BTD))"
-    text = GPT.read_text().replace(before, before.replace("+ self", "+ x_BTD.shape[-1] * self"))
-    assert text != GPT.read_text()
-    (tmp_path / "wide.py").write_text(text)
-    return str(tmp_path / "wide.py")
 
 
 def test_a_wrong_model_is_refused_before_a_trial_and_can_be_mended(

@@ -55,6 +55,7 @@ RECORD: dict[str, Any] = {
 DATABASE_FILE = "trials.db"
 MEMORY_FILE = "fits.json"
 CHECK_FILE = "coordcheck.json"
+CHECK_FIGURE_FILE = "coordcheck.png"
 STATUS_FILE = "status.json"
 PACKS_FILE = "packs.jsonl"
 UNSTORED_FILE = "unstored.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -114,6 +114,15 @@ class Packer:
             if len(trials) == 1:
                 return Pack(trials, (attempt(self._train_alone, *trials, timeout=self._timeout),))
             return self._train(trials)
+
+    def warm(self) -> None:
+        """Do ahead what the first trial needs anyway; what fails now fails with the trial too."""
+        if self._trainer is not None:
+            return
+        with suppress(Exception), self._guard(self._timeout), plain_children():
+            trainer = self._pack_trainer()
+            if hasattr(trainer, "warm"):
+                trainer.warm()
 
     def _train_alone(self, trial: Trial) -> Result:
         return self._pack_trainer()(trial)

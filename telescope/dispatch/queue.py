@@ -70,6 +70,8 @@ class Queue:
         on_release: called with trials that a worker has not trained, which is no failure of theirs.
         packs: which trials go together.
         workers: among whom the trials that are asked for together are shared out evenly.
+        is_due: whether the source can be asked already; until then there is nothing to hand out,
+            and nothing is done.
     """
 
     def __init__(
@@ -81,8 +83,10 @@ class Queue:
         on_release: Callable[[Sequence[Trial]], None] | None = None,
         packs: Packs | None = None,
         workers: int = 1,
+        is_due: Callable[[], bool] = lambda: True,
     ) -> None:
         """Nothing has been handed out yet."""
+        self._is_due = is_due
         self._source = source
         self._retries = retries
         self._on_start = on_start
@@ -109,6 +113,8 @@ class Queue:
 
     def _free(self) -> list[Trial]:
         """Trials that are asked for and that nobody has; those that have failed come last."""
+        if not self._is_due():
+            return []
         free = [trial for trial in self._source.ask() if trial not in self._in_flight]
         return sorted(free, key=self._failures.__getitem__)
 
@@ -205,6 +211,11 @@ class Queue:
         return [replace(result, reason=f"{why}: {result.reason}") for result in results]
 
     @property
+    def is_due(self) -> bool:
+        """Whether the source can be asked already."""
+        return self._is_due()
+
+    @property
     def has_work(self) -> bool:
         """Whether a free worker would get something to do."""
         return any(
@@ -217,7 +228,8 @@ class Queue:
     @property
     def is_done(self) -> bool:
         """Whether nothing is in flight and the source asks for nothing more."""
-        return not self._in_flight and not self._looked_at and not self._source.ask()
+        is_busy = self._in_flight or self._looked_at or not self._is_due()
+        return not is_busy and not self._source.ask()
 
 
 def _kind(reason: str) -> str:

@@ -37,14 +37,15 @@ SWITCHES = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new engine prints tables even at verbosity 0
     # Ray's workers run at nice 15, at which a machine that does anything else starves them.
     "RAY_worker_niceness": "0",
+    # Tune's actors have an environment of their own, so Ray starts processes for them whatever idle
+    # ones there are: those that it starts ahead, one per CPU, are of no use.
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a trainer keep their meaning
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files per trial
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a lost worker is a result with a reason
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # nobody resumes from Tune's state: ours is the store
 }
 """Documented switches of Ray and Tune, set for the time of a run."""
-PRELOAD = "RAY_preload_python_modules"
-"""Names what each worker imports as it starts; one that cannot be imported is left out."""
 OWNER_SWITCHES = {"TUNE_DISABLE_SIGINT_HANDLER": "1"}
 """Tune's handler takes 12 s; to leave `fit()` in the middle is safe if `ray.shutdown` follows."""
 CLUSTER_PATIENCE = 45.0
@@ -75,7 +76,6 @@ def connected(
     address: str | None,
     cpus: int,
     on_loss: Callable[[LostError], None],
-    imports: str | None = None,
 ) -> Iterator[None]:
     """The Ray that this process is connected to; else the cluster's; else one of our own.
 
@@ -88,7 +88,6 @@ def connected(
         address: ``host:port`` of a running cluster, or ``auto`` to look for one; None: start one.
         cpus: of a Ray of our own.
         on_loss: told in another thread when Ray has died; should make the main thread leave.
-        imports: a module that the workers of a Ray of our own import as they start.
 
     Raises:
         SpecError: no cluster at `address`.
@@ -102,7 +101,6 @@ def connected(
         switches = {**SWITCHES, MARK: owner} | (OWNER_SWITCHES if owned else {})
         if owned and not address:
             switches |= _token()
-            switches |= {PRELOAD: imports} if imports else {}
         stack.enter_context(_environment(switches))
         handlers = stack.enter_context(_signal_handlers_kept())
         leaving = stack.enter_context(

@@ -32,10 +32,11 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from telescope.dispatch.gate import Gate
 from telescope.dispatch.packs import Limit, Pack, Packs
 from telescope.dispatch.queue import Order, Queue, Trainer, clean
 from telescope.dispatch.ray_session import reap
-from telescope.dispatch.ray_worker import Gate, Worker, log_tail
+from telescope.dispatch.ray_worker import Worker, log_tail
 from telescope.errors import SpecError
 from telescope.records import Result, Trial, TrialSource
 
@@ -69,7 +70,6 @@ def opened(
     *,
     owner: str | None = None,
     address: str | None = None,
-    imports: str | None = None,
 ) -> Iterator[Session]:
     """Connect to a Ray, or start one; see `run_ray`, also for what is raised.
 
@@ -77,8 +77,6 @@ def opened(
         sizes: of the trials.
         owner: see `run_ray`.
         address: see `run_ray`.
-        imports: the module that the workers of a Ray of our own import as they start, so that it is
-            there with the first trial.
     """
     owner = owner or f"process {os.getpid()}"
     reap(owner)
@@ -92,7 +90,6 @@ def opened(
             address=address,
             cpus=_cpus(sizes),
             on_loss=driver.stop,
-            imports=imports,
         ):
             yield Session(folder, driver, place)
 
@@ -114,6 +111,7 @@ def run_ray(
     logs: Path | None = None,
     takes_any_gpu: bool = False,
     session: Session | None = None,
+    is_due: Callable[[], bool] = lambda: True,
 ) -> None:
     """Run every trial that `source` asks for, `workers` at once; returns when it asks for no more.
 
@@ -140,6 +138,8 @@ def run_ray(
         takes_any_gpu: whether a trial computes on the first GPU that it sees, even if it has
             reserved none; refused where there are GPUs.
         session: a Ray that has been opened ahead, of the same owner, address and sizes.
+        is_due: whether `source` can be asked already. Until then the workers start, import what
+            they need and wait at the gate; of several sizes, those of the narrowest width.
 
     Raises:
         SpecError: no cluster at `address`, no room for `workers` trials at once, or GPUs that all
@@ -148,7 +148,7 @@ def run_ray(
             interrupted, the process ends with that message instead, as Ray itself ends it later.
         KeyboardInterrupt: Ctrl-C; what ran is killed, what had finished is told.
     """
-    if not source.ask():
+    if is_due() and not source.ask():
         return
     packs = packs or Packs()
     default, sizes = Size(workers, cpus, gpus), dict(by_width or {})
@@ -172,8 +172,9 @@ def run_ray(
             **{"timeout": timeout, "logs": str(logs), "pack": packs.size, "place": place},
         }
         try:
-            while asked := source.ask():
-                size = sizes.get(asked[0].width, default)
+            while not is_due() or source.ask():
+                width = source.ask()[0].width if is_due() else min(sizes, default=0)
+                size = sizes.get(width, default)
                 widths = [width for width, other in sizes.items() if other == size]
                 part = _Part(source, widths) if widths else source
                 queue = Queue(
@@ -182,6 +183,7 @@ def run_ray(
                     on_release=on_release,
                     packs=packs,
                     workers=size.workers,
+                    is_due=is_due,
                 )
                 _run_experiment(queue, driver, given, size, folder)
         finally:
@@ -235,6 +237,7 @@ class _Driver:
         self._queue: Queue
         self._leave_at_once = leave_at_once
         self._running: dict[str, Order | None] = {}  # Tune's trial id → order, none at the gate
+        self._was_due = False
         self._turn = 0  # how often the gate was opened
         self._unstarted: dict[str, float] = {}  # Tune's trial id → when it was handed out
         self._opened = 0.0  # when the gate was opened for one of those
@@ -242,6 +245,7 @@ class _Driver:
     def serve(self, queue: Queue) -> None:
         """Hand out what this queue has from now on; whatever ran before has ended."""
         self._queue = queue
+        self._was_due = queue.is_due
         self._running.clear()
         self._unstarted.clear()
 
@@ -320,6 +324,9 @@ class _Driver:
 
     def is_stopped(self) -> bool:
         """Whether the experiment has to end before its trials do; asked all the time."""
+        if self._queue.is_due and not self._was_due:
+            self._was_due = True
+            self._tell(lambda: None)
         self._free_workers_for_stranded()
         if self.error and self._leave_at_once:
             raise _Leave

@@ -1,8 +1,7 @@
-"""What runs in Ray's processes: a worker that trains what it is handed; the gate they wait at."""
+"""What runs in Ray's processes: a worker that trains what it is handed."""
 
 from __future__ import annotations
 
-import asyncio
 import faulthandler
 import os
 import sys
@@ -67,6 +66,7 @@ class Worker(tune.Trainable):  # type: ignore[misc]
                     return {"done": True, "work": self._packer(order)}
                 except LostError as error:
                     _leave(error)
+        self._packer.warm()
         ray.get(self._gate.wait_beyond.remote(self.config["turn"]))
         return {"done": True}
 
@@ -75,26 +75,6 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(self._threads)
         return trainer
-
-
-class Gate:
-    """An actor on which idle workers sleep until the driver has something to hand out."""
-
-    def __init__(self) -> None:
-        """Start closed."""
-        self._turn = 0
-        self._opened = asyncio.Condition()
-
-    async def open(self, turn: int) -> None:
-        """Let go all who wait for this turn."""
-        async with self._opened:
-            self._turn = turn
-            self._opened.notify_all()
-
-    async def wait_beyond(self, turn: int) -> None:
-        """Return as soon as the gate has been opened since `turn`."""
-        async with self._opened:
-            await self._opened.wait_for(lambda: self._turn > turn)
 
 
 def _leave(error: LostError) -> NoReturn:

@@ -55,6 +55,11 @@ class TelescopeTrainer:
         use_threads(self.config, trial.width)
         return train(self.config, trial)
 
+    def warm(self) -> None:
+        """Do ahead what every first trial of a process needs: read the corpus, import the rest."""
+        load_corpus(self.config.data)
+        torch.optim.SGD([torch.zeros(1)])  # the first optimizer makes torch import for a second
+
     def train_pack(self, trials: Sequence[Trial]) -> Iterator[Result]:
         """Train trials of one width as one; see `fused.train_pack`."""
         from telescope.train.fused import train_pack
