@@ -127,9 +127,11 @@ def test_workers_start_before_the_source_can_be_asked() -> None:
 
     def is_due() -> bool:
         if not due:
-            titles = [process.cmdline() for process in psutil.Process().children(recursive=True)]
-            started = [title for title in titles if title and re.match(WORKER, title[0])]
-            due.extend([True] * (len(started) >= 2))
+            started = 0
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):  # it has just ended
+                    started += bool(re.match(WORKER, " ".join(process.cmdline())))
+            due.extend([True] * (started >= 2))
         return bool(due)
 
     with ray_tune.opened([ray_tune.Size(2)]) as session:
