@@ -19,12 +19,12 @@ from unittest import mock
 
 from rich.console import Console
 
+from telescope.config import TrialConfig
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.report.live import make_view
-from telescope.spec import Spec
-from telescope.sweep import Options, run
+from telescope.spec.spec import Spec
+from telescope.sweep.run import Options, run
 from telescope.train import loop
-from telescope.train.config import TrialConfig
 
 CURVE = tuple(CurvePoint(step, 3.0, None) for step in range(50))
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 
-from telescope.checking import run_check
-from telescope.prepare import prepare
-from telescope.spec import Spec
+from telescope.spec.spec import Spec
+from telescope.sweep.checking import run_check
+from telescope.sweep.prepare import prepare
 
 VARIANTS = (
     "",

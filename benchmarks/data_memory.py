@@ -47,9 +47,9 @@ def tables(folder: Path) -> dict[str, dict[str, Any]]:
 
 def make_files(folder: Path, size: float, small: float, only: str) -> None:
     """Write the files of `tables` whose name has `only` in it, in gigabytes."""
-    from telescope.tokenizing import make_tokenizer
-    from telescope.train.config import PYTHON_STDLIB, DataConfig
-    from telescope.train.data import load_corpus
+    from telescope.config import PYTHON_STDLIB, DataConfig
+    from telescope.data.corpus import load_corpus
+    from telescope.data.tokenizing import make_tokenizer
 
     config = DataConfig(source=PYTHON_STDLIB)
     if only in "BPE, text, JSONL":
@@ -93,9 +93,9 @@ def memory() -> dict[str, int]:
 
 def measure(data: dict[str, Any], *, whole: bool) -> dict[str, float]:
     """Load a corpus and train nothing on it; peaks above the start, and seconds."""
-    from telescope.train.config import DataConfig
-    from telescope.train.data import Batches, held_out_batch, held_out_mask, load_corpus
-    from telescope.train.tokenizer import load_tokenizer
+    from telescope.config import DataConfig
+    from telescope.data.corpus import Batches, held_out_batch, held_out_mask, load_corpus
+    from telescope.data.tokenizer import load_tokenizer
 
     if data["source"].endswith(".parquet"):
         importlib.import_module("pyarrow.parquet")  # the library's own size is not the file's

@@ -38,13 +38,13 @@ from typing import Any, Literal
 import torch
 from machine import bytes_in_use, bytes_in_use_before, describe, in_child
 
-from telescope.prepare import prepare
+from telescope.config import TrialConfig
+from telescope.packs.fused import Pack
+from telescope.packs.trainer import PackedTrainer
 from telescope.records import Point, Trial
-from telescope.spec import Spec
-from telescope.train.config import TrialConfig
-from telescope.train.fused import Pack
+from telescope.spec.spec import Spec
+from telescope.sweep.prepare import prepare
 from telescope.train.loop import (
-    TelescopeTrainer,
     reads_every,
     resolve_device,
     set_up,
@@ -347,7 +347,7 @@ def main() -> None:
         ),
     )
     trial = Trial(options.widths[0], POINTS[0], 0)
-    if why := in_child(TelescopeTrainer(config).obstacle, trial):
+    if why := in_child(PackedTrainer(config).obstacle, trial):
         raise SystemExit(f"this model cannot be packed: {why}")
     where = in_child(describe, device)
     print(where)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 from telescope.dispatch.queue import Trainer
-from telescope.dispatch.ray_tune import run_ray
+from telescope.dispatch.ray.tune import run_ray
 from telescope.records import Point, Result, Status, Trial
 
 STAGES = ((21, 1.2), (15, 2.0), (3, 5.0))

@@ -26,10 +26,10 @@ from recorded_ladder import train_all
 from width_rules import COLUMNS, EVALS, FOLDER, Table
 
 from telescope.files import write_atomic, write_json
-from telescope.finished import Finished, open_result
 from telescope.ladder.grid import round_value
-from telescope.prepare import prepare
 from telescope.records import Point, Result, Trial
+from telescope.sweep.finished import Finished, open_result
+from telescope.sweep.prepare import prepare
 from telescope.train.loop import TelescopeTrainer
 
 OUT = FOLDER.parent / "neighbours"

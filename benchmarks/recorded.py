@@ -22,8 +22,8 @@ from recorded_ladder import LADDER_FOLDER
 from scipy.interpolate import RBFInterpolator
 from width_rules import EVALS, FOLDER, load_spec
 
-from telescope.prepare import count_costs
 from telescope.records import LadderSpec, Result, Status, Trial
+from telescope.sweep.prepare import count_costs
 
 CURVE = [f"held_out_{i + 1}" for i in range(EVALS)]
 

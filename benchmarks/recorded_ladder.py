@@ -22,11 +22,11 @@ from pathlib import Path
 
 from width_rules import COLUMNS, EVALS, FOLDER, Grid, Table, check_comparable, load_spec
 
-from telescope.dispatch.ray_tune import run_ray
+from telescope.dispatch.ray.tune import run_ray
 from telescope.ladder.grid import grid_trials, values_at
-from telescope.prepare import prepare
 from telescope.records import Axis, Result, Trial
-from telescope.spec import Spec
+from telescope.spec.spec import Spec
+from telescope.sweep.prepare import prepare
 from telescope.train.loop import TelescopeTrainer
 
 LADDER_FOLDER = FOLDER.parent / "ladder"

@@ -29,7 +29,7 @@ from recorded_ladder import QUICKSTART_FOLDER
 from scipy.interpolate import RBFInterpolator
 
 from telescope.files import write_atomic
-from telescope.spec import Spec
+from telescope.spec.spec import Spec
 
 SCALE = 0.05
 """Excess, as a share of the loss, from which on the spline sees its logarithm."""

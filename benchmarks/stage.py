@@ -39,13 +39,14 @@ import torch
 from machine import describe, in_child
 from ray import tune
 
+from telescope.config import TrialConfig
 from telescope.dispatch.packs import Packs
-from telescope.dispatch.ray_tune import run_ray
-from telescope.prepare import prepare
+from telescope.dispatch.ray.tune import run_ray
+from telescope.packs.trainer import PackedTrainer
 from telescope.records import Point, Result, Trial
-from telescope.spec import Spec
-from telescope.train.config import TrialConfig
-from telescope.train.loop import TelescopeTrainer, resolve_device
+from telescope.spec.spec import Spec
+from telescope.sweep.prepare import prepare
+from telescope.train.loop import resolve_device
 
 Precision = Literal["fp32", "bf16"]
 
@@ -106,7 +107,7 @@ class Stage:
 def ours(config: TrialConfig, trials: Sequence[Trial], options: argparse.Namespace) -> Times:
     """The stage on this program's dispatcher."""
 
-    class Noting(TelescopeTrainer):  # local, so that it is sent to the workers by value
+    class Noting(PackedTrainer):  # local, so that it is sent to the workers by value
         """The built-in trainer, which notes when a worker first uses it."""
 
         def __call__(self, trial: Trial) -> Result:
@@ -148,7 +149,7 @@ def plain(config: TrialConfig, trials: Sequence[Trial], setting: Setting, device
 
     def trainable(given: dict[str, Any], config: TrialConfig, trials: Sequence[Trial]) -> None:
         begun = time.time()
-        result = TelescopeTrainer(config)(trials[given["number"]])
+        result = PackedTrainer(config)(trials[given["number"]])
         tune.report({"loss": result.loss, "begun": begun, "end": time.time()})
 
     train = replace(config.train, compile=setting.compile, precision=setting.precision)

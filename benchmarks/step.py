@@ -24,11 +24,11 @@ import torch
 from machine import clock, describe
 from torch.nn import functional
 
-from telescope.prepare import prepare
+from telescope.config import TrialConfig
 from telescope.records import Point, Trial
-from telescope.spec import Spec
-from telescope.train.config import TrialConfig
-from telescope.train.groups import parameter_groups
+from telescope.rules.groups import parameter_groups
+from telescope.spec.spec import Spec
+from telescope.sweep.prepare import prepare
 from telescope.train.loop import moved, resolve_device, set_up, take_step
 from telescope.train.model import build_meta
 

@@ -24,12 +24,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from telescope.dispatch.ray_tune import run_ray
+from telescope.dispatch.ray.tune import run_ray
 from telescope.files import write_json
 from telescope.ladder.grid import grid_trials, values_at
-from telescope.prepare import prepare
 from telescope.records import Point, Result, Status, Trial, as_json
-from telescope.spec import Spec
+from telescope.spec.spec import Spec
+from telescope.sweep.prepare import prepare
 from telescope.train.loop import TelescopeTrainer
 
 HERE = Path(__file__).parent

@@ -29,7 +29,7 @@ from width_rules import ARMS, FOLDER, HIDDEN_ARMS, WEIGHT_DECAY, load_spec
 
 from telescope.files import write_json
 from telescope.ladder.grid import values_at
-from telescope.spec import Spec
+from telescope.spec.spec import Spec
 
 REDRAWS = 2000
 

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from telescope.api import Ladder
     from telescope.api import open as open
     from telescope.records import Choice, Point, Result, Status, Trial
-    from telescope.spec import Spec
+    from telescope.spec.spec import Spec
     from telescope.transfer.shapes import Shapes
 
 _PUBLIC = {
@@ -16,7 +16,7 @@ _PUBLIC = {
     "Point": "telescope.records",
     "Result": "telescope.records",
     "Shapes": "telescope.transfer.shapes",
-    "Spec": "telescope.spec",
+    "Spec": "telescope.spec.spec",
     "Status": "telescope.records",
     "Trial": "telescope.records",
     "open": "telescope.api",

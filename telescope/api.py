@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from telescope.answer import transfer
 from telescope.errors import RefusedError, SpecError, StoreError, TrialError
 from telescope.files import write_json
 from telescope.ladder import ladder
@@ -27,13 +26,14 @@ from telescope.records import (
     Status,
     Trial,
 )
-from telescope.spec import Spec
+from telescope.spec.spec import Spec
+from telescope.sweep.answer import transfer
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from telescope.finished import Finished
+    from telescope.sweep.finished import Finished
     from telescope.transfer.settings import Transfer
     from telescope.transfer.shapes import Shapes
 
@@ -344,7 +344,7 @@ class Sweep:
         Raises:
             SpecError: it cannot be written.
         """
-        from telescope.reporting import write_page
+        from telescope.sweep.reporting import write_page
 
         return write_page([self._finished], None if out is None else Path(out))
 
@@ -374,7 +374,7 @@ def open(sweep: str | Path, results: str | Path = "results") -> Sweep:
         SpecError: there is no such sweep.
         ResumeError: its files or its store cannot be read.
     """
-    from telescope.finished import open_result
+    from telescope.sweep.finished import open_result
 
     return Sweep(open_result(sweep, Path(results)))
 
@@ -425,6 +425,6 @@ def _with_costs(spec: Spec) -> LadderSpec:
         squares = {width: float(width) ** 2 for width in spec.ladder.widths}
         longer = spec.target.steps / spec.steps if spec.target.steps and spec.steps else 1.0
         return spec.ladder_spec_with(squares, float(spec.target.width) ** 2 * longer)
-    from telescope.prepare import count_costs
+    from telescope.sweep.prepare import count_costs
 
     return count_costs(spec).ladder_spec

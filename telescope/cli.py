@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from telescope.errors import RefusedError, SpecError, TelescopeError
-from telescope.home import is_private, stand_in
+from telescope.files import is_private, stand_in
 from telescope.streams import open_streams, reader_needed, use_utf8_names
 
 if TYPE_CHECKING:
-    from telescope.finished import Finished
-    from telescope.spec import Spec
-    from telescope.train.config import DataConfig
+    from telescope.config import DataConfig
+    from telescope.spec.spec import Spec
+    from telescope.sweep.finished import Finished
 
 app = typer.Typer(
     name="telescope",
@@ -96,11 +96,11 @@ def init(
     ] = False,
 ) -> None:
     """Write a commented starter spec, and beside it the model file or the trainer that it names."""
-    from telescope.catalog import bundled
+    from telescope.spec.catalog import bundled
 
     if path.suffix != ".toml":
         raise SpecError(f"{path}: must end in .toml, as every verb expects of a spec: {path}.toml")
-    here = Path(__file__).parent
+    here = Path(__file__).parent / "spec"
     source = here / "starter_trainer.py" if command else bundled() / "models" / "gpt.py"
     beside = path.parent / ("train.py" if command else "gpt.py")
     if path.exists():
@@ -132,8 +132,8 @@ def plan(
     """Say what a sweep will cost: trials, parameters, FLOPs, time, share of the target run."""
     loaded = _load(spec, overrides, None)
     _make_tokens(loaded)
-    from telescope.dispatch.folder import Folder
-    from telescope.planning import make_plan
+    from telescope.store.folder import Folder
+    from telescope.sweep.planning import make_plan
 
     plan, warning = make_plan(loaded, probe=probe, folder=Folder(results / loaded.name))
     if as_json:
@@ -163,8 +163,8 @@ def check(
             "ours to check"
         )
     _make_tokens(loaded)
-    from telescope.checking import check_in_full, check_title, describe_verdict
-    from telescope.dispatch.folder import Folder
+    from telescope.store.folder import Folder
+    from telescope.sweep.checking import check_in_full, check_title, describe_verdict
 
     folder = Folder(results / loaded.name)
     from telescope.report.progress import progress_bar
@@ -211,7 +211,7 @@ def tokenize(
     from telescope.report.progress import progress_bar
 
     config = _corpus_of(sources, field, overrides)
-    from telescope.tokenizing import check_shards, make_tokenizer, write_shards
+    from telescope.data.tokenizing import check_shards, make_tokenizer, write_shards
 
     if shards:
         check_shards(config, shards)
@@ -267,12 +267,12 @@ def run(
     _make_tokens(loaded)
     # A batch system ends a job with SIGTERM: leave as on Ctrl-C, with everything kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from telescope.answer import transfer as transfer_ladder
-    from telescope.finished import open_result
     from telescope.report.live import make_view
     from telescope.report.tables import print_answer
-    from telescope.sweep import Options
-    from telescope.sweep import run as run_sweep
+    from telescope.sweep.answer import transfer as transfer_ladder
+    from telescope.sweep.finished import open_result
+    from telescope.sweep.run import Options
+    from telescope.sweep.run import run as run_sweep
 
     options = Options(results, workers, dispatcher, ray_address, storage, check, accept_trainer)
     try:
@@ -366,7 +366,7 @@ def transfer(
 ) -> None:
     """Give the target run's settings: one group per (role, shape), drop-in for torch.optim."""
     finished = _open(sweep, results)
-    from telescope.answer import transfer as transfer_ladder
+    from telescope.sweep.answer import transfer as transfer_ladder
 
     settings = transfer_ladder(
         finished.spec,
@@ -415,11 +415,11 @@ def report(
 
     Several sweeps stand side by side, if their losses can be compared.
     """
-    from telescope.catalog import find_result
+    from telescope.spec.catalog import find_result
 
     for sweep in sweeps:
         find_result(sweep, results)
-    from telescope.reporting import write_report
+    from telescope.sweep.reporting import write_report
 
     path = write_report(sweeps, results, out)
     _say(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB)")
@@ -433,13 +433,13 @@ def report(
 @app.command()
 def ls(results: ResultsOption = RESULTS, as_json: JsonOption = False) -> None:
     """List the sweeps there are: answer, verdict, cost and age."""
-    from telescope.catalog import list_results
+    from telescope.spec.catalog import list_results
 
     folders = list_results(results)
     if not folders and not as_json:
         _say(f"no sweeps under {results}; start one with `telescope run`")
         return
-    from telescope.finished import summary
+    from telescope.sweep.finished import summary
 
     rows = [summary(folder, results, time.time()) for folder in folders]
     if as_json:
@@ -459,11 +459,11 @@ def compare(
     """Show several sweeps side by side: losses, answers, and what differs in their training."""
     if len(sweeps) < 2:
         raise SpecError(f"compare: got {sweeps[0]} alone, must be two sweeps or more")
-    from telescope.catalog import find_result
+    from telescope.spec.catalog import find_result
 
     for sweep in sweeps:
         find_result(sweep, results)
-    from telescope.finished import compare as compare_sweeps
+    from telescope.sweep.finished import compare as compare_sweeps
 
     comparison = compare_sweeps(sweeps, results)
     if as_json:
@@ -476,7 +476,7 @@ def compare(
 
 def _load(spec: str, overrides: list[str] | None, name: str | None) -> Spec:
     """The spec with the command line's overrides."""
-    from telescope.spec import Spec
+    from telescope.spec.spec import Spec
 
     named = [f"name={json.dumps(name)}"] if name else []
     return Spec.load(spec, [*(overrides or ()), *named])
@@ -489,14 +489,14 @@ def _load_or_kept(
 
     A file or a bundled sweep of that name is meant first.
     """
-    from telescope.catalog import SPEC_FILE, bundled_sweeps
+    from telescope.spec.catalog import SPEC_FILE, bundled_sweeps
 
     folders = [Path(spec), *([] if spec in bundled_sweeps() else [results / spec])]
     folder = next((f for f in folders if (f / SPEC_FILE).is_file()), None)
     if folder is None or Path(spec).is_file():
         return _load(spec, overrides, name), results
-    from telescope.dispatch.folder import Folder
-    from telescope.spec import Spec
+    from telescope.spec.spec import Spec
+    from telescope.store.folder import Folder
 
     named = [f"name={json.dumps(name)}"] if name else []
     kept = Spec.kept(Folder(folder).read_spec()["spec"], folder, [*(overrides or ()), *named])
@@ -510,8 +510,8 @@ def _load_or_kept(
 
 def _corpus_of(sources: list[str], field: str, overrides: list[str] | None) -> DataConfig:
     """The data of a sweep, or of files, as bytes: their tokenizer is yet to be made."""
-    from telescope.catalog import bundled_sweeps
-    from telescope.train.config import DataConfig
+    from telescope.config import DataConfig
+    from telescope.spec.catalog import bundled_sweeps
 
     if len(sources) == 1 and (sources[0].endswith(".toml") or sources[0] in bundled_sweeps()):
         if field != "text":
@@ -527,11 +527,11 @@ def _corpus_of(sources: list[str], field: str, overrides: list[str] | None) -> D
 
 def _make_tokens(spec: Spec) -> None:
     """Tokenize documents that have not been yet, with a bar; workers then find the tokens."""
-    from telescope.tokenizing import needs_tokenizing
+    from telescope.data.tokenizing import needs_tokenizing
 
     if needs_tokenizing(spec.data):
+        from telescope.data.corpus import read_corpus
         from telescope.report.progress import progress_bar
-        from telescope.train.data import read_corpus
 
         _say_where_tokens_are_kept()
         with progress_bar(f"{spec.name}: tokenizing") as progress:
@@ -540,7 +540,7 @@ def _make_tokens(spec: Spec) -> None:
 
 def _say_where_tokens_are_kept() -> None:
     """Tell the user where, if the home folder cannot have them."""
-    from telescope.train.cache import cache_folder
+    from telescope.data.cache import cache_folder
 
     if is_private(folder := cache_folder()):
         _say(
@@ -552,10 +552,10 @@ def _say_where_tokens_are_kept() -> None:
 
 def _open(sweep: str, results: Path) -> Finished:
     """A sweep's results; a name that is not there is said before anything heavy is imported."""
-    from telescope.catalog import find_result
+    from telescope.spec.catalog import find_result
 
     folder = find_result(sweep, results)
-    from telescope.finished import open_result
+    from telescope.sweep.finished import open_result
 
     return open_result(folder, results)
 

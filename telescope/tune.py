@@ -29,13 +29,13 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from telescope.api import Ladder
-from telescope.dispatch.gate import Gate
+from telescope.dispatch.ray.gate import Gate
 from telescope.errors import ResumeError, SpecError, TrialError
 from telescope.files import write_json
 from telescope.losses import judged
 from telescope.records import Result, Status, Trial
-from telescope.spec import Spec
-from telescope.sweep import Recorder, recorded
+from telescope.spec.spec import Spec
+from telescope.sweep.run import Recorder, recorded
 
 FINISHED: str = Searcher.FINISHED
 """What tells Tune that there is no more to come."""

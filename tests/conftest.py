@@ -21,15 +21,15 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import torch
 
-from telescope.errors import TelescopeError
-from telescope.train.config import (
+from telescope.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
     TrialConfig,
 )
-from telescope.train.data import load_corpus
+from telescope.data.corpus import load_corpus
+from telescope.errors import TelescopeError
 
 ROOT = Path(__file__).parent.parent
 GPT = ROOT / "models" / "gpt.py"

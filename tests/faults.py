@@ -34,14 +34,15 @@ from conftest import tiny_spec
 from rich.console import Console
 
 from telescope import Spec
-from telescope.answer import transfer
 from telescope.files import write_atomic
-from telescope.finished import open_result
+from telescope.packs import trainer
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.report.live import View, make_view
 from telescope.report.tables import show_as_json
-from telescope.sweep import Options, run
-from telescope.train import fused, loop
+from telescope.sweep.answer import transfer
+from telescope.sweep.finished import open_result
+from telescope.sweep.run import Options, run
+from telescope.train import loop
 
 STARTS = "starts.log"
 
@@ -85,8 +86,8 @@ def run_fast(place: Path, tables: dict[str, Any]) -> None:
     options = Options(place / "results", dispatcher="inline", check=False)
     with (
         patch.object(loop, "train", fast),
-        patch.object(fused, "train_pack", fast_pack),
-        patch.object(fused, "obstacle", lambda config, trial: ""),
+        patch.object(trainer, "train_pack", fast_pack),
+        patch.object(trainer, "obstacle", lambda config, trial: ""),
         patch("telescope.report.figures.write_loss_figure", scribble),
     ):
         run(Spec.from_dict(spec_of(place, **tables)), options, quiet)

@@ -16,43 +16,59 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "telescope"
-COMMON = {"records", "errors"}
+GROUND = ["errors", "files", "streams", "markup", "records", "losses", "config"]
+"""The modules that every room may import, bottom up."""
+PUBLIC = ["api", "tune", "cli"]
+"""The modules that people call, bottom up: above all rooms."""
 ROOMS = {
-    # room: what of telescope it may import besides itself
-    "ladder": COMMON,
-    "train": COMMON | {"files", "home"},
-    "dispatch": COMMON | {"losses", "streams", "home", "files", "catalog", "train"},
-    "transfer": COMMON | {"files", "markup", "train"},
-    "report": COMMON | {"files", "catalog", "markup", "ladder", "dispatch"},
+    # room, bottom up: the other rooms that it may import, besides the ground
+    "ladder": set[str](),
+    "rules": set[str](),
+    "data": set[str](),
+    "spec": {"data"},
+    "train": {"rules", "data"},
+    "check": {"rules", "train"},
+    "transfer": {"rules"},
+    "dispatch": set[str](),
+    "packs": {"data", "train", "dispatch"},
+    "foreign": {"spec", "dispatch"},
+    "store": {"spec"},
+    "report": {"ladder", "spec", "store"},
+    "sweep": {"ladder", "rules", "data", "spec", "train", "check", "transfer", "dispatch"}
+    | {"packs", "foreign", "store", "report"},
 }
+MOST_MODULES = 10
+"""Modules at the top level, beside `__init__` and `__main__`."""
 LIBRARIES = {
     # library: the only files that may import it
-    "ray": {f"dispatch/ray_{part}.py" for part in ("connect", "tune", "worker")} | {"tune.py"},
-    "optuna": {"dispatch/store.py"},
-    "sqlalchemy": {"dispatch/store.py"},
-    "pydantic": {"spec.py", "tables.py", "memory.py"},
-    "pydantic_core": {"memory.py"},
+    "ray": {f"dispatch/ray/{part}.py" for part in ("connect", "tune", "worker")} | {"tune.py"},
+    "optuna": {"store/store.py"},
+    "sqlalchemy": {"store/store.py"},
+    "pydantic": {"spec/spec.py", "spec/tables.py", "sweep/memory.py"},
+    "pydantic_core": {"sweep/memory.py"},
     "typer": {"cli.py"},
     "pandas": {"report/frames.py"},
     "matplotlib": {"report/figures.py"},
-    "mup": {"train/parametrization.py"},
+    "mup": {"rules/parametrization.py"},
     "safetensors": {"train/checkpoint.py"},
-    "tokenizers": {"train/tokenizer.py"},
-    "pyarrow": {"train/sources.py"},
+    "tokenizers": {"data/tokenizer.py"},
+    "pyarrow": {"data/sources.py"},
 }
 STANDARD_ONLY = [
-    *("records.py", "losses.py", "errors.py", "home.py", "streams.py", "files.py"),
-    *("markup.py", "dispatch/folder.py", "report/status.py", "report/toml.py"),
+    *("records.py", "losses.py", "errors.py", "streams.py", "files.py", "markup.py", "config.py"),
+    *("store/folder.py", "spec/catalog.py", "report/status.py", "report/toml.py"),
 ]
 
 
-def imports(path: Path, *, typing_too: bool = False) -> set[str]:
-    """Dotted names that a file imports; those under TYPE_CHECKING only when asked."""
+def imports(path: Path, *, members: bool = False) -> set[str]:
+    """Dotted names that a file imports, but for typing alone; with what is taken of each if asked.
+
+    `members` gives `telescope.files.write_json` too, which otherwise is `telescope.files`.
+    """
     tree = ast.parse(path.read_text())
-    if not typing_too:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -61,7 +77,7 @@ def imports(path: Path, *, typing_too: bool = False) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
             names |= {
-                f"{module}.{alias.name}" if module == "telescope" else module
+                f"{module}.{alias.name}" if members or module == "telescope" else module
                 for alias in node.names
             }
     return names
@@ -75,28 +91,57 @@ def inner(path: Path) -> set[str]:
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+def test_the_house_has_these_rooms_and_few_modules_beside_them() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
+    own = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert own == {*GROUND, *PUBLIC}
+    assert len(own) <= MOST_MODULES
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_import_downward(room: str) -> None:
-    for path in (PACKAGE / room).glob("*.py"):
-        upward = inner(path) - ROOMS[room] - {room}
+    below = list(ROOMS)[: list(ROOMS).index(room)]
+    assert set(below) >= ROOMS[room], f"{room} is below a room that it may import"
+    for path in (PACKAGE / room).rglob("*.py"):
+        upward = inner(path) - set(GROUND) - ROOMS[room] - {room}
         assert not upward, f"{path.relative_to(ROOT)} imports {upward}"
 
 
-LAYERS = [
-    # below the rooms, bottom up; above them, bottom up
-    *("errors", "home", "streams", "records", "losses", "files", "markup", "catalog", "memory"),
-    *("tables", "spec", "machine", "prepare", "settle", "foreign", "comparing", "checking"),
-    *("answer", "planning", "tokenizing", "finished", "sweep", "reporting", "api", "tune", "cli"),
-]
-
-
 def test_the_modules_beside_the_rooms_import_downward() -> None:
-    template = "starter_trainer"  # what `init --command` writes; nothing imports it
-    own = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", template}
-    assert own == set(LAYERS)
-    for height, name in enumerate(LAYERS):
-        upward = inner(PACKAGE / f"{name}.py") & set(LAYERS[height:])
-        assert not upward, f"{name}.py imports {upward}"
+    for modules, rooms in ((GROUND, set[str]()), (PUBLIC, {*GROUND, *ROOMS})):
+        for height, name in enumerate(modules):
+            upward = inner(PACKAGE / f"{name}.py") - rooms - set(modules[:height])
+            assert not upward, f"{name}.py imports {upward}"
+
+
+def modules_of(path: Path) -> set[str]:
+    """The modules of telescope that a file imports, by their whole names."""
+    found = set()
+    for name in imports(path, members=True):
+        parts = name.split(".")
+        if parts[0] == "telescope":
+            while not (is_module := PACKAGE.joinpath(*parts[1:]).with_suffix(".py")).exists():
+                if len(parts) == 1:
+                    break
+                parts.pop()
+            found |= {".".join(parts)} if is_module.exists() and len(parts) > 1 else set()
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Those that are imported inside a function count too."""
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in FILES
+        if path.stem not in ("__init__", "__main__")
+    }
+    above = {name: modules_of(path) for name, path in names.items()}
+    assert sum(map(len, above.values())) > 300, "imports are read"
+    while free := [name for name, below in above.items() if not below & above.keys()]:
+        for name in free:
+            del above[name]
+    assert not above, f"in a circle, or above one: {sorted(above)}"
 
 
 def test_each_library_has_its_place() -> None:
@@ -106,10 +151,11 @@ def test_each_library_has_its_place() -> None:
             assert name in LIBRARIES[library], f"{name} imports {library}"
 
 
-def test_train_needs_torch_numpy_and_mup_alone() -> None:
+@pytest.mark.parametrize("room", ["rules", "data", "train", "check", "packs", "transfer"])
+def test_training_needs_torch_numpy_and_mup_alone(room: str) -> None:
     allowed = {"torch", "numpy", "mup", "telescope"} | set(sys.stdlib_module_names)
     inside_a_function = {"safetensors", "pyarrow", "tokenizers"}
-    for path in (PACKAGE / "train").glob("*.py"):
+    for path in (PACKAGE / room).glob("*.py"):
         names = {name.split(".")[0] for name in imports(path)}
         assert names <= allowed | inside_a_function, path
         at_import = {
@@ -124,15 +170,15 @@ def test_train_needs_torch_numpy_and_mup_alone() -> None:
 def test_the_ladder_is_pure() -> None:
     impure = {"os", "time", "random", "pathlib", "io", "socket", "datetime", "subprocess"}
     allowed = {"numpy", "scipy", "telescope"} | set(sys.stdlib_module_names) - impure
-    for path in (PACKAGE / "ladder").glob("*.py"):
+    for path in (PACKAGE / "ladder").rglob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= allowed, path
 
 
 def test_the_coordinate_checks_judge_is_pure() -> None:
     """It judges sizes, whoever measured them."""
-    allowed = {"records", "train.coordcheck_verdict"}
+    allowed = {"records", "check.verdict"}
     for name in ("judge", "verdict"):
-        names = imports(PACKAGE / "train" / f"coordcheck_{name}.py")
+        names = imports(PACKAGE / "check" / f"{name}.py")
         own = {n.removeprefix("telescope.") for n in names if n.startswith("telescope.")}
         assert own <= allowed, name
         assert {n.split(".")[0] for n in names} & {"torch", "mup", "os", "pathlib"} == set(), name

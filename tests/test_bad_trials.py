@@ -20,9 +20,9 @@ from test_ray_tune import Stages
 from telescope import Spec
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.queue import LINE_LENGTH, Queue, Trainer, attempt
-from telescope.finished import open_result
 from telescope.records import CurvePoint, Point, Result, Status, Trial
-from telescope.sweep import Options, run
+from telescope.sweep.finished import open_result
+from telescope.sweep.run import Options, run
 from telescope.train import loop
 
 TRIAL = Trial(32, Point.of(lr=0.01), 0)
@@ -205,7 +205,7 @@ def bad_trainer(bad: list[Trial]) -> Trainer:
 def test_on_ray_what_is_fatal_to_a_process_is_not_to_the_sweep(
     monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
-    ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
+    ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
     monkeypatch.setattr(ray_tune, "Queue", partial(Queue, retries=0))
     source, reference = Stages(8, 2), Stages(8, 2)
     bad = source.stages[0][:4]

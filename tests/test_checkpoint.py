@@ -18,10 +18,10 @@ from conftest import GPT, trial_config
 from faults import answers, finish, quiet, spec_of, start
 
 from telescope import Spec
+from telescope.config import ModelConfig, OptimizerConfig, TrialConfig
 from telescope.records import Point, Result, Trial
-from telescope.sweep import Options, run
+from telescope.sweep.run import Options, run
 from telescope.train import checkpoint, loop
-from telescope.train.config import ModelConfig, OptimizerConfig, TrialConfig
 
 STEPS, EVERY = 12, 3
 TRIAL = Trial(32, Point.of(lr=0.02, weight_decay=0.1), 3)

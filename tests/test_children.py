@@ -101,7 +101,7 @@ def train(width, seed, lr):
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_a_pool_on_ray(tmp_path: Path) -> None:
-    pytest.importorskip("telescope.dispatch.ray_tune")
+    pytest.importorskip("telescope.dispatch.ray.tune")
     (tmp_path / "mine.py").write_text(POOL)
     spec = bowl_spec(tmp_path, ladder={"widths": [8]})
     spec["trainer"] = {"function": "mine:train", "folder": str(tmp_path)}

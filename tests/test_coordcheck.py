@@ -17,14 +17,18 @@ import numpy as np
 import pytest
 from conftest import GPT, gpt_config, tiny_spec
 
-from telescope.checking import check_point, expected_seconds, seconds_at_most
-from telescope.errors import ModelError
-from telescope.prepare import prepare
-from telescope.records import Point, Trial
-from telescope.report.figures import check_figure
-from telescope.spec import Spec
-from telescope.train import coordcheck, groups, parametrization, rules
-from telescope.train.config import (
+from telescope.check import coordcheck
+from telescope.check.coordcheck import (
+    SHORT,
+    Extent,
+    check_config,
+    check_trials,
+    coordinate_check,
+)
+from telescope.check.judge import THRESHOLD, judge
+from telescope.check.measure import Measured
+from telescope.check.verdict import CoordCheck
+from telescope.config import (
     PYTHON_STDLIB,
     DataConfig,
     ModelConfig,
@@ -32,18 +36,16 @@ from telescope.train.config import (
     TrainConfig,
     TrialConfig,
 )
-from telescope.train.coordcheck import (
-    SHORT,
-    Extent,
-    check_config,
-    check_trials,
-    coordinate_check,
-)
-from telescope.train.coordcheck_judge import THRESHOLD, judge
-from telescope.train.coordcheck_measure import Measured
-from telescope.train.coordcheck_verdict import CoordCheck
-from telescope.train.data import load_corpus
-from telescope.train.rules import Role, Scaling
+from telescope.data.corpus import load_corpus
+from telescope.errors import ModelError
+from telescope.records import Point, Trial
+from telescope.report.figures import check_figure
+from telescope.rules import groups, parametrization
+from telescope.rules import scaling as rules
+from telescope.rules.scaling import Role, Scaling
+from telescope.spec.spec import Spec
+from telescope.sweep.checking import check_point, expected_seconds, seconds_at_most
+from telescope.sweep.prepare import prepare
 
 POINT = Point.of(lr=0.004, weight_decay=0.1)
 MUP = OptimizerConfig()

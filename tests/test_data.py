@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from telescope.errors import DataError
-from telescope.train.config import PYTHON_STDLIB, DataConfig
-from telescope.train.data import (
+from telescope.config import PYTHON_STDLIB, DataConfig
+from telescope.data.corpus import (
     Batches,
     check_size,
     held_out_batch,
     held_out_mask,
     load_corpus,
 )
-from telescope.train.sources import STDLIB_BYTES
-from telescope.train.views import Tokens
+from telescope.data.sources import STDLIB_BYTES
+from telescope.data.views import Tokens
+from telescope.errors import DataError
 
 
 def raw(tokens: Tokens) -> bytes:

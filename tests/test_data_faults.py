@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from telescope.config import BYTES, DataConfig, SourceConfig
+from telescope.data.corpus import read_corpus
 from telescope.errors import DataError
-from telescope.train.config import BYTES, DataConfig, SourceConfig
-from telescope.train.data import read_corpus
 
 LINE = json.dumps({"text": "a document of some length, with a few words in it"}) + "\n"
 

@@ -26,8 +26,8 @@ from markdown_it.token import Token
 from test_cli import STABLE_OPTIONS, telescope
 
 from telescope.cli import app
-from telescope.spec import _TABLES
-from telescope.tables import AxisTable, ModelTable
+from telescope.spec.spec import _TABLES
+from telescope.spec.tables import AxisTable, ModelTable
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "results/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))

@@ -15,14 +15,14 @@ import pytest
 from conftest import ROOT
 
 from telescope import Ladder, Spec
-from telescope.finished import open_result
+from telescope.sweep.finished import open_result
 
 EXAMPLE = ROOT / "examples" / "tuner"
 
 
 def last_loss(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The example's own training, called without Tune."""
-    pytest.importorskip("telescope.dispatch.ray_tune")  # before Ray, so that it listens on loopback
+    pytest.importorskip("telescope.dispatch.ray.tune")  # before Ray, so that it listens on loopback
     spec = importlib.util.spec_from_file_location("example_tuner", EXAMPLE / "tuner.py")
     assert spec is not None
     assert spec.loader is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import gpt_config
 
-from telescope.train.config import OptimizerConfig, TrainConfig
+from telescope.config import OptimizerConfig, TrainConfig
 from telescope.train.flops import newton_schulz_flops, step_cost
 
 TRAIN = TrainConfig(steps=1, batch_size=4, sequence_length=64)

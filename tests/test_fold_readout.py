@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from telescope import Shapes
 from telescope.errors import RefusedError, SpecError
-from telescope.train.rules import Role, Tag
+from telescope.rules.scaling import Role, Tag
 
 WIDTH, BASE, VOCABULARY, STEPS = 32, 8, 11, 12
 POINT = {"lr": 0.03, "weight_decay": 0.4, "init_scale": 0.7}

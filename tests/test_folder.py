@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from telescope.dispatch.folder import Folder
 from telescope.errors import ResumeError
 from telescope.files import write_atomic, write_json
 from telescope.records import CurvePoint, Point, Result, Status, Trial
+from telescope.store.folder import Folder
 
 
 @pytest.fixture

@@ -18,14 +18,14 @@ from rich.console import Console
 from test_cli import telescope as in_process
 
 from telescope import Ladder, Spec
-from telescope.dispatch.sources import read_source
 from telescope.errors import ResumeError, SpecError
-from telescope.finished import open_result
-from telescope.foreign import Foreign
-from telescope.planning import make_plan
+from telescope.foreign.sources import read_source
 from telescope.records import Status
 from telescope.report.live import View, make_view
-from telescope.sweep import Options, run
+from telescope.sweep.finished import open_result
+from telescope.sweep.foreign import Foreign
+from telescope.sweep.planning import make_plan
+from telescope.sweep.run import Options, run
 
 TELESCOPE = [sys.executable, "-m", "telescope"]
 BOWL = """
@@ -493,7 +493,7 @@ def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(tmp_path: P
 @pytest.mark.xdist_group("ray")
 def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Width 8 on one CPU each, two at once; width 16 on both; the same answer as inline."""
-    pytest.importorskip("telescope.dispatch.ray_tune")
+    pytest.importorskip("telescope.dispatch.ray.tune")
     monkeypatch.setenv("NAP", "0.5")
     by_width = {"compute": {"cpus": {"8": 1, "16": 2}, "workers": 2}}
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
@@ -519,7 +519,7 @@ def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_ctrl_c_on_ray_leaves_no_command_running(tmp_path: Path) -> None:
-    pytest.importorskip("telescope.dispatch.ray_tune")
+    pytest.importorskip("telescope.dispatch.ray.tune")
     (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
     mark = str(tmp_path)
     environment = {**os.environ, "NAP": "100", "TELESCOPE_TEST_MARK": mark}

@@ -14,15 +14,18 @@ import torch
 from conftest import gpt_config, trial_config
 from torch.nn import functional
 
+from telescope.config import ModelConfig, OptimizerConfig, TrainConfig, TrialConfig
+from telescope.dispatch.device import is_out_of_memory
+from telescope.packs import fused
+from telescope.packs.folding import Folded
+from telescope.packs.fused import Pack, obstacle, train_pack
+from telescope.packs.probe import pack_probe
+from telescope.packs.stack import Stack
+from telescope.packs.trainer import PackedTrainer
 from telescope.records import CurvePoint, Point, Result, Status, Trial
-from telescope.train import checkpoint, fused, loop, muon
+from telescope.train import checkpoint, loop, muon
 from telescope.train.checkpoint import Position, checkpoints_of
-from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig, TrialConfig
-from telescope.train.folding import Folded
-from telescope.train.fused import Pack, is_out_of_memory, obstacle, train_pack
-from telescope.train.loop import TelescopeTrainer, train
-from telescope.train.probe import pack_probe
-from telescope.train.stack import Stack
+from telescope.train.loop import train
 
 AXES = {
     # lr, weight decay, warm-up, init scale, AdamW's share, seed: no two of a pack agree in any
@@ -202,7 +205,7 @@ def test_losses_that_are_read_late_end_a_trial_where_it_diverged(
     burst = replace(wild, point=Point.of({**wild.point, "lr": 1e9}))
     trials = [calm, burst, warm]
     pack = Pack(config, trials)
-    monkeypatch.setattr("telescope.train.fused.reads_every", lambda device: 5)
+    monkeypatch.setattr("telescope.packs.fused.reads_every", lambda device: 5)
     results: list[Result] = []
     while pack.members:
         results += pack.step()
@@ -340,7 +343,7 @@ def test_a_batch_that_several_trials_see_is_moved_once(
         sizes.append(tokens.numel())
         return tokens.to(device)
 
-    monkeypatch.setattr("telescope.train.fused.moved", noting)
+    monkeypatch.setattr("telescope.packs.fused.moved", noting)
     pack = Pack(trial_config(corpus_file), pack_of())
     pack.step()
     assert sizes == [2 * 4 * 16, 2 * 4 * 16, 3]  # two batches, and whose each is
@@ -473,7 +476,7 @@ def test_a_probe_measures_a_pack(corpus_file: Path) -> None:
     probe = pack_probe(trial_config(corpus_file, steps=3), pack_of())
     assert probe.gain > 0
     assert probe.most(1.0) == float("inf")  # a CPU's memory is not measured
-    assert TelescopeTrainer(trial_config(corpus_file)).probe_pack(pack_of()) is None
+    assert PackedTrainer(trial_config(corpus_file)).probe_pack(pack_of()) is None
 
 
 SHAPES = [

@@ -20,12 +20,12 @@ from test_foreign import telescope as command
 
 from telescope import Ladder as UserLadder
 from telescope import Spec
-from telescope.dispatch.store import Store
 from telescope.errors import TrialError
-from telescope.finished import open_result
 from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Axis, LadderSpec, Point, Result, Status, Trial
-from telescope.sweep import Recorder
+from telescope.store.store import Store
+from telescope.sweep.finished import open_result
+from telescope.sweep.run import Recorder
 from telescope.tune import TelescopeSearch
 
 COSTS = {16: 1.0, 32: 4.0, 64: 16.0}

@@ -13,12 +13,12 @@ import torch
 from conftest import one_line, trial_config
 from torch import Tensor
 
+from telescope.config import ModelConfig, OptimizerConfig, TrainConfig
 from telescope.errors import ModelError
+from telescope.packs.fused import obstacle, train_pack
 from telescope.records import Point, Result, Trial
-from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
+from telescope.rules.groups import parameter_groups
 from telescope.train.flops import step_cost
-from telescope.train.fused import obstacle, train_pack
-from telescope.train.groups import parameter_groups
 from telescope.train.loop import Setup, set_up, take_step, train
 from telescope.train.model import TaggedModel, build_meta, build_model
 

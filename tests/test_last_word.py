@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from telescope.dispatch.outcome import Curve, Prices, as_result
-from telescope.dispatch.output import LONGEST_LINE, NoResult, read_output, tail
+from telescope.foreign.outcome import Curve, Prices, as_result
+from telescope.foreign.output import LONGEST_LINE, NoResult, read_output, tail
 from telescope.losses import as_number, in_text, judged
 from telescope.records import Point, Status, Trial
 

@@ -13,11 +13,7 @@ import pytest
 import torch
 from conftest import gpt_config, trial_config
 
-from telescope.errors import DataError
-from telescope.records import Point, Result, Status, Trial
-from telescope.train import loop
-from telescope.train.choose import measure
-from telescope.train.config import (
+from telescope.config import (
     ADAMW_AXES,
     CARE_KEYS,
     TRAINER_AXES,
@@ -25,9 +21,15 @@ from telescope.train.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from telescope.train.fused import train_pack
+from telescope.errors import DataError
+from telescope.packs.fused import train_pack
+from telescope.packs.probe import pack_probe
+from telescope.packs.trainer import PackedTrainer
+from telescope.records import Point, Result, Status, Trial
+from telescope.train import loop
+from telescope.train.choose import measure
 from telescope.train.loop import TelescopeTrainer, held_out_loss, set_up, train
-from telescope.train.probe import pack_probe, seconds_per_trial
+from telescope.train.probe import seconds_per_trial
 
 GOOD = Point.of(lr=0.05, weight_decay=0.1)
 
@@ -183,13 +185,13 @@ def test_the_trainer_computes_with_its_threads(corpus_file: Path) -> None:
 )
 def test_whatever_is_trained_or_timed_has_its_widths_threads(
     corpus_file: Path,
-    work: Callable[[TelescopeTrainer, Trial], object],
+    work: Callable[[PackedTrainer, Trial], object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     config = replace(trial_config(corpus_file, steps=1), threads=1, threads_at={32: 2})
-    work(TelescopeTrainer(config), Trial(32, GOOD, 0))
+    work(PackedTrainer(config), Trial(32, GOOD, 0))
     assert given == [2]
 
 

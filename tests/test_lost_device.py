@@ -142,7 +142,7 @@ def test_without_a_device_nothing_is_asked(
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_on_ray_the_process_is_replaced_and_its_trial_tried_again(tmp_path: Path) -> None:
-    ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
+    ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
     marker = str(tmp_path / "died")
 
     def make() -> Callable[[Trial], Result]:

@@ -11,8 +11,8 @@ import torch
 from conftest import tiny_spec
 
 from telescope.errors import SpecError
-from telescope.machine import check_numbered_device, gpus, pack_size, workers
-from telescope.spec import Spec
+from telescope.spec.spec import Spec
+from telescope.sweep.machine import check_numbered_device, gpus, pack_size, workers
 
 CORES = 16
 
@@ -116,7 +116,7 @@ def test_a_device_that_a_worker_would_not_see_is_refused(
 def test_a_cluster_with_gpus_that_nobody_reserves_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
+    ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
     nodes = [{"Alive": True, "Resources": {"CPU": 8, "GPU": 4}}, {"Alive": True, "Resources": {}}]
     monkeypatch.setattr(ray_tune.ray, "nodes", lambda: nodes)
     with pytest.raises(SpecError, match=r"^compute\.gpus: got 0, the cluster has 4,.*'cpu'"):

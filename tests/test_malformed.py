@@ -22,7 +22,7 @@ from test_cli import Done, telescope
 
 from telescope import Spec
 from telescope.errors import SpecError, TelescopeError
-from telescope.finished import open_result
+from telescope.sweep.finished import open_result
 
 settings.register_profile("telescope", derandomize=True, database=None)
 settings.load_profile("telescope")  # the same examples everywhere: a red run is a change's fault

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from telescope import memory
-from telescope.finished import Finished, open_result
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.state import Move
-from telescope.memory import Memory, code_of, is_self_contained
 from telescope.records import Certificate, Choice, LadderSpec, Point, Result, Stage, Status, Trial
-from telescope.spec import Spec
-from telescope.sweep import recorded
+from telescope.spec.spec import Spec
+from telescope.sweep import memory
+from telescope.sweep.finished import Finished, open_result
+from telescope.sweep.memory import Memory, code_of, is_self_contained
+from telescope.sweep.run import recorded
 
 TRIAL = Trial(32, Point.of(lr=0.1, weight_decay=1e-9), 3)
 MOVES = [
@@ -112,7 +112,7 @@ def known(path: Path) -> list[str]:
 def test_the_code_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "telescope"
     shutil.copytree(ROOT / "telescope" / "ladder", package / "ladder")
-    monkeypatch.setattr(memory, "__file__", str(package / "memory.py"))
+    monkeypatch.setattr(memory, "__file__", str(package / "sweep" / "memory.py"))
     fresh = code_of.__wrapped__
     before = fresh("ladder", libraries=("numpy",))
     assert before == fresh("ladder", libraries=("numpy",))
@@ -127,7 +127,7 @@ def test_a_sweep_is_the_same_from_memory(sweep: Path, monkeypatch: pytest.Monkey
     by_fit, drawn = slow.certificate, slow.portrait
     monkeypatch.setattr("telescope.ladder.ladder._policy", None)
     monkeypatch.setattr("telescope.ladder.portrait.portrait", None)
-    monkeypatch.setattr("telescope.dispatch.store.Store", None)
+    monkeypatch.setattr("telescope.store.store.Store", None)
     quick = open_result(sweep, sweep.parent)
     assert isinstance(quick.certificate, Certificate)
     assert quick.certificate == by_fit
@@ -169,7 +169,7 @@ def test_the_figure_is_drawn_anew_where_it_would_be_another(
     assert go_on() == 0, "it is there as it would be"
     (tmp_path / "told" / "loss.png").unlink()
     assert go_on() == 1
-    monkeypatch.setattr("telescope.sweep.code_of", lambda *rooms, libraries: "a new version")
+    monkeypatch.setattr("telescope.sweep.run.code_of", lambda *rooms, libraries: "a new version")
     assert go_on() == 1
     assert go_on() == 0
     tables["axes"]["lr"]["high"] = 4.0

@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sources import IDS, sentences, write_jsonl
 
-from telescope.errors import DataError, SpecError
-from telescope.train import cache, shards, tokens
-from telescope.train.config import DataConfig, SourceConfig
-from telescope.train.data import (
+from telescope.config import DataConfig, SourceConfig
+from telescope.data import cache, shards, tokens
+from telescope.data.corpus import (
     Batches,
     check_size,
     check_vocabulary,
@@ -29,8 +28,9 @@ from telescope.train.data import (
     passes,
     read_corpus,
 )
-from telescope.train.tokenizer import train_bpe
-from telescope.train.views import Tokens, View, held_out_ranges, rest_of
+from telescope.data.tokenizer import train_bpe
+from telescope.data.views import Tokens, View, held_out_ranges, rest_of
+from telescope.errors import DataError, SpecError
 
 settings.register_profile("telescope", derandomize=True, database=None)
 settings.load_profile("telescope")
@@ -256,7 +256,7 @@ def test_large_files_are_mapped_and_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the border between small and large at nothing."""
-    for module in (shards, __import__("telescope.train.data").train.data):
+    for module in (shards, __import__("telescope.data.corpus").train.data):
         monkeypatch.setattr(module, "SMALL_BYTES", 0)
     monkeypatch.setattr(shards, "CHUNK_BYTES", 1000)
     monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))

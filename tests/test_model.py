@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import gpt_config, one_line
 
+from telescope.config import ModelConfig, OptimizerConfig, TrainConfig
 from telescope.errors import ModelError, SpecError
-from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from telescope.train.flops import StepCost, step_cost
 from telescope.train.model import (
     build_meta,

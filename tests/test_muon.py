@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from telescope.rules.quintics import quintics
 from telescope.train import muon
 from telescope.train.muon import Muon, orthogonalize
-from telescope.train.quintics import quintics
 
 SHAPES = [(16, 16), (32, 8), (8, 32), (96, 96), (80, 160)]  # fp32 batches up to 64, bf16 to 256
 

@@ -18,7 +18,7 @@ import telescope
 from telescope import Ladder, Spec, Trial
 from telescope.api import Sweep
 from telescope.errors import SpecError, StoreError, TelescopeError
-from telescope.sweep import Options, run
+from telescope.sweep.run import Options, run
 
 
 def loss_of(trial: Trial) -> float:

@@ -11,13 +11,13 @@ import torch
 from conftest import gpt_config
 from torch import nn
 
+from telescope.config import OptimizerConfig, TrainConfig
 from telescope.records import Point
-from telescope.train.config import OptimizerConfig, TrainConfig
-from telescope.train.groups import Group, parameter_groups
+from telescope.rules.groups import Group, parameter_groups
+from telescope.rules.scaling import Role
 from telescope.train.loop import token_loss
 from telescope.train.model import build_meta, build_model
 from telescope.train.optim import build_optimizers, schedule, set_lr
-from telescope.train.rules import Role
 
 POINT = Point.of(lr=0.08, weight_decay=0.1)
 

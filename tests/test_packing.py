@@ -18,18 +18,18 @@ from faults import answers, finish, run_real, start, stored
 from rich.console import Console
 
 from telescope import Spec
-from telescope.dispatch.folder import Folder
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.packing import Packer, choose_size
 from telescope.dispatch.packs import Limit, Pack, Packs
 from telescope.dispatch.queue import Order, Queue, Trainer
 from telescope.errors import SpecError, StoreError
-from telescope.finished import open_result
-from telescope.machine import pack_size
+from telescope.packs.probe import PackProbe
 from telescope.records import Point, Result, Status, Trial
 from telescope.report.live import View, make_view
-from telescope.sweep import Options, run
-from telescope.train.probe import PackProbe
+from telescope.store.folder import Folder
+from telescope.sweep.finished import open_result
+from telescope.sweep.machine import pack_size
+from telescope.sweep.run import Options, run
 
 
 def trials(number: int, width: int = 32) -> list[Trial]:
@@ -299,7 +299,7 @@ def test_auto_asks_workers_only_where_there_may_be_an_accelerator(
     assert chosen(device="cpu") == chosen(is_cluster=True) == 1
     assert chosen(is_cluster=True, gpus=1) == chosen(device="cuda") == "auto"
     assert chosen(pack=3) == 3
-    monkeypatch.setattr("telescope.machine.resolve_device", lambda device: "cuda")
+    monkeypatch.setattr("telescope.sweep.machine.resolve_device", lambda device: "cuda")
     assert chosen() == "auto"
     for wrong, allowed in ((0, ">= 1"), ("many", "an integer or 'auto'")):
         with pytest.raises(SpecError, match=rf"compute\.pack: got .*, must be .*{allowed}"):
@@ -491,7 +491,7 @@ def test_killed_in_the_middle_of_a_pack_it_goes_on(widths: list[int], tmp_path: 
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
 def test_packs_on_ray_and_a_worker_that_dies_with_one() -> None:
-    ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
+    ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
     wanted = trials(8)
 
     def make() -> Any:

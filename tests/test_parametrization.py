@@ -14,11 +14,11 @@ import torch
 from conftest import gpt_config
 from torch import Tensor, nn
 
+from telescope.config import ModelConfig
 from telescope.errors import ModelError
-from telescope.train.config import ModelConfig
+from telescope.rules.parametrization import tag
+from telescope.rules.scaling import Role, scaling
 from telescope.train.model import build_meta, build_model
-from telescope.train.parametrization import tag
-from telescope.train.rules import Role, scaling
 
 SQUARE = ((64, 64), (16, 16))  # r = 4
 TALL = ((256, 64), (64, 16))  # r = 4, out/in stays 4

@@ -18,9 +18,9 @@ from telescope.ladder.grid import paper_stage
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.plan import least_cost, plan_ladder, plan_stages, what_fits
 from telescope.ladder.prior import draw_truths
-from telescope.planning import make_plan
 from telescope.records import Axis, LadderSpec, Point, Trial
-from telescope.spec import Spec
+from telescope.spec.spec import Spec
+from telescope.sweep.planning import make_plan
 
 SPEC = LadderSpec(
     (Axis("lr", 0.001, 1.0, 7), Axis("weight_decay", 0.01, 1.0, 3)),

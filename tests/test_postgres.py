@@ -18,11 +18,11 @@ import pytest
 from faults import answers, formula, quiet, run_fast, spec_of
 
 from telescope import Spec
-from telescope.dispatch import store
 from telescope.errors import ResumeError, StoreError
-from telescope.finished import open_result
 from telescope.records import CurvePoint, Result, Status, Trial
-from telescope.sweep import Options, run
+from telescope.store import store
+from telescope.sweep.finished import open_result
+from telescope.sweep.run import Options, run
 from telescope.train import loop
 
 PASSWORD = "a-secret-of-the-test"

@@ -17,21 +17,21 @@ from conftest import as_toml, tiny_spec, trial_config
 from rich.console import Console
 from torch import nn
 
+from telescope.check.coordcheck import Extent
 from telescope.cli import main
-from telescope.dispatch.folder import Folder
+from telescope.config import OptimizerConfig, TrialConfig
 from telescope.errors import ResumeError, SpecError
-from telescope.finished import open_result
-from telescope.planning import make_plan
-from telescope.prepare import prepare
 from telescope.records import Point, Trial
 from telescope.report.live import PlainView
-from telescope.settle import settled
-from telescope.spec import Spec
-from telescope.sweep import Options, run
+from telescope.spec.spec import Spec
+from telescope.store.folder import Folder
+from telescope.sweep.finished import open_result
+from telescope.sweep.planning import make_plan
+from telescope.sweep.prepare import prepare
+from telescope.sweep.run import Options, run
+from telescope.sweep.settle import settled
 from telescope.train import choose
 from telescope.train.choose import Measured
-from telescope.train.config import OptimizerConfig, TrialConfig
-from telescope.train.coordcheck import Extent
 from telescope.train.loop import held_out_loss_of, set_up, take_step, train
 
 TRIAL = Trial(16, Point.of(lr=0.05, weight_decay=0.1), 0)
@@ -187,7 +187,7 @@ def test_a_run_takes_what_the_check_has_settled(
 ) -> None:
     """And its verdict with it, which is on that very arithmetic; on another device neither."""
     one = Extent(width_factors=(1, 2), steps=(1,), seeds=(0,))
-    monkeypatch.setattr("telescope.checking.Extent", lambda: one)
+    monkeypatch.setattr("telescope.sweep.checking.Extent", lambda: one)
     data = tiny_spec(corpus_file, **AUTO)
     (tmp_path / "tiny.toml").write_text(as_toml(data))
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ import pytest
 from conftest import as_toml
 from faults import answers, spec_of
 
-pytest.importorskip("telescope.dispatch.ray_tune")
+pytest.importorskip("telescope.dispatch.ray.tune")
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 

@@ -23,14 +23,15 @@ import pytest
 from faults import Tally, answers, finish, quiet, spec_of, start
 
 from telescope import Spec
-from telescope.dispatch import ray_session
-from telescope.dispatch.ray_session import marked
+from telescope.dispatch.ray import session as ray_session
+from telescope.dispatch.ray.session import marked
 from telescope.errors import LostError
+from telescope.packs import trainer
 from telescope.records import Result, Trial
-from telescope.sweep import Options, run
+from telescope.sweep.run import Options, run
 from telescope.train import loop
 
-pytest.importorskip("telescope.dispatch.ray_tune")
+pytest.importorskip("telescope.dispatch.ray.tune")
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
@@ -41,7 +42,7 @@ LOST = {LostError.exit_code, 1}
 
 def run_sweep(place: Path, dispatcher: str) -> None:
     """One `telescope run`; on Ray each trial takes a little longer, to be killed in."""
-    real, pause = loop.TelescopeTrainer, 0.3 if dispatcher == "ray" else 0.0
+    real, pause = trainer.PackedTrainer, 0.3 if dispatcher == "ray" else 0.0
 
     def logged(config: Any) -> Callable[[Trial], Result]:
         def train(trial: Trial) -> Result:  # local, so that Ray pickles it by value
@@ -53,7 +54,7 @@ def run_sweep(place: Path, dispatcher: str) -> None:
         return train
 
     options = Options(place / "results", workers=2, dispatcher=dispatcher, check=False)
-    with patch.object(loop, "TelescopeTrainer", logged):
+    with patch.object(trainer, "PackedTrainer", logged):
         try:
             run(Spec.from_dict(spec_of(place)), options, quiet)
         except LostError:
@@ -155,7 +156,7 @@ def test_killed_on_ray_it_ends_as_undisturbed_inline(
 
 def run_with_checkpoints(place: Path, dispatcher: str) -> None:
     """One `telescope run`; each step of each trial is written down and takes 20 ms."""
-    real = loop.TelescopeTrainer
+    real = trainer.PackedTrainer
 
     def logged(config: Any) -> Callable[[Trial], Result]:
         def train(trial: Trial) -> Result:  # local, so that Ray pickles it by value
@@ -180,7 +181,7 @@ def run_with_checkpoints(place: Path, dispatcher: str) -> None:
         "train": steps,
     }
     options = Options(place / "results", workers=2, dispatcher=dispatcher, check=False)
-    with patch.object(loop, "TelescopeTrainer", logged):
+    with patch.object(trainer, "PackedTrainer", logged):
         run(Spec.from_dict(spec_of(place, **tables)), options, quiet)
 
 
@@ -224,7 +225,7 @@ def test_a_fork_of_the_raylet_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_only_its_own_leftovers_are_reaped(tmp_path: Path) -> None:
-    from telescope.dispatch.ray_session import MARK, reap
+    from telescope.dispatch.ray.session import MARK, reap
 
     mine, other = str(tmp_path / "mine"), str(tmp_path / "mine-too")
     sleepers = [

@@ -10,11 +10,11 @@ from conftest import tiny_spec, wide_block
 from rich.console import Console
 
 from telescope import Spec
-from telescope.dispatch.ray_session import marked
+from telescope.dispatch.ray.session import marked
 from telescope.errors import RefusedError
-from telescope.finished import open_result
 from telescope.report.live import make_view
-from telescope.sweep import Options, run
+from telescope.sweep.finished import open_result
+from telescope.sweep.run import Options, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 

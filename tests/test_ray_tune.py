@@ -30,9 +30,9 @@ from telescope.dispatch.queue import Queue, Trainer
 from telescope.errors import SpecError
 from telescope.records import Point, Result, Status, Trial
 
-ray_tune = pytest.importorskip("telescope.dispatch.ray_tune")
+ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
 ray = pytest.importorskip("ray")  # after ours, which decides where Ray may listen
-OBJECT_STORE_BYTES = pytest.importorskip("telescope.dispatch.ray_connect").OBJECT_STORE_BYTES
+OBJECT_STORE_BYTES = pytest.importorskip("telescope.dispatch.ray.connect").OBJECT_STORE_BYTES
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
@@ -196,7 +196,7 @@ def test_interrupt_ends_all_within_seconds(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent("""
         import time
-        from telescope.dispatch.ray_tune import run_ray
+        from telescope.dispatch.ray.tune import run_ray
         from telescope.records import Point, Result, Status, Trial
 
         class Source:

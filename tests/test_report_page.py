@@ -22,19 +22,19 @@ from test_foreign import bowl_spec, quiet
 
 from telescope import Spec, Trial
 from telescope import open as telescope_open
-from telescope.comparing import differences
-from telescope.dispatch.folder import Folder
+from telescope.check.verdict import CoordCheck
 from telescope.errors import RefusedError, SpecError
-from telescope.finished import Finished, open_result
 from telescope.ladder.ladder import Ladder
 from telescope.records import Axis, CurvePoint, LadderSpec, Point, Result, Status
 from telescope.report.figures import as_svg, draw_excess
 from telescope.report.page import HIDDEN, SECTIONS
 from telescope.report.svg import inline
 from telescope.report.verdict import describe_certificate
-from telescope.reporting import page_of, write_report
-from telescope.sweep import Options, recorded, run
-from telescope.train.coordcheck_verdict import CoordCheck
+from telescope.store.folder import Folder
+from telescope.sweep.comparing import differences
+from telescope.sweep.finished import Finished, open_result
+from telescope.sweep.reporting import page_of, write_report
+from telescope.sweep.run import Options, recorded, run
 
 QUICKSTART = ROOT / "results" / "reference" / "quickstart"
 LR = {"low": 0.01, "high": 1.0, "points": 7}

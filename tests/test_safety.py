@@ -13,7 +13,7 @@ from faults import run_fast, spec_of
 from test_cli import telescope
 
 LOADERS = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
-ALLOWED = {f"dispatch/ray_{part}.py": {"cloudpickle"} for part in ("tune", "worker")}
+ALLOWED = {f"dispatch/ray/{part}.py": {"cloudpickle"} for part in ("tune", "worker")}
 """Ray sends the trainer from the driver to its own workers; nothing of it is kept in a file."""
 
 
@@ -38,7 +38,7 @@ def watch(event, arguments):
     if event == "pickle.find_class":
         found.append(arguments)
 from telescope.api import transfer
-from telescope.finished import open_result
+from telescope.sweep.finished import open_result
 from telescope.train import checkpoint, loop  # everything is imported; now nothing may be unpickled
 import safetensors.torch
 sys.addaudithook(watch)

@@ -19,12 +19,12 @@ from conftest import gpt_config, tiny_spec
 from torch import nn
 
 from telescope import Ladder, Shapes, Spec
+from telescope.config import OptimizerConfig
 from telescope.errors import ModelError, SpecError
 from telescope.records import Point
-from telescope.train.config import OptimizerConfig
-from telescope.train.groups import parameter_groups
+from telescope.rules.groups import parameter_groups
+from telescope.rules.scaling import Role
 from telescope.train.model import build_meta
-from telescope.train.rules import Role
 from telescope.transfer.settings import group_settings
 from telescope.transfer.shapes import GROWING, LAYOUT, write_shapes
 
@@ -273,7 +273,7 @@ def test_a_model_file_has_its_own_shapes(corpus_file: Path) -> None:
 def test_settings_need_no_torch() -> None:
     """A trainer in another framework pays for none."""
     code = (
-        "import sys; from telescope import Shapes; from telescope.train.rules import Role, Tag\n"
+        "import sys; from telescope import Shapes; from telescope.rules.scaling import Role, Tag\n"
         "shapes = Shapes(64, 16, {'w': Tag('w', Role.HIDDEN, (64, 64), (16, 16))})\n"
         "print(shapes.groups(lr=0.1, weight_decay=0.1)[0]['lr'], 'torch' in sys.modules)"
     )

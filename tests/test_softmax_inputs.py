@@ -12,10 +12,11 @@ from conftest import gpt_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from telescope.checking import describe_verdict
-from telescope.records import Point
-from telescope.train import coordcheck_softmax
-from telescope.train.config import (
+from telescope.check import softmax as coordcheck_softmax
+from telescope.check.coordcheck import Extent, coordinate_check
+from telescope.check.softmax import SoftmaxInputs
+from telescope.check.verdict import CoordCheck
+from telescope.config import (
     PYTHON_STDLIB,
     DataConfig,
     ModelConfig,
@@ -23,10 +24,9 @@ from telescope.train.config import (
     TrainConfig,
     TrialConfig,
 )
-from telescope.train.coordcheck import Extent, coordinate_check
-from telescope.train.coordcheck_softmax import SoftmaxInputs
-from telescope.train.coordcheck_verdict import CoordCheck
-from telescope.train.data import load_corpus
+from telescope.data.corpus import load_corpus
+from telescope.records import Point
+from telescope.sweep.checking import describe_verdict
 
 LENGTH, SIZE = 6, 5
 SEEN = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()

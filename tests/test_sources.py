@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from telescope.errors import DataError, SpecError, TelescopeError
-from telescope.train import sources
-from telescope.train.config import PYTHON_STDLIB, DataConfig, SourceConfig
-from telescope.train.data import (
+from telescope.config import PYTHON_STDLIB, DataConfig, SourceConfig
+from telescope.data import sources
+from telescope.data.corpus import (
     Corpus,
     check_size,
     check_vocabulary,
@@ -32,8 +31,9 @@ from telescope.train.data import (
     load_corpus,
     read_corpus,
 )
-from telescope.train.tokenizer import load_tokenizer, train_bpe
-from telescope.train.tokens import split_passages
+from telescope.data.tokenizer import load_tokenizer, train_bpe
+from telescope.data.tokens import split_passages
+from telescope.errors import DataError, SpecError, TelescopeError
 
 settings.register_profile("telescope", derandomize=True, database=None)
 settings.load_profile("telescope")

@@ -17,17 +17,17 @@ from conftest import ROOT, as_toml, tiny_spec, trial_config
 from test_cli import telescope
 
 from telescope import Ladder
+from telescope.config import DataConfig, OptimizerConfig, TrainConfig
 from telescope.errors import SpecError
 from telescope.records import Axis, Point, Trial
-from telescope.spec import Spec, fingerprint
-from telescope.tables import (
+from telescope.spec.spec import Spec, fingerprint
+from telescope.spec.tables import (
     BudgetTable,
     ComputeTable,
     LadderTable,
     ModelTable,
     TargetTable,
 )
-from telescope.train.config import DataConfig, OptimizerConfig, TrainConfig
 from telescope.train.loop import train
 
 WRONG = [
@@ -360,7 +360,7 @@ def _fingerprint(*overrides: str) -> str:
 
 def test_the_starter_explains_every_key() -> None:
     """Each key of every table stands in the starter, given or commented out, below a comment."""
-    lines = (ROOT / "telescope" / "starter.toml").read_text().splitlines()
+    lines = (ROOT / "telescope" / "spec" / "starter.toml").read_text().splitlines()
     table, seen, explained = "", set(), False
     for line in lines:
         if line.startswith("["):

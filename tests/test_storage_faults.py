@@ -21,11 +21,11 @@ from faults import answers, quiet, run_fast, spec_of
 from test_cli import telescope
 
 from telescope import Spec
-from telescope.dispatch import store
 from telescope.errors import ResumeError, StoreError, TelescopeError
-from telescope.finished import open_result
 from telescope.records import Result, Trial
-from telescope.sweep import Options, run
+from telescope.store import store
+from telescope.sweep.finished import open_result
+from telescope.sweep.run import Options, run
 from telescope.train import loop
 
 TRIALS = 9
@@ -215,7 +215,7 @@ def test_a_bug_in_the_program_is_a_line_too(place: Path, monkeypatch: pytest.Mon
     def broken(*_: Any) -> None:
         raise RuntimeError("unforeseen\nand long")
 
-    monkeypatch.setattr("telescope.catalog.list_results", broken)
+    monkeypatch.setattr("telescope.spec.catalog.list_results", broken)
     done = telescope("ls", cwd=place)
     expected = "telescope: a bug in telescope: RuntimeError: unforeseen; --debug shows where\n"
     assert (done.returncode, done.stderr) == (2, expected)

@@ -9,9 +9,9 @@ from pathlib import Path
 import optuna
 import pytest
 
-from telescope.dispatch.store import Store, sqlite_url, without_password
 from telescope.errors import ResumeError
 from telescope.records import Axis, Point, Result, Status, Trial
+from telescope.store.store import Store, sqlite_url, without_password
 
 AXES = (Axis("lr", 0.01, 1.0, 7), Axis("weight_decay", 0.0, 0.0, 1), Axis("warmup", 0.1, 0.4, 3))
 

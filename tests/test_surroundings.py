@@ -20,10 +20,10 @@ from test_foreign import bowl_spec
 
 from telescope import Ladder, Spec
 from telescope.cli import main
-from telescope.home import can_write, is_private, private_folder, stand_in
+from telescope.data.cache import cache_folder
+from telescope.files import can_write, is_private, private_folder, stand_in
 from telescope.records import Point
 from telescope.streams import ERRORS, SPELLED
-from telescope.train.cache import cache_folder
 from telescope.transfer.settings import horizon_note
 
 SCRIPT = "import sys; del sys.path[0]; from telescope.cli import main; main()"

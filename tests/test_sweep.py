@@ -16,19 +16,19 @@ from conftest import GPT, tiny_spec, wide_block
 from rich.console import Console
 
 from telescope import Spec
-from telescope.answer import transfer
-from telescope.checking import write_check
-from telescope.dispatch.folder import Folder
+from telescope.check.coordcheck import Extent, coordinate_check
 from telescope.errors import RefusedError, ResumeError, SpecError
-from telescope.finished import open_result
 from telescope.ladder.ladder import Ladder, replay
-from telescope.prepare import prepare
 from telescope.records import Point, Result, Trial
 from telescope.report.live import PlainView, View, make_view
 from telescope.report.tables import show_as_json
-from telescope.sweep import Options, Recorder, run
+from telescope.store.folder import Folder
+from telescope.sweep.answer import transfer
+from telescope.sweep.checking import write_check
+from telescope.sweep.finished import open_result
+from telescope.sweep.prepare import prepare
+from telescope.sweep.run import Options, Recorder, run
 from telescope.train import loop
-from telescope.train.coordcheck import Extent, coordinate_check
 
 TRIALS = 3 * 2 + 3 * 1  # 3 → 3/2 → 3 and 2 → 1 → 1
 
@@ -293,7 +293,7 @@ def test_compute_reaches_ray(
     def fake_ray(source: Any, trainer: Any, **options: Any) -> None:
         given.update(options, threads=trainer.config.threads, device=trainer.config.device)
 
-    monkeypatch.setattr("telescope.dispatch.ray_tune.run_ray", fake_ray)
+    monkeypatch.setattr("telescope.dispatch.ray.tune.run_ray", fake_ray)
     compute = {"cpus": 2, "gpus": 0.5, "device": "cpu", "workers": 3}
     data = tiny_spec(corpus_file, compute=compute, train={"timeout": 7.5})
     spec = Spec.from_dict(data)
@@ -433,7 +433,7 @@ def test_a_verdict_of_the_full_check_stands(
     tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The short form, which sees less, is neither made nor put in its place."""
-    monkeypatch.setattr("telescope.checking.coordinate_check", None)
+    monkeypatch.setattr("telescope.sweep.checking.coordinate_check", None)
     data = tiny_spec(corpus_file, ladder={"widths": [16]})
     failed = full_check(tmp_path, data, "FAIL")
     with pytest.raises(RefusedError, match=r"FAIL: as kept in .*tiny; .*--no-check"):
@@ -472,7 +472,7 @@ def test_a_check_of_other_training_does_not_replace_a_sweeps_verdict(
 def test_a_device_of_the_clusters_alone_skips_the_check(
     tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("telescope.dispatch.ray_tune.run_ray", lambda *_, **__: None)
+    monkeypatch.setattr("telescope.dispatch.ray.tune.run_ray", lambda *_, **__: None)
     compute = {"device": "cuda:99", "workers": 1}
     spec = Spec.from_dict(tiny_spec(corpus_file, compute=compute))
     view = Notes()

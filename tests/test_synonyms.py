@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from torch.optim import _muon
 
-from telescope.train.rules import Role, scaling
+from telescope.rules.scaling import Role, scaling
 
 D0 = 64
 SHAPES = {"1:1": (1, 1), "4:1": (4, 1), "1:4": (1, 4)}

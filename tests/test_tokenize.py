@@ -13,10 +13,10 @@ from conftest import GPT, as_toml, tiny_spec
 from test_cli import from_json, telescope
 from test_sources import sentences, write_jsonl
 
-from telescope import tokenizing
-from telescope.train.config import DataConfig
-from telescope.train.data import load_corpus
-from telescope.train.views import View
+from telescope.config import DataConfig
+from telescope.data import tokenizing
+from telescope.data.corpus import load_corpus
+from telescope.data.views import View
 
 RUN = ("--dispatcher", "inline", "--no-check")
 

@@ -22,9 +22,11 @@ from typing import Any
 import pytest
 from conftest import left_over
 
-from telescope.dispatch import guard, trainers
-from telescope.dispatch.loading import load_function
-from telescope.dispatch.outcome import (
+from telescope.dispatch.queue import attempt
+from telescope.errors import SpecError
+from telescope.foreign import guard, trainers
+from telescope.foreign.loading import load_function
+from telescope.foreign.outcome import (
     MOST_ROWS,
     Curve,
     Prices,
@@ -32,17 +34,15 @@ from telescope.dispatch.outcome import (
     latest_row,
     parse_line,
 )
-from telescope.dispatch.placeholders import filled, names_in
-from telescope.dispatch.queue import attempt
-from telescope.dispatch.trainers import (
+from telescope.foreign.trainers import (
     CommandTrainer,
     FunctionTrainer,
     Place,
     accepted,
     check_signature,
 )
-from telescope.errors import SpecError
 from telescope.records import CurvePoint, Point, Result, Status, Trial
+from telescope.spec.placeholders import filled, names_in
 
 TRIAL = Trial(32, Point.of(lr=0.1, weight_decay=0.25), 3)
 SAYS = "echo '{{\"loss\": 1.5}}'"
@@ -329,7 +329,7 @@ def driver(folder: Path, script: str, mark: str) -> subprocess.Popen[str]:
     code = f"""
     import sys, threading, time
     from pathlib import Path
-    from telescope.dispatch.trainers import CommandTrainer, Place
+    from telescope.foreign.trainers import CommandTrainer, Place
     from telescope.records import Point, Trial
     trainer = CommandTrainer(
         command=("sh", "-c", {script!r}), folder={str(folder)!r}, logs={str(folder / "logs")!r},

@@ -17,9 +17,9 @@ from conftest import gpt_config, tiny_spec, trial_config
 from torch import nn
 
 from telescope import Ladder, Spec
+from telescope.config import ModelConfig, OptimizerConfig, TrialConfig
 from telescope.errors import RefusedError
 from telescope.records import Point, Trial
-from telescope.train.config import ModelConfig, OptimizerConfig, TrialConfig
 from telescope.train.loop import set_up, take_step, token_loss
 from telescope.train.model import build_meta
 from telescope.transfer.settings import time_scale_note, transfer_settings

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import pytest
 
-pytest.importorskip("telescope.dispatch.ray_tune")  # before Ray, so that it listens on loopback
+pytest.importorskip("telescope.dispatch.ray.tune")  # before Ray, so that it listens on loopback
 
 import ray
 from ray import cloudpickle, tune
@@ -28,8 +28,8 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from telescope import Ladder, Spec
 from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
-from telescope.finished import open_result
 from telescope.records import Choice
+from telescope.sweep.finished import open_result
 from telescope.tune import GATE, TelescopeSearch, _Gate
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from telescope.dispatch.children import plain_children
-from telescope.dispatch.device import check_device
+from telescope.dispatch.device import check_device, free_memory, is_out_of_memory
 from telescope.dispatch.packs import Limit, Pack, PackSize
 from telescope.dispatch.queue import (
     Order,
@@ -154,7 +154,7 @@ class Packer:
                 problem = _problem(error)
             if not problem.is_memory:
                 return Limit(1, problem.text)
-            _free_memory()
+            free_memory()
             number = (number + 1) // 2 if number > 2 else 1
         return Limit(1, "two trials need more memory than there is")
 
@@ -164,7 +164,7 @@ class Packer:
         problem = self._collect(trials, ended)
         if problem is None:
             return Pack(trials, tuple(ended))
-        _free_memory()
+        free_memory()
         if not problem.is_memory:
             return Pack(trials, tuple(ended), why=problem.text)
         why = f"{len(trials)} trials of width {trials[0].width} need more memory than there is"
@@ -213,13 +213,4 @@ def choose_size(
 
 def _problem(error: BaseException) -> _Problem:
     """An exception without its traceback, whose frames hold the tensors of a whole pack."""
-    from telescope.train.fused import is_out_of_memory
-
     return _Problem(clean([message(error)]), is_out_of_memory(error))
-
-
-def _free_memory() -> None:
-    """Give back what a failed pack held."""
-    from telescope.train.probe import free_memory
-
-    free_memory()

@@ -26,7 +26,7 @@ from telescope.ladder.portrait import Contours, Dot, Portrait, Track, WidthPortr
 from telescope.records import CurvePoint, Status, Trial
 
 if TYPE_CHECKING:
-    from telescope.train.coordcheck_verdict import CoordCheck
+    from telescope.check.verdict import CoordCheck
 
 INK, MUTED, GRID, PAPER, BAD, ACCENT = (
     *("#1c1c21", "#6c6c78", "#dcdce3", "#fdfdfe"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from telescope.catalog import find_result
-from telescope.dispatch.folder import Folder
+from telescope.spec.catalog import find_result
+from telescope.store.folder import Folder
 
 KEYS = ("name", "state", "stage", "done", "total", "running", "eta_seconds")
 

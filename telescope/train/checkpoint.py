@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from telescope.config import TrialConfig
 from telescope.files import remove_unfinished, write_atomic, write_json
 from telescope.records import CurvePoint, Trial
-from telescope.train.config import TrialConfig
 
 END_FILE = "end.json"
 KEPT = 2

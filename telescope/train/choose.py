@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from telescope.config import TrialConfig
 from telescope.records import Point, Trial
-from telescope.train.config import TrialConfig
 from telescope.train.loop import resolve_device, set_up, token_loss, use_threads
 from telescope.train.muon import DTYPES, Muon, orthogonalize_all
 

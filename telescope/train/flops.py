@@ -19,8 +19,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from telescope.config import ModelConfig, OptimizerConfig, TrainConfig
 from telescope.errors import ModelError
-from telescope.train.config import ModelConfig, OptimizerConfig, TrainConfig
+from telescope.rules.scaling import Role, Tag
 from telescope.train.model import (
     blamed_on,
     build_meta,
@@ -28,7 +29,6 @@ from telescope.train.model import (
     checked_logits,
     without_values,
 )
-from telescope.train.rules import Role, Tag
 
 
 @dataclass(frozen=True, slots=True)

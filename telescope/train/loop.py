@@ -6,26 +6,22 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from telescope.config import TrainConfig, TrialConfig, require
+from telescope.data.corpus import Batches, Corpus, held_out_batch, load_corpus
 from telescope.errors import DataError
 from telescope.records import CurvePoint, Result, Status, Trial
+from telescope.rules.groups import parameter_groups
+from telescope.rules.scaling import Tag
 from telescope.train.checkpoint import Position, checkpoints_of
-from telescope.train.config import TrainConfig, TrialConfig, require
-from telescope.train.data import Batches, Corpus, held_out_batch, load_corpus
-from telescope.train.groups import parameter_groups
 from telescope.train.model import build_model
 from telescope.train.optim import build_optimizers, schedule, set_lr
-from telescope.train.rules import Tag
-
-if TYPE_CHECKING:
-    from telescope.train.probe import PackProbe
 
 DIVERGED_ABOVE = 2.0
 """A batch loss above this multiple of the first one ends the trial. An assumption: a zero readout
@@ -59,28 +55,6 @@ class TelescopeTrainer:
         """Do ahead what every first trial of a process needs: read the corpus, import the rest."""
         load_corpus(self.config.data)
         torch.optim.SGD([torch.zeros(1)])  # the first optimizer makes torch import for a second
-
-    def train_pack(self, trials: Sequence[Trial]) -> Iterator[Result]:
-        """Train trials of one width as one; see `fused.train_pack`."""
-        from telescope.train.fused import train_pack
-
-        use_threads(self.config, trials[0].width)
-        return train_pack(self.config, trials)
-
-    def obstacle(self, trial: Trial) -> str:
-        """Why trials like this one cannot be trained as one; see `fused.obstacle`."""
-        from telescope.train.fused import obstacle
-
-        use_threads(self.config, trial.width)
-        return obstacle(self.config, trial)
-
-    def probe_pack(self, trials: Sequence[Trial]) -> PackProbe | None:
-        """What a pack gains and needs, see `probe.pack_probe`; None on a CPU: it gains little."""
-        from telescope.train.probe import pack_probe
-
-        if torch.device(resolve_device(self.config.device)).type == "cpu":
-            return None
-        return pack_probe(self.config, trials)
 
 
 def use_threads(config: TrialConfig, width: int) -> None:

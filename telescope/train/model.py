@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from telescope.config import ModelConfig
 from telescope.errors import ModelError, SpecError, TelescopeError
-from telescope.train.config import ModelConfig
-from telescope.train.parametrization import initialise, layer_biases, set_multipliers, tag
-from telescope.train.rules import Tag
+from telescope.rules.parametrization import initialise, layer_biases, set_multipliers, tag
+from telescope.rules.scaling import Tag
 
 
 @dataclass(frozen=True)

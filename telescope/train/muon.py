@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from telescope.train.quintics import NS_EPS, POLAR_EXPRESS_HEADROOM, quintics
-from telescope.train.rules import RMS_MATCH
+from telescope.rules.quintics import NS_EPS, POLAR_EXPRESS_HEADROOM, quintics
+from telescope.rules.scaling import RMS_MATCH
 
 BATCHED_SIDE = {torch.bfloat16: 256, torch.float32: 64}
 """On a CPU, batching same shapes pays up to this smaller side. Measured, one thread, 32 squares in

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from telescope.train.config import OptimizerConfig, TrainConfig
-from telescope.train.groups import Group
+from telescope.config import OptimizerConfig, TrainConfig
+from telescope.rules.groups import Group
 from telescope.train.muon import Muon
 
 

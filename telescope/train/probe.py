@@ -1,22 +1,15 @@
-"""How long a trial takes on this machine, and what a pack gains: a few real steps, timed."""
+"""How long a trial takes on this machine: a few real steps, timed."""
 
 from __future__ import annotations
 
-import gc
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
-
-from telescope.records import Point, Trial
-from telescope.train.config import TrainConfig, TrialConfig
-from telescope.train.fused import Pack
+from telescope.config import TrainConfig, TrialConfig
+from telescope.records import Trial
 from telescope.train.loop import (
     Setup,
     held_out_loss_of,
-    resolve_device,
     set_up,
     take_step,
     use_threads,
@@ -24,8 +17,6 @@ from telescope.train.loop import (
 
 WARM_UP_STEPS = 2
 TIMED_STEPS = 5
-TAME_LR = 1e-6
-"""A learning rate at which nothing diverges while a pack is timed."""
 
 
 def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
@@ -38,14 +29,14 @@ def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
     use_threads(config, trial.width)
     setup = set_up(config, trial)
     train = replace(config.train, steps=WARM_UP_STEPS + TIMED_STEPS, evals=1)
-    per_step = _seconds_per_step(setup, train)
+    per_step = seconds_per_step(setup, train)
     start = time.perf_counter()
     held_out_loss_of(setup)
     per_eval = time.perf_counter() - start
     return per_step * config.train.steps + per_eval * config.train.evals
 
 
-def _seconds_per_step(setup: Setup, train: TrainConfig) -> float:
+def seconds_per_step(setup: Setup, train: TrainConfig) -> float:
     """Wall time of a step of one trial, from the steps after a few others."""
     start = time.perf_counter()
     for step in range(WARM_UP_STEPS + TIMED_STEPS):
@@ -54,82 +45,3 @@ def _seconds_per_step(setup: Setup, train: TrainConfig) -> float:
         loss = take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
     loss.item()  # an accelerator has done all steps only now
     return (time.perf_counter() - start) / TIMED_STEPS
-
-
-@dataclass(frozen=True)
-class PackProbe:
-    """What was measured of a pack."""
-
-    size: int
-    """Its trials."""
-    alone_seconds: float
-    """One step of one trial."""
-    pack_seconds: float
-    """One step of the pack."""
-    bytes_used: int
-    """Most accelerator memory at once, one trial's own model included; 0 where it is not known."""
-    bytes_free: int
-    """Accelerator memory that was free before; 0 where it is not known."""
-    bytes_total: int = 0
-    """Accelerator memory of the device; 0 where it is not known."""
-
-    @property
-    def gain(self) -> float:
-        """Trials per second as a pack over one after the other."""
-        return self.size * self.alone_seconds / self.pack_seconds
-
-    def most(self, share: float) -> float:
-        """How many trials the free memory holds, or a share of the device's if that is less.
-
-        Args:
-            share: of the device, above 0 and at most 1: workers beside this one have the rest,
-                whether they have taken it yet or not.
-        """
-        if not self.bytes_used:
-            return math.inf
-        return min(self.bytes_free, share * self.bytes_total) * self.size / self.bytes_used
-
-
-def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
-    """A few steps of a pack and of one trial alone, at a learning rate that cannot diverge.
-
-    Args:
-        config: the sweep's training; no checkpoint is read or written.
-        trials: of one width.
-
-    Raises:
-        torch.OutOfMemoryError: they do not fit.
-    """
-    steps = WARM_UP_STEPS + TIMED_STEPS
-    train = replace(config.train, steps=max(steps + 1, config.train.steps), evals=1)
-    probed = replace(config, train=train, checkpoint_folder=None)
-    tame = [replace(trial, point=Point.of({**trial.point, "lr": TAME_LR})) for trial in trials]
-    use_threads(config, trials[0].width)
-    alone = _seconds_per_step(set_up(probed, tame[0]), train)
-    device = torch.device(resolve_device(config.device))
-    before, free, total = _memory(device)
-    pack, start = Pack(probed, tame), 0.0
-    for step in range(steps):
-        if step == WARM_UP_STEPS:
-            start = time.perf_counter()
-        pack.step()
-    pack.read()
-    seconds = (time.perf_counter() - start) / TIMED_STEPS
-    used = torch.cuda.max_memory_allocated(device) - before if free else 0
-    return PackProbe(len(trials), alone, seconds, used, free, total)
-
-
-def free_memory() -> None:
-    """Give back what nobody uses any more: unreachable cycles, and the allocator's cache."""
-    gc.collect()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
-
-
-def _memory(device: torch.device) -> tuple[int, int, int]:
-    """Bytes in use, free and in all on a CUDA device, its peak forgotten; zeros on others."""
-    if device.type != "cuda":
-        return 0, 0, 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device), *torch.cuda.mem_get_info(device)

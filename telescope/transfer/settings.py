@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from telescope.config import OptimizerConfig, TrainConfig
 from telescope.errors import RefusedError
 from telescope.markup import table, text
 from telescope.records import Certificate, Point, as_json
-from telescope.train.config import OptimizerConfig, TrainConfig
-from telescope.train.groups import Group, parameter_groups
-from telescope.train.rules import Role, Tag
+from telescope.rules.groups import Group, parameter_groups
+from telescope.rules.scaling import Role, Tag
 
 HORIZON_NOTE = (
     "weight_decay is rescaled so that lr · weight_decay · steps stays as in the sweep, to "

@@ -16,12 +16,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from telescope.config import OptimizerConfig
 from telescope.errors import ModelError, SpecError
 from telescope.files import write_atomic
 from telescope.records import Point
-from telescope.train.config import OptimizerConfig
-from telescope.train.groups import parameter_groups
-from telescope.train.rules import Role, Tag, check_growth, owners_of
+from telescope.rules.groups import parameter_groups
+from telescope.rules.scaling import Role, Tag, check_growth, owners_of
 from telescope.transfer.settings import group_settings
 
 if TYPE_CHECKING:

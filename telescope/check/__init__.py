@@ -1,0 +1,1 @@
+"""The coordinate check: does a model and its optimizer follow a width rule?"""

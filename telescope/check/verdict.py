@@ -1,0 +1,160 @@
+"""The verdict of a coordinate check: what was measured, every slope, and what fails.
+
+The record alone. `judge.py` makes it, tables and figures show it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from telescope.records import Point
+
+SHOWN_QUANTITIES = 24
+"""A table or figure of more quantities than this shows the steepest of each kind alone."""
+
+INNER = " (inner)"
+"""Marks a readout inside a block, such as a router. Among equal experts its gradient is mostly
+noise, which Adam's normalised steps turn into logits that shrink as 1/√width under the right rule
+too (measured: -0.46 ± 0.12 with two experts); so only growth fails it."""
+SOFTMAX = " softmax input"
+"""Marks what goes into a softmax. Where q·k is divided by a head_dim that grows, it rightly
+shrinks at first, and what training adds stays as large; so only growth fails it."""
+SOFTMAX_ADVICE = "where head_dim grows, attention must divide q·k by head_dim, not by its root"
+
+
+def steepness(name: str, slope: float) -> float:
+    """Steepness of a quantity's slope, either way; of what may shrink, only growth counts."""
+    return slope if INNER in name or SOFTMAX in name else abs(slope)
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """What was measured, and the verdict."""
+
+    rule: str
+    widths: tuple[int, ...]
+    steps: tuple[int, ...]
+    seeds: tuple[int, ...]
+    point: Point
+    """The setting that was trained: a low lr."""
+    sizes: Mapping[str, Mapping[int, tuple[float, ...]]] = field(repr=False)
+    """Quantity → step → geometric mean over seeds of its size, one per width; 0 is exactly 0."""
+    slopes: Mapping[str, float | None]
+    """Quantity → the slope of log2 size against log2 width, of the steps the one that is farthest
+    beyond its standard errors from 0; None where nothing moved."""
+    errors: Mapping[str, float | None]
+    """Quantity → the standard error of that slope."""
+    slope_steps: Mapping[str, int]
+    """Quantity → after which step it has that slope."""
+    problems: Mapping[str, str]
+    """Quantity → why it fails, in words, worst first; empty when the verdict is PASS."""
+    uncertain: tuple[str, ...]
+    """Quantities on neither side of the threshold by their standard errors."""
+    threshold: float
+    """The largest slope that passes, up or down."""
+    unwatched: tuple[str, ...] = ()
+    """Matrices in no module that the check could look at."""
+    unseen_heads: tuple[str, ...] = ()
+    """Modules whose heads grow with the width, and whose softmax the check could not see."""
+
+    @property
+    def blind_spot(self) -> str:
+        """A warning of what the check should have seen and could not; "" if nothing."""
+        if not self.unseen_heads:
+            return ""
+        first, *others = self.unseen_heads
+        named = first + (f" and {len(others)} others" if others else "")
+        return f"softmax in {named} not seen, and heads there grow: {SOFTMAX_ADVICE}"
+
+    @property
+    def passed(self) -> bool:
+        """Whether every slope is flat."""
+        return not self.problems
+
+    @property
+    def verdict(self) -> str:
+        """PASS or FAIL."""
+        return "PASS" if self.passed else "FAIL"
+
+    @property
+    def steepest(self) -> tuple[str, float]:
+        """The quantity with the steepest slope, see `steepness`, and that slope."""
+        slopes = {name: slope for name, slope in self.slopes.items() if slope is not None}
+        return max(slopes.items(), key=lambda item: steepness(*item), default=("nothing", 0.0))
+
+    def shown(self, limit: int = SHOWN_QUANTITIES) -> list[str]:
+        """The quantities worth showing: all, or of more than `limit` the steepest of each kind.
+
+        Of a kind are those whose names differ in digits alone, as 34 blocks do.
+        """
+        if len(self.slopes) <= limit:
+            return list(self.slopes)
+        steepest: dict[str, str] = {}
+        for name, slope in self.slopes.items():
+            kind = re.sub(r"\d+", "*", name)
+            before = self.slopes[steepest[kind]] if kind in steepest else None
+            if kind not in steepest or abs(slope or 0.0) > abs(before or 0.0):
+                steepest[kind] = name
+        return list(steepest.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of `telescope check --json`."""
+        return {
+            "verdict": self.verdict,
+            "rule": self.rule,
+            "widths": list(self.widths),
+            "threshold": self.threshold,
+            "slopes": dict(self.slopes),
+            "errors": dict(self.errors),
+            "slope_steps": dict(self.slope_steps),
+            "problems": dict(self.problems),
+            "uncertain": list(self.uncertain),
+            "unwatched": list(self.unwatched),
+            "unseen_heads": list(self.unseen_heads),
+            "steps": list(self.steps),
+            "seeds": list(self.seeds),
+            "point": dict(self.point),
+            "sizes": {
+                name: {str(step): [_or_none(v) for v in values] for step, values in by_step.items()}
+                for name, by_step in self.sizes.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CoordCheck:
+        """The check of which `as_dict` was made, NaN where it had no number.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is of another version, or damaged.
+        """
+        return cls(
+            rule=data["rule"],
+            widths=tuple(data["widths"]),
+            steps=tuple(data["steps"]),
+            seeds=tuple(data["seeds"]),
+            point=Point.of(data["point"]),
+            sizes={
+                name: {
+                    int(step): tuple(math.nan if v is None else float(v) for v in values)
+                    for step, values in by_step.items()
+                }
+                for name, by_step in data["sizes"].items()
+            },
+            slopes=dict(data["slopes"]),
+            errors=dict(data["errors"]),
+            slope_steps=dict(data["slope_steps"]),
+            problems=dict(data["problems"]),
+            uncertain=tuple(data["uncertain"]),
+            threshold=data["threshold"],
+            unwatched=tuple(data["unwatched"]),
+            unseen_heads=tuple(data["unseen_heads"]),
+        )
+
+
+def _or_none(value: float) -> float | None:
+    """A number that JSON can hold."""
+    return value if math.isfinite(value) else None

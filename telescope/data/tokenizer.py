@@ -1,0 +1,232 @@
+"""From text to tokens: bytes, or a Hugging Face `tokenizers` file; and a small BPE of one's own."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from telescope.config import BYTES
+from telescope.errors import SpecError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BYTE_VOCABULARY = 256
+END_OF_TEXT = "<|endoftext|>"
+"""What ends a document in a tokenizer trained here. Source: GPT-2's vocabulary."""
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+"""What ends a document in others' tokenizers: the first that the vocabulary has."""
+MIN_VOCABULARY = BYTE_VOCABULARY + 2
+"""Bytes, the end of text, and a merge."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What turns documents into token ids."""
+
+    digest: str
+    """SHA-256 of the tokenizer's file, 16 hex digits; "bytes" for bytes."""
+    vocabulary: int
+    """One more than the highest id."""
+    encode: Callable[[list[str]], Sequence[Sequence[int]]]
+    """The ids of each text."""
+    end: tuple[int, ...]
+    """The ids that end a document: the end of text, or a newline where there is no such token."""
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer "bytes", or that of a file.
+
+    Raises:
+        SpecError: the file cannot be read, is no tokenizer, has no vocabulary, or draws lots.
+    """
+    if name == BYTES:
+        return Tokenizer(BYTES, BYTE_VOCABULARY, _encode_bytes, tuple(b"\n"))
+    inner, text = _read(name)
+    ids = inner.get_vocab(with_added_tokens=True)
+    found = [ids[token] for token in ENDS_OF_TEXT if token in ids]
+    losses = _Losses(inner, name)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        losses.check(texts)
+        try:
+            encoded = inner.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exceptions
+            raise _no_token(inner, name, texts, error) from error
+        return [item.ids for item in encoded]
+
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Tokenizer(digest, max(ids.values()) + 1, encode, tuple(found[:1] or _newline(inner)))
+
+
+def _newline(inner: tokenizers.Tokenizer) -> list[int]:
+    """The ids of a newline; none where the tokenizer drops it, or has no token for it."""
+    try:
+        return list(inner.encode("\n", add_special_tokens=False).ids)
+    except Exception:  # the library raises bare Exceptions
+        return []
+
+
+def _pieces(inner: tokenizers.Tokenizer, text: str) -> list[str]:
+    """The text as a tokenizer's model gets it: normalised, and cut into words."""
+    plain = inner.normalizer.normalize_str(text) if inner.normalizer else text
+    if inner.pre_tokenizer is None:
+        return [plain] if plain else []
+    return [piece for piece, _ in inner.pre_tokenizer.pre_tokenize_str(plain)]
+
+
+def _no_token(
+    inner: tokenizers.Tokenizer, name: str, texts: Sequence[str], error: Exception
+) -> SpecError:
+    """The error of a tokenizer with no token for something in the texts, nor an unknown token."""
+    for piece in (piece for text in texts for piece in _pieces(inner, text)):
+        try:
+            inner.model.tokenize(piece)
+        except Exception:  # the library raises bare Exceptions
+            return _unknown(name, piece)
+    return SpecError(f"data.tokenizer: {name} cannot encode the text: {str(error).splitlines()[0]}")
+
+
+def _unknown(name: str, piece: str, word: str = "") -> SpecError:
+    """The error of a piece of text, in a word, for which there is no token."""
+    shown, inside = (repr(text if len(text) <= 40 else f"{text[:40]}…") for text in (piece, word))
+    where = f" in {inside}" if word not in ("", piece) else ""
+    return SpecError(
+        f"data.tokenizer: {name} has no token for {shown}{where}, and no unknown token in its "
+        "vocabulary (unk_token); add one, or take a byte-level tokenizer (`telescope tokenize` "
+        "makes one)"
+    )
+
+
+class _Losses:
+    """Finds characters that a BPE leaves out without a word: it has no token for them."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, name: str) -> None:
+        from tokenizers import models
+
+        self._inner, self._name, model = inner, name, inner.model
+        self._tokens = inner.get_vocab(with_added_tokens=True)
+        self._added = [token.content for token in inner.get_added_tokens_decoder().values()]
+        self._can_lose = False
+        if isinstance(model, models.BPE):
+            self._can_lose = model.unk_token is None and not self._has_every_byte(model)
+            self._prefix = model.continuing_subword_prefix or ""
+            self._suffix = model.end_of_word_suffix or ""
+            self._whole_words = bool(model.ignore_merges)
+
+    def _has_every_byte(self, model: tokenizers.models.BPE) -> bool:
+        """True where a model gets bytes, or falls back to them, and has a token for each."""
+        from tokenizers import pre_tokenizers
+
+        bytes_ = list[str]()
+        if model.byte_fallback:
+            bytes_ = [f"<0x{byte:02X}>" for byte in range(BYTE_VOCABULARY)]
+        elif "ByteLevel" in repr(self._inner.pre_tokenizer):
+            bytes_ = pre_tokenizers.ByteLevel.alphabet()
+        return bool(bytes_) and all(byte in self._tokens for byte in bytes_)
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Check that every character of some texts has a token.
+
+        Raises:
+            SpecError: naming one that has none.
+        """
+        for text in texts if self._can_lose else ():
+            plain = functools.reduce(lambda left, token: left.replace(token, ""), self._added, text)
+            words = set(_pieces(self._inner, plain))
+            if self._whole_words:
+                words -= self._tokens.keys()
+            for word in sorted(words):
+                for place, character in enumerate(word):
+                    prefix = self._prefix if place else ""
+                    suffix = self._suffix if place == len(word) - 1 else ""
+                    if f"{prefix}{character}{suffix}" not in self._tokens:
+                        raise _unknown(self._name, character, word)
+
+
+def vocabulary_size(name: str) -> int:
+    """One more than a tokenizer's highest id; see `load_tokenizer`."""
+    return load_tokenizer(name).vocabulary
+
+
+def _encode_bytes(texts: list[str]) -> list[bytes]:
+    return [text.encode() for text in texts]
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(text: str, name: str) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer as HuggingFace
+
+    try:
+        inner = HuggingFace.from_str(text)
+    except Exception as error:  # the library raises bare Exceptions
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SpecError(
+            f"data.tokenizer: {name} is no Hugging Face tokenizers JSON file: {reason}; "
+            "`telescope tokenize` makes one"
+        ) from error
+    # A file may carry them from another use; here a document keeps its length.
+    inner.no_truncation()
+    inner.no_padding()
+    return inner
+
+
+def _read(name: str) -> tuple[tokenizers.Tokenizer, str]:
+    """A tokenizer file, parsed and checked, and its text."""
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise SpecError(
+            f"data.tokenizer: cannot read {name} ({reason}); give 'bytes', or the path of a "
+            "tokenizers JSON file relative to the sweep file"
+        ) from error
+    inner = _parsed(text, name)
+    if not inner.get_vocab(with_added_tokens=True):
+        raise SpecError(f"data.tokenizer: {name} has no vocabulary; it has not been trained")
+    if getattr(inner.model, "dropout", None):
+        raise SpecError(
+            f"data.tokenizer: {name} drops merges at random (dropout = {inner.model.dropout:g}); "
+            "set its dropout to null"
+        )
+    return inner, text
+
+
+def train_bpe(documents: Iterable[str], vocabulary: int) -> str:
+    """A byte-level BPE of documents, as a tokenizers JSON text.
+
+    The same documents in the same order give the same text: pairs that are equally frequent are
+    merged in the order of their ids.
+
+    Args:
+        documents: what to learn the merges from; texts, any length.
+        vocabulary: ids, the 256 bytes and the end of text included; fewer where the documents
+            have no more pairs that occur twice.
+
+    Raises:
+        SpecError: the vocabulary is too small.
+    """
+    if vocabulary < MIN_VOCABULARY:
+        raise SpecError(
+            f"--vocab-size: got {vocabulary}, must be at least {MIN_VOCABULARY}: {BYTE_VOCABULARY} "
+            "bytes, the end of text, and a merge"
+        )
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = HuggingFace(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(documents, trainer)
+    return inner.to_str(pretty=True) + "\n"

@@ -1,0 +1,1 @@
+"""The dispatcher on Ray: a session, the Tune experiment, the worker processes."""

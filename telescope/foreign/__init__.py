@@ -1,0 +1,1 @@
+"""Other people's trainers: a command per trial, or a Python function."""

@@ -1,0 +1,34 @@
+"""The built-in trainer, for packs too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from telescope.packs.fused import obstacle, train_pack
+from telescope.packs.probe import PackProbe, pack_probe
+from telescope.records import Result, Trial
+from telescope.train.loop import TelescopeTrainer, resolve_device, use_threads
+
+
+@dataclass(frozen=True)
+class PackedTrainer(TelescopeTrainer):
+    """Trains trials one by one, or those of one width as one stacked model. Picklable."""
+
+    def train_pack(self, trials: Sequence[Trial]) -> Iterator[Result]:
+        """Train trials of one width as one; see `fused.train_pack`."""
+        use_threads(self.config, trials[0].width)
+        return train_pack(self.config, trials)
+
+    def obstacle(self, trial: Trial) -> str:
+        """Why trials like this one cannot be trained as one; see `fused.obstacle`."""
+        use_threads(self.config, trial.width)
+        return obstacle(self.config, trial)
+
+    def probe_pack(self, trials: Sequence[Trial]) -> PackProbe | None:
+        """What a pack gains and needs, see `probe.pack_probe`; None on a CPU: it gains little."""
+        if torch.device(resolve_device(self.config.device)).type == "cpu":
+            return None
+        return pack_probe(self.config, trials)

@@ -1,0 +1,1 @@
+"""Width rules: the role of each parameter, and how its settings follow the width."""

@@ -1,0 +1,93 @@
+"""From width rules to settings: one `Group` per (role, shape), drop-in for a bare torch optimizer.
+
+The program's own training loop is built from the same groups that a transfer hands over. No torch
+here: a trainer of any framework can ask for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from telescope.config import OptimizerConfig
+from telescope.records import Point
+from telescope.rules.quintics import NS_EPS, quintics
+from telescope.rules.scaling import RMS_MATCH, Role, Tag, scaling
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All parameters of one role and shape, with the settings of the optimizer that trains them."""
+
+    role: Role
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    is_muon: bool
+    lr: float
+    """Peak learning rate as the torch optimizer takes it."""
+    weight_decay: float
+    """Weight decay as the torch optimizer takes it: a step decays by lr · weight_decay."""
+    kwargs: dict[str, Any]
+    """Further keyword arguments of the torch optimizer's class."""
+    init_std: float
+    """Standard deviation at the start, the point's init_scale in it; 0 is zeros, or for vectors as
+    the model has it."""
+    multiplier: float
+
+
+def parameter_groups(tags: Mapping[str, Tag], point: Point, config: OptimizerConfig) -> list[Group]:
+    """Turn a point into settings, one group per (role, shape).
+
+    torch scales a Muon step by 0.2·√max(out, in) of its own; a group's lr carries what the rule
+    asks for beyond that, and its weight_decay is converted so that lr · weight_decay is the
+    decay that the rule asks for. At r = 4, for a square matrix under `mup`, that is lr/2 and wd·2.
+
+    Args:
+        tags: name → tag of every parameter.
+        point: the hyperparameters in base-width units.
+        config: the spec's optimizer.
+    """
+    members: dict[tuple[Role, tuple[int, ...], tuple[int, ...], float], list[str]] = {}
+    for tag in tags.values():
+        key = (tag.role, tag.shape, tag.base_shape, tag.output_mult)
+        members.setdefault(key, []).append(tag.name)
+    groups = []
+    for (role, shape, base_shape, output_mult), names in members.items():
+        rule = scaling(role, shape, base_shape, optimizer=config.name, rule=config.rule)
+        is_muon = config.name == "muon" and role.is_hidden
+        ratio = 1.0 if is_muon else point.get("adamw_lr_ratio", config.adamw_lr_ratio)
+        torch_scale = RMS_MATCH * math.sqrt(max(shape[-2:])) if is_muon else 1.0
+        lr = ratio * point.lr * (rule.lr / torch_scale)
+        decay_per_step = ratio * point.lr * rule.decay * point.weight_decay
+        groups.append(
+            Group(
+                role=role,
+                shape=shape,
+                names=tuple(names),
+                is_muon=is_muon,
+                lr=lr,
+                weight_decay=decay_per_step / lr,
+                kwargs=_muon_kwargs(config) if is_muon else _adamw_kwargs(config),
+                init_std=rule.init_std * point.get("init_scale", 1.0),
+                multiplier=rule.multiplier * output_mult,
+            )
+        )
+    return groups
+
+
+def _muon_kwargs(config: OptimizerConfig) -> dict[str, Any]:
+    per_step = tuple(quintics(config.ns, config.ns_steps))
+    return {
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "ns_coefficients": per_step[0] if config.ns == "jordan" else per_step,
+        "eps": NS_EPS,
+        "ns_steps": config.ns_steps,
+        "adjust_lr_fn": "match_rms_adamw",
+    }
+
+
+def _adamw_kwargs(config: OptimizerConfig) -> dict[str, Any]:
+    return {"betas": config.betas, "eps": config.eps}

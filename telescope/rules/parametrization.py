@@ -1,0 +1,238 @@
+"""muP for Muon in torch: each parameter's role, its start, and the readouts' multipliers.
+
+A parameter's *role* comes from what grows when the width does (mup's `infshape`) and from the
+module that holds it. What a role means for its settings is `telescope.rules.scaling`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Iterator
+
+import mup
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from telescope.errors import ModelError
+from telescope.rules.scaling import Role, Tag, check_growth, init_std, owners_of, scaling
+
+
+def tag(
+    model: nn.Module, base: nn.Module, delta: nn.Module, *, widths: tuple[int, int, int]
+) -> dict[str, Tag]:
+    """Set mup's base shapes on `model` and find the role of every parameter that is trained.
+
+    A frozen one (``requires_grad=False``) is a constant, as a buffer is: it has no role.
+
+    Args:
+        model: the model to be trained, or its shape on the meta device.
+        base: the same model at base width; only its shapes are read.
+        delta: the same model at another width, which tells what grows.
+        widths: of the three; what grows must grow as they do.
+
+    Returns:
+        name → tag of all that is trained, in the order of `named_parameters`.
+
+    Raises:
+        ModelError: a parameter without a clear role, and what to change in the model file.
+    """
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(
+                f"{name}: has no shape before the first batch; give a lazy module's sizes in build"
+            )
+    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, base, delta)]
+    if not shapes[0].keys() == shapes[1].keys() == shapes[2].keys():
+        everywhere = shapes[0].keys() & shapes[1].keys() & shapes[2].keys()
+        odd = sorted({name for names in shapes for name in names} - everywhere)
+        raise ModelError(f"{odd[0]}: exists at one width only; every width needs the same layers")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ModelError("no parameter is trained: there is none with requires_grad=True")
+    for name, sizes in shapes[0].items():
+        others = [by_name[name] for by_name in shapes]
+        if name in trained:
+            check_growth(name, others, widths)
+        elif any(len(other) != len(sizes) for other in others):
+            raise ModelError(f"{name}: has another number of dimensions at another width")
+    mup.set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
+    owners = owners_of(model)
+    return {
+        name: Tag(
+            name,
+            _role(name, p, owners[id(p)]),
+            shapes[0][name],
+            shapes[1][name],
+            math.prod(getattr(owner, "output_mult", 1.0) for owner in owners[id(p)]),
+        )
+        for name, p in trained.items()
+    }
+
+
+def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
+    """The role of one tagged parameter; see `tag`."""
+    grows = [dimension.isinf() for dimension in parameter.infshape]  # type: ignore[attr-defined]
+    shared = any(isinstance(owner, mup.MuSharedReadout) for owner in owners)
+    readout = any(isinstance(owner, mup.MuReadout) for owner in owners)
+    if readout and any(map(is_parametrized, owners)):
+        raise ModelError(
+            f"{name}: a readout under a torch parametrization; mup scales a readout by its own "
+            "weight's shape: leave the readout plain"
+        )
+    embeddings = sum(isinstance(owner, nn.Embedding) for owner in owners)
+    if parameter.ndim <= 1:
+        if shared:
+            raise ModelError(
+                f"{name}: MuSharedReadout takes bias=False; its bias has the wrong size"
+            )
+        return Role.VECTOR if any(grows) else Role.FINITE
+    if shared and not embeddings:
+        raise ModelError(
+            f"{name}: is shared with a MuSharedReadout but is no nn.Embedding's weight; share an "
+            "embedding's, or use mup.MuReadout"
+        )
+    if 0 < embeddings < len(owners) and not shared:
+        raise ModelError(f"{name}: an embedding that is tied needs mup.MuSharedReadout")
+    if readout or embeddings:
+        if grows != [False, True]:
+            raise ModelError(
+                f"{name}: shape {tuple(parameter.shape)} must grow with the width in its last "
+                f"dimension alone, for {'a readout' if readout else 'an embedding'}"
+            )
+        return Role.TIED if shared else Role.READOUT if readout else Role.EMBEDDING
+    if grows[-2:] == [True, True] and not any(grows[:-2]):
+        ends_branch = {bool(getattr(owner, "residual_output", False)) for owner in owners}
+        if len(ends_branch) > 1:
+            raise ModelError(
+                f"{name}: is shared by modules of which only some say residual_output = True; "
+                "all of them must, or none"
+            )
+        return Role.RESIDUAL if ends_branch == {True} else Role.HIDDEN
+    raise ModelError(_unclear(name, parameter, grows, owners))
+
+
+def _unclear(name: str, parameter: Tensor, grows: list[bool], owners: list[nn.Module]) -> str:
+    """Why a matrix has no role, and what to change."""
+    shape = tuple(parameter.shape)
+    if any(map(is_parametrized, owners)):
+        return (
+            f"{name}: shape {shape} belongs to a torch parametrization, as weight_norm's, and is "
+            "no matrix of the layer; write it in forward, a factor per output as one nn.Parameter "
+            "(out,)"
+        )
+    if any(isinstance(owner, _ConvNd) for owner in owners):
+        return (
+            f"{name}: shape {shape} is a convolution's; write a dense one as a stack of matrices "
+            "(taps, out, in), one nn.Parameter with a matrix per tap, and a depthwise one as one "
+            "nn.Parameter (width,) per tap"
+        )
+    if grows[-2:] == [False, True]:
+        return (
+            f"{name}: shape (out, in) = {shape} grows in its input alone; an output layer must be "
+            "mup.MuReadout, a lookup or positional table nn.Embedding, and a hidden layer's output "
+            "must grow with the width too (key-value heads as a ratio, not a number)"
+        )
+    if grows[-2:] == [True, False]:
+        return (
+            f"{name}: shape (out, in) = {shape} grows in its output alone; a lookup table must be "
+            "nn.Embedding, a hidden layer's input must grow with the width too"
+        )
+    return (
+        f"{name}: shape {shape} has no clear role (growing dimensions: {grows}); the last two of a "
+        "matrix or a stack of matrices must grow with the width, and no others"
+    )
+
+
+def initialise(
+    model: nn.Module,
+    tags: dict[str, Tag],
+    *,
+    seed: int,
+    init_scale: float = 1.0,
+    zeroed: Collection[str] = (),
+) -> None:
+    """Initialise what the width rules scale: matrices and tables, by their role.
+
+    The model file's own are vectors, scalars, all that is frozen, and an embedding's padding row:
+    they stay as `build` gave them, but for the biases in `zeroed`. Drawn on the CPU from one
+    generator in the order of the names, so that a seed means the same on every device.
+
+    Args:
+        model: initialised in place.
+        tags: name → tag of every parameter that is trained.
+        seed: of the generator.
+        init_scale: factor of every standard deviation, whatever the width.
+        zeroed: the biases that start at zero, see `layer_biases`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters, padding = dict(model.named_parameters()), _padding_rows(model)
+    with torch.no_grad():
+        for name, tag in tags.items():
+            parameter = parameters[name]
+            std = init_std(tag.role, tag.shape) * init_scale
+            if tag.role in (Role.VECTOR, Role.FINITE):
+                if name in zeroed:
+                    parameter.zero_()
+            elif std == 0:
+                parameter.zero_()
+            else:
+                values = torch.randn(tag.shape, generator=generator) * std
+                for row in padding.get(id(parameter), ()):
+                    values[row] = parameter[row]
+                parameter.copy_(values)
+
+
+def _padding_rows(model: nn.Module) -> dict[int, set[int]]:
+    """Embedding's weight → its rows that stand for no token."""
+    rows: dict[int, set[int]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            rows.setdefault(id(module.weight), set()).add(module.padding_idx)
+    return rows
+
+
+def layer_biases(model: nn.Module) -> list[str]:
+    """The names of all biases that stand beside a matrix in one module, as nn.Linear's.
+
+    Where the model file does not set them, torch draws those of its layers at random, with a size
+    that changes with the width.
+    """
+    owners = owners_of(model)
+    layers = {
+        id(owner)
+        for parameter in model.parameters()
+        if parameter.ndim > 1
+        for owner in owners[id(parameter)]
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1
+        and (name.rsplit(".", 1)[-1] == "bias" or name.rsplit(".", 1)[-1].startswith("bias_"))
+        and any(id(owner) in layers for owner in owners[id(parameter)])
+    ]
+
+
+def set_multipliers(model: nn.Module, *, optimizer: str, rule: str) -> None:
+    """Make every readout's multiplier the rule's, a frozen one's too; mup's own divides by r.
+
+    r is fixed here: mup reads it off the weight, and a functional call puts a plain tensor there.
+    """
+    for module, _ in readouts(model):
+        ratio = float(module.width_mult())
+        shape = tuple(module.weight.shape)
+        base_shape = tuple(side.base_dim for side in module.weight.infshape)
+        wanted = scaling(Role.READOUT, shape, base_shape, optimizer=optimizer, rule=rule)
+        module.output_mult *= wanted.multiplier * ratio
+        module.width_mult = functools.partial(float, ratio)
+
+
+def readouts(model: nn.Module) -> Iterator[tuple[mup.MuReadout, str]]:
+    """Every MuReadout with its weight's name; a tied weight is named after its embedding."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, mup.MuReadout):
+            yield module, names[id(module.weight)]

@@ -1,0 +1,1 @@
+"""What a sweep says: its tables, their validation, and the fingerprint."""

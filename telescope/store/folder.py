@@ -1,0 +1,345 @@
+"""The results folder of one sweep: what lies where, who holds it, and what the driver last said.
+
+Standard library only, because `status` and `ls` read it and must start at once.
+
+    results/<name>/
+        spec.json      the resolved spec, its fingerprint, versions
+        model.py       the model file as it was run
+        trials.db      every result (Optuna on SQLite), unless --storage names another place
+        trials.csv     the same as a table
+        curves/        one CSV per trial
+        packs.jsonl    which trials are trained as one, if any are, and how that was decided
+        unstored.json  results of a pack, while they are stored one by one
+        logs/          what each trial of a foreign trainer printed
+        trials/        folders of the trials' own, where a foreign trainer asks for them
+        checkpoints/   of the trials that are running, where the spec asks for them
+        loss.png       optimum against width, and excess loss per width with the fit
+        report.html    what `telescope report` wrote
+        coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure
+        status.json    the driver's heartbeat
+        fits.json      what the fits decided, by the content that they are of; can be deleted
+        lock           held by the running driver
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import NoneType
+from typing import Any, TextIO
+
+from telescope.errors import ResumeError
+from telescope.files import remove_unfinished, write_atomic, write_json
+from telescope.records import CurvePoint, Result, Trial
+from telescope.spec.catalog import KEPT_MODEL_FILE, SPEC_FILE
+
+FORMAT = 1
+"""Of what a results folder holds; a folder with a higher one is a newer version's."""
+RECORD: dict[str, Any] = {
+    "spec": dict,
+    "fingerprint": str,
+    "comparable_if_equal": dict,
+    "storage": (str, NoneType),
+    "target_flops": (int, float),
+}
+"""What `spec.json` must hold, of which types."""
+DATABASE_FILE = "trials.db"
+MEMORY_FILE = "fits.json"
+CHECK_FILE = "coordcheck.json"
+CHECK_FIGURE_FILE = "coordcheck.png"
+STATUS_FILE = "status.json"
+PACKS_FILE = "packs.jsonl"
+UNSTORED_FILE = "unstored.json"
+LOCK_FILE = "lock"
+LOCK_TRIES = 25
+"""Tries, 20 ms apart, before a lock counts as another driver's."""
+
+
+class Folder:
+    """One sweep's results folder."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; nothing is made before `create`."""
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        """Whether a sweep has been started here."""
+        return (self.path / SPEC_FILE).is_file()
+
+    def create(self) -> None:
+        """Make the folder and its parents.
+
+        Raises:
+            ResumeError: it cannot be made.
+        """
+        try:
+            (self.path / "curves").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResumeError(f"--results {self.path}: cannot be made: {error.strerror}") from error
+
+    def read_spec(self) -> dict[str, Any]:
+        """What `write_spec` wrote.
+
+        Raises:
+            ResumeError: the file is missing or damaged.
+        """
+        try:
+            data: dict[str, Any] = json.loads((self.path / SPEC_FILE).read_text(encoding="utf-8"))
+            for key, types in RECORD.items():
+                if key not in data or not isinstance(data[key], types):
+                    raise ValueError(f"{key} is missing or of another type")
+            _check_format(data, self.path / SPEC_FILE)
+            return data
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ResumeError(
+                f"{self.path / SPEC_FILE}: cannot be read: {error}; restore the file, or run the "
+                "sweep under another --name"
+            ) from error
+
+    def write_spec(self, data: Mapping[str, Any], model_text: str | None) -> None:
+        """Keep what the sweep is: its resolved spec and its model file, if it has one."""
+        if model_text is not None:
+            write_atomic(self.path / KEPT_MODEL_FILE, model_text)
+        write_json(self.path / SPEC_FILE, {"format": FORMAT, **data})
+
+    @property
+    def memory_file(self) -> Path:
+        """The decisions of this sweep's fits, kept so that no verb need make them again."""
+        return self.path / MEMORY_FILE
+
+    @property
+    def logs(self) -> Path:
+        """Where each trial of a foreign trainer leaves what it printed."""
+        return self.path / "logs"
+
+    @property
+    def trial_folders(self) -> Path:
+        """Where such a trial has a folder of its own, if it asks for one; never removed."""
+        return self.path / "trials"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where trials keep their checkpoints while they run, each in a folder of its name."""
+        return self.path / "checkpoints"
+
+    def remove_checkpoints(self, trial: Trial) -> None:
+        """Remove what a trial that has ended kept to go on from."""
+        shutil.rmtree(self.checkpoints / str(trial), ignore_errors=True)
+
+    def tidy(self, ended: Iterable[Trial]) -> None:
+        """Remove what a killed driver left: half-written files, checkpoints of ended trials.
+
+        Only for the driver that holds the folder.
+        """
+        remove_unfinished(self.path)
+        remove_unfinished(self.path / "curves")
+        for trial in ended:
+            self.remove_checkpoints(trial)
+        with suppress(OSError):  # trials that have not ended have theirs in it
+            self.checkpoints.rmdir()
+
+    def write_check(self, check: Mapping[str, Any]) -> None:
+        """Keep the verdict of the coordinate check; null where there was none, with the reason."""
+        write_json(self.path / CHECK_FILE, check)
+
+    def read_check(self) -> dict[str, Any] | None:
+        """What `write_check` wrote; None where there has been no check."""
+        return _read_json(self.path / CHECK_FILE, "verdict")
+
+    def write_curve(self, result: Result) -> None:
+        """Keep one trial's training curve as a CSV file."""
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(("step", "train_loss", "held_out_loss"))
+        rows.writerows((row.step, row.train_loss, row.held_out_loss) for row in result.curve)
+        write_atomic(self.path / "curves" / f"{result.trial}.csv", text.getvalue(), durable=False)
+
+    def read_curve(self, trial: Trial) -> tuple[CurvePoint, ...]:
+        """The curve that `write_curve` wrote of a trial; empty where none can be read."""
+        path = self.path / "curves" / f"{trial}.csv"
+        try:
+            rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+            return tuple(
+                CurvePoint(
+                    int(row["step"]), _number(row["train_loss"]), _number(row["held_out_loss"])
+                )
+                for row in rows
+            )
+        except (OSError, ValueError, KeyError, TypeError, csv.Error):
+            return ()
+
+    def note_pack(self, line: Mapping[str, Any]) -> None:
+        """Keep what was decided about packs, before it is acted upon."""
+        data = json.dumps(line).encode()
+        with (self.path / PACKS_FILE).open("ab+") as file:
+            if size := file.tell():
+                file.seek(size - 1)
+                if file.read() != b"\n":  # the line before was cut off by a kill
+                    data = b"\n" + data
+            file.write(data + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def packs(self) -> list[dict[str, Any]]:
+        """What was decided about packs, in order, without what was cut off."""
+        try:
+            text = (self.path / PACKS_FILE).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in text.splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict)]
+
+    def write_unstored(self, results: Iterable[Result]) -> None:
+        """Keep the results of a pack while they are stored one by one."""
+        write_json(self.path / UNSTORED_FILE, [result.as_dict() for result in results])
+
+    def unstored(self) -> list[Result]:
+        """The results of a pack whose storing was cut off, those among them that were stored too.
+
+        Raises:
+            ResumeError: the file is damaged.
+        """
+        path = self.path / UNSTORED_FILE
+        try:
+            return [Result.from_dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ResumeError(
+                f"{path}: cannot be read: {error}; remove it, and its trials are trained again"
+            ) from error
+
+    def remove_unstored(self) -> None:
+        """Note that all are stored."""
+        (self.path / UNSTORED_FILE).unlink(missing_ok=True)
+
+    def write_status(self, heartbeat: Mapping[str, Any]) -> None:
+        """Say how far the sweep is, for `status` in another process."""
+        write_json(self.path / STATUS_FILE, heartbeat, durable=False)
+
+    def read_status(self) -> dict[str, Any] | None:
+        """The last heartbeat, "interrupted" when its driver is gone; None before the first."""
+        heartbeat = _read_json(self.path / STATUS_FILE, "state")
+        if heartbeat and heartbeat["state"] == "running" and not self._is_held():
+            heartbeat |= {"state": "interrupted", "running": 0, "eta_seconds": None}
+        return heartbeat
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and hold it for one driver; the system lets go however it ends.
+
+        A folder that no sweep has been started in by then is taken away again.
+
+        Raises:
+            ResumeError: another process holds it, or it cannot be made.
+        """
+        with self._open_lock() as lock:
+            lock.truncate(0)
+            lock.write(_this_process())
+            lock.flush()
+            try:
+                yield
+            finally:
+                if not self.exists:
+                    self._remove_if_empty()
+
+    def _open_lock(self) -> TextIO:
+        """Make the folder and take its lock; closing the file lets go.
+
+        A driver that leaves takes an empty folder away, lock and all. Whoever waited then holds a
+        file that is no longer the lock, and begins again: two could hold the folder otherwise.
+        """
+        for _ in range(LOCK_TRIES):
+            self.create()
+            try:
+                lock = (self.path / LOCK_FILE).open("a+")
+            except FileNotFoundError:  # taken away since
+                continue
+            if not _locked(lock):
+                with lock:
+                    lock.seek(0)
+                    holder = lock.read().strip() or "another process"
+                raise ResumeError(
+                    f"{self.path}: in use by {holder}; wait for it, or use --name for another sweep"
+                )
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), (self.path / LOCK_FILE).stat()):
+                    self.create()  # what the driver before took away
+                    return lock
+            lock.close()
+        raise ResumeError(f"{self.path}: others come and go; try again")
+
+    def _remove_if_empty(self) -> None:
+        """Take away what `_open_lock` made; whatever else lies there stays.
+
+        The lock after the rest of it: without it the folder is the next one's.
+        """
+        with suppress(OSError):
+            (self.path / "curves").rmdir()
+        (self.path / LOCK_FILE).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
+
+    def _is_held(self) -> bool:
+        """Whether a driver holds the folder: one that does refuses a shared lock."""
+        try:
+            with (self.path / LOCK_FILE).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def _check_format(record: Mapping[str, Any], path: Path) -> None:
+    """Refuse what a newer version wrote, whose meaning this one cannot know."""
+    found = record.get("format", FORMAT)
+    if not isinstance(found, int) or found > FORMAT:
+        raise ResumeError(
+            f"{path}: format {found!r}, this version of telescope reads up to {FORMAT}; use the "
+            "version that wrote it"
+        )
+
+
+def _number(cell: str) -> float | None:
+    """A cell of a curve; None where it is empty."""
+    return float(cell) if cell else None
+
+
+def _read_json(path: Path, key: str) -> dict[str, Any] | None:
+    """A small file of ours as a table that has `key`; None where it is missing or damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and key in data else None
+
+
+def _locked(lock: TextIO) -> bool:
+    """Take the exclusive lock; patient for a moment, because `status` looks in for microseconds."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        else:
+            return True
+    return False
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"

@@ -1,0 +1,294 @@
+"""The results of a sweep in an Optuna storage: one study per stage, one transaction per trial.
+
+The driver is the only writer; readers are many. What is stored opens in optuna-dashboard as it is:
+complete trials are COMPLETE with their loss, diverged ones PRUNED without a value, failed ones
+FAIL. Curves are not kept here but in files of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.distributions import FloatDistribution
+from optuna.exceptions import OptunaError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
+
+from telescope.errors import ResumeError, StoreError
+from telescope.records import Axis, Point, Result, Status, Trial
+from telescope.store.folder import DATABASE_FILE
+
+STATES = {
+    Status.COMPLETE: TrialState.COMPLETE,
+    Status.DIVERGED: TrialState.PRUNED,
+    Status.FAILED: TrialState.FAIL,
+}
+LOCK_TIMEOUT = 10.0
+"""Seconds to wait for another process, a dashboard say, to let go of an SQLite file; Optuna tries
+five times to add a trial, so that a result waits for about five times as long."""
+SQLITE_HEADER = 100
+"""Bytes that every SQLite file has; a shorter one would be taken for a new, empty database."""
+CONNECTION_PATIENCE = 60.0
+"""Seconds to wait for a database server that has gone away in mid-sweep."""
+
+
+class Store:
+    """Reads and adds the results of one sweep.
+
+    Args:
+        url: an Optuna RDB URL.
+        sweep: the sweep's name, the first part of its studies' names.
+        axes: the spec's axes, for the ranges that a dashboard shows.
+        fingerprint: of all that makes results comparable; kept with each study.
+
+    Raises:
+        ResumeError: the storage cannot be opened.
+    """
+
+    def __init__(self, url: str, sweep: str, axes: tuple[Axis, ...], fingerprint: str) -> None:
+        """Open the storage, making its tables if it is new."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what it warns of is raised or retried
+        self._is_file = url.startswith("sqlite")
+        self._name = without_password(url)
+        try:
+            self._storage = RDBStorage(url, engine_kwargs=_engine_options(self._is_file))
+        except Exception as error:
+            raise ResumeError(
+                f"--storage {self._name}: cannot be opened: {_reason(error)}; "
+                f"{_opening_advice(error)}"
+            ) from error
+        self._sweep = sweep
+        self._axes = axes
+        self._fingerprint = fingerprint
+        self._studies: dict[int, optuna.Study] = {}
+        self._scales: dict[int, dict[str, bool]] = {}  # width → axis → whether it is log-spaced
+
+    def add(self, result: Result) -> None:
+        """Store one finished trial, in one transaction; waits for a server that has gone away.
+
+        Raises:
+            StoreError: the disk is full, the file locked or gone, the server away for too long.
+        """
+        deadline = time.monotonic() + CONNECTION_PATIENCE
+        while True:
+            try:
+                return self._add(result)
+            except (SQLAlchemyError, OptunaError) as error:
+                if self._is_file or time.monotonic() > deadline:
+                    raise self._error("cannot keep a result", error) from error
+                # Should the transaction have been done, the second one is a duplicate, which
+                # `results` drops.
+                time.sleep(1.0)
+
+    def _add(self, result: Result) -> None:
+        trial = result.trial
+        axes, study = {axis.name: axis for axis in self._axes}, self._study(trial.width)
+        is_log = {name: self._is_log(trial.width, name, v) for name, v in trial.point.items()}
+        # An axis that is log-spaced in this study, and fixed at 0 since, is no parameter there.
+        shown = {name: v for name, v in trial.point.items() if v > 0 or not is_log[name]}
+        study.add_trial(
+            create_trial(
+                state=STATES[result.status],
+                value=result.loss,
+                params=shown,
+                # Of the point's own axes: a pack whose storing was cut off may have had others.
+                distributions={
+                    name: _range(axes.get(name), value, is_log=is_log[name])
+                    for name, value in shown.items()
+                },
+                user_attrs=_attributes(
+                    result, {n: v for n, v in trial.point.items() if n not in shown}
+                ),
+            )
+        )
+
+    def _is_log(self, width: int, axis: str, value: float) -> bool:
+        """Tell whether an axis is log-spaced in a width's study: as its first trial has it.
+
+        Optuna refuses a study in which the same parameter is so in one trial and not in another.
+        """
+        kept = self._scales.setdefault(width, {})
+        if not kept:
+            for trial in self._study(width).get_trials(deepcopy=False):
+                for name, found in trial.distributions.items():
+                    kept.setdefault(name, bool(getattr(found, "log", False)))
+        return kept.setdefault(axis, value > 0)
+
+    def results(self) -> list[Result]:
+        """Everything stored of this sweep, in the order of storing within each width.
+
+        Raises:
+            ResumeError: the studies of that name are of another sweep, not comparable with this.
+            StoreError: the database cannot be read, or holds what this program did not write.
+        """
+        with self._reading():
+            return self._results()
+
+    def _results(self) -> list[Result]:
+        prefix = f"{self._sweep}/width-"
+        summaries = optuna.get_all_study_names(self._storage)
+        names = sorted(name for name in summaries if name.startswith(prefix))
+        studies = [optuna.load_study(study_name=name, storage=self._storage) for name in names]
+        for study in studies:
+            self._check(study)
+        trials = (trial for study in studies for trial in study.get_trials(deepcopy=False))
+        results = (
+            _as_result(trial, self._axes) for trial in trials if "status" in trial.user_attrs
+        )
+        return list(dict.fromkeys(results))  # a lost connection may leave one twice
+
+    def close(self) -> None:
+        """Let go of the database's connections."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what a locked, damaged or lost database raises into one line."""
+        try:
+            yield
+        except (SQLAlchemyError, OptunaError) as error:
+            raise self._error("cannot be read", error) from error
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            message = f"{type(error).__name__}: {error}"
+            raise self._error("holds what telescope did not write", message) from error
+
+    def _error(self, problem: str, error: Exception | str) -> StoreError:
+        reason = error if isinstance(error, str) else _reason(error)
+        return StoreError(
+            f"{self._name}: {problem}: {reason}; what was stored before is kept: mend it, or put "
+            "back a copy, and the same command goes on"
+        )
+
+    def _study(self, width: int) -> optuna.Study:
+        if width not in self._studies:
+            study = optuna.create_study(
+                study_name=f"{self._sweep}/width-{width}",
+                storage=self._storage,
+                direction="minimize",
+                load_if_exists=True,
+            )
+            study.set_user_attr("fingerprint", self._fingerprint)
+            self._studies[width] = study
+        return self._studies[width]
+
+    def _check(self, study: optuna.Study) -> None:
+        """Refuse results that were made by other training, whoever stored them."""
+        found = study.user_attrs.get("fingerprint", self._fingerprint)
+        if found != self._fingerprint:
+            raise ResumeError(
+                f"--storage: holds another sweep named {self._sweep!r} whose results are not "
+                f"comparable (fingerprint {found}, this spec's is {self._fingerprint}); use --name"
+            )
+
+
+def _range(axis: Axis | None, value: float, *, is_log: bool) -> FloatDistribution:
+    """The axis's range, stretched to a value outside it; a study's floats may have any."""
+    low, high = (axis.low, axis.high) if axis else (value, value)
+    least = min(low, value) if low > 0 or not is_log else value
+    return FloatDistribution(least, max(high, value), log=is_log)
+
+
+def _attributes(result: Result, unshown: Mapping[str, float]) -> dict[str, Any]:
+    """The facts of a result besides its parameters and value. Each costs a few queries: few.
+
+    Args:
+        result: the result.
+        unshown: axes of its point that are no parameters of its study.
+    """
+    width, seed = result.trial.width, result.trial.seed
+    run: dict[str, Any] = {"width": width, "seed": seed, "worker": result.worker}
+    run |= {"flops": result.flops, "seconds": result.seconds}
+    run |= {"point": dict(unshown)} if unshown else {}
+    reason = {"reason": result.reason} if result.reason else {}
+    # Width and seed once more, alone: what a dashboard can sort and filter by.
+    return {"status": str(result.status), **reason, "width": width, "seed": seed, "run": run}
+
+
+def _as_result(trial: FrozenTrial, axes: tuple[Axis, ...]) -> Result:
+    """A stored trial as a record; the axes in the spec's order, which a database does not keep."""
+    run: dict[str, Any] = trial.user_attrs["run"]
+    point = {**trial.params, **run.get("point", {})}
+    order = [axis.name for axis in axes if axis.name in point]
+    order += sorted(point.keys() - set(order))
+    return Result(
+        Trial(
+            run["width"],
+            Point.of({name: point[name] for name in order}),
+            run["seed"],
+        ),
+        Status(trial.user_attrs["status"]),
+        loss=trial.value if trial.state is TrialState.COMPLETE else None,
+        reason=trial.user_attrs.get("reason", ""),
+        flops=run["flops"],
+        seconds=run["seconds"],
+        worker=run["worker"],
+    )
+
+
+def sqlite_url(folder: Path) -> str:
+    """The URL of the store beside the results."""
+    path = str((folder / DATABASE_FILE).absolute())
+    return sqlalchemy.URL.create("sqlite", database=path).render_as_string()
+
+
+def check_exists(url: str) -> None:
+    """Check that an existing sweep's SQLite file is there; opening would make an empty one.
+
+    Raises:
+        ResumeError: it is not, or is too short for what SQLite would take for a database.
+    """
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError as error:
+        raise ResumeError(f"{url!r}: is no storage's URL; restore spec.json") from error
+    if not parsed.drivername.startswith("sqlite"):
+        return
+    path = Path(parsed.database or "")
+    if not path.is_file() or path.stat().st_size < SQLITE_HEADER:
+        raise ResumeError(
+            f"{path}: the sweep's results are missing; put the file back, or remove the whole "
+            "results folder to start anew"
+        )
+
+
+def _engine_options(is_file: bool) -> dict[str, Any]:
+    """What SQLAlchemy is told: how long a lock is waited for, or to look before it asks."""
+    if is_file:
+        return {"connect_args": {"timeout": LOCK_TIMEOUT}}
+    return {"pool_pre_ping": True}
+
+
+def _reason(error: BaseException) -> str:
+    """The database's own account on one line, without what SQLAlchemy and Optuna put around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(getattr(error, "orig", None) or error)
+    return " ".join(text.partition("(Background")[0].split())[:300]
+
+
+def _opening_advice(error: BaseException) -> str:
+    if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
+        return "for PostgreSQL install telescope with its extra: pip install 'telescope[postgres]'"
+    return "give an Optuna RDB URL such as sqlite:////folder/trials.db"
+
+
+def without_password(url: str) -> str:
+    """A storage URL that may be written down; the password comes from the environment."""
+    try:
+        full = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        return url  # no URL at all, so no password either
+    # Not `set(password=None)`: it leaves out what is None, and so leaves the password in.
+    query = {key: value for key, value in full.query.items() if "pass" not in key.lower()}
+    bare = sqlalchemy.URL.create(
+        full.drivername, full.username, None, full.host, full.port, full.database, query
+    )
+    return bare.render_as_string(hide_password=False)

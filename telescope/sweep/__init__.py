@@ -1,0 +1,1 @@
+"""One sweep from spec to answer: the rooms, wired."""

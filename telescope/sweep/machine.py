@@ -1,0 +1,142 @@
+"""What a sweep's workers get of this machine: how many there are, and what each one reserves."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from telescope.errors import SpecError
+from telescope.spec.spec import Spec
+from telescope.train.loop import resolve_device
+
+FRACTION_STEPS = 10_000
+"""Ray counts GPUs in ten-thousandths, and rounds: six of 1/6 would be more than one."""
+
+
+def workers(spec: Spec, asked: int | None, *, is_cluster: bool) -> dict[int, int]:
+    """Width → how many trials run at once; by width, as many as fit of the number asked for.
+
+    "auto" is one per accelerator where our own trials take one, whether compute.gpus is given or
+    not: a worker packs its trials, and a second one beside it would only share the device.
+
+    Args:
+        spec: the sweep.
+        asked: the command line's number, which wins; None if not given.
+        is_cluster: whether the trials run on another machine than this, so that "auto" cannot be
+            read off it.
+
+    Raises:
+        SpecError: "auto" on a cluster.
+    """
+    number, compute = asked or spec.compute.workers, spec.compute
+    if number != "auto" and (is_cluster or not compute.is_by_width):
+        return dict.fromkeys(spec.ladder.widths, number)
+    if number == "auto" and is_cluster:
+        raise SpecError("compute.workers: got 'auto', must be a number on a cluster; use --workers")
+    most = math.inf if number == "auto" else number
+    devices = _devices(spec) if number == "auto" else 0
+    return {
+        width: int(min(most, _room(compute.cpus_at(width), compute.gpus_at(width), devices)))
+        for width in spec.ladder.widths
+    }
+
+
+def gpus(spec: Spec, at_once: Mapping[int, int], *, is_cluster: bool) -> dict[int, float]:
+    """Width → GPUs that a worker reserves: what the spec says, or else an even share.
+
+    Nothing hides a GPU from a worker that reserves none, so that all would compute on the first.
+    A device with a number ("cuda:1") is taken at its word: all share it, and none is reserved.
+
+    Args:
+        spec: the sweep.
+        at_once: width → workers.
+        is_cluster: whether the trials run on other machines, whose GPUs are not known here.
+    """
+    compute, here = spec.compute, not is_cluster and takes_any_gpu(spec)
+    number = _devices(spec) if here and resolved(spec).type == "cuda" else 0
+    return {
+        width: compute.gpus_at(width) or (_share(workers, number) if number else 0.0)
+        for width, workers in at_once.items()
+    }
+
+
+def takes_any_gpu(spec: Spec) -> bool:
+    """Whether a worker takes the first GPU that it sees; a foreign trainer sees to its own."""
+    return spec.trainer is None and spec.compute.device in ("auto", "cuda")
+
+
+def resolved(spec: Spec) -> torch.device:
+    """The device that trials compute on, if they run on this machine."""
+    return torch.device(resolve_device(spec.compute.device))
+
+
+def check_numbered_device(spec: Spec) -> None:
+    """Check that a worker will see the device that the spec names by its number.
+
+    Raises:
+        SpecError: it reserves GPUs, and sees those alone, counted from 0.
+    """
+    if spec.trainer is not None:
+        return
+    index = resolved(spec).index or 0
+    for width in spec.ladder.widths:
+        reserved = spec.compute.gpus_at(width)
+        if reserved and index >= max(1, math.floor(reserved)):
+            raise SpecError(
+                f"compute.device: got {spec.compute.device!r} beside compute.gpus = {reserved:g}: "
+                "a worker sees the GPUs that it reserves, counted from 0; use device = 'cuda', or "
+                "leave gpus out"
+            )
+
+
+def pack_size(spec: Spec, *, is_cluster: bool) -> int | Literal["auto"]:
+    """How many trials a worker may train as one: "auto" only where workers may have accelerators.
+
+    On a CPU auto is 1, without a probe: runs stay equal bit for bit, and workers share the cores
+    that a pack would gain on.
+
+    Args:
+        spec: the sweep.
+        is_cluster: whether the trials run on another machine than this.
+    """
+    compute = spec.compute
+    if compute.pack != "auto":
+        return compute.pack
+    if is_cluster:
+        on_cpu = compute.device == "cpu" or (compute.device == "auto" and not _any_gpus(spec))
+    else:
+        on_cpu = resolved(spec).type == "cpu"
+    return 1 if on_cpu else "auto"
+
+
+def _any_gpus(spec: Spec) -> bool:
+    return any(map(spec.compute.gpus_at, spec.ladder.widths))
+
+
+def _devices(spec: Spec) -> int:
+    """How many accelerators our own trials can be spread over on this machine; 0: none is used."""
+    if spec.trainer is not None:
+        return 0
+    device = resolved(spec)
+    if device.type == "cpu":
+        return 0
+    if device.type != "cuda" or device.index is not None:
+        return 1  # all workers are on it
+    return max(1, torch.cuda.device_count())
+
+
+def _share(workers: int, devices: int) -> float:
+    """What each reserves of a device, if the workers spread evenly; at most a whole one."""
+    per_device = math.ceil(workers / devices)
+    return math.floor(FRACTION_STEPS / per_device) / FRACTION_STEPS
+
+
+def _room(cpus: int, gpus: float, devices: int) -> int:
+    """How many trials of a size this machine holds at once; one at least."""
+    if gpus:
+        return max(1, math.floor(torch.cuda.device_count() / gpus))
+    return devices or max(1, len(os.sched_getaffinity(0)) // cpus)
