@@ -91,7 +91,7 @@ def init(
     command: Annotated[
         bool,
         typer.Option(
-            "--command", help="For a training script of your own: [trainer], and one that runs."
+            "--command", help="For a training script of your own, with one that runs."
         ),
     ] = False,
 ) -> None:

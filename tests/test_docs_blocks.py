@@ -30,6 +30,7 @@ NOT_RUN = {
     "docs/own-loop.md": 1,
     "docs/own-trainer.md": 1,
     "docs/quickstart.md": 1,
+    "docs/transfer.md": 1,
     "examples/README.md": 1,
 }
 """Page → its blocks that nothing runs."""
