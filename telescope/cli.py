@@ -90,9 +90,7 @@ def init(
     ),
     command: Annotated[
         bool,
-        typer.Option(
-            "--command", help="For a training script of your own, with one that runs."
-        ),
+        typer.Option("--command", help="For a training script of your own, with one that runs."),
     ] = False,
 ) -> None:
     """Write a commented starter spec, and beside it the model file or the trainer that it names."""
