@@ -23,6 +23,7 @@ import typer.main
 from conftest import ROOT
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from test_architecture import ROOMS
 from test_cli import STABLE_OPTIONS, telescope
 
 from telescope.cli import app
@@ -220,6 +221,11 @@ def test_the_results_page_has_the_keys_of_the_json() -> None:
     assert kept <= answer["certificate"].keys()
     for key in (*answer["groups"][0], *kept):
         assert f"`{key}`" in text, key
+
+
+def test_the_map_has_every_room() -> None:
+    (block,) = (t for t in tokens("CONTRIBUTING.md") if t.type == "fence" and t.info == "text")
+    assert set(re.findall(r"^  (\w+)/", block.content, re.MULTILINE)) == set(ROOMS)
 
 
 def test_every_path_that_a_page_names_exists() -> None:

@@ -25,6 +25,7 @@ LANGUAGES = {"python", "sh", "console", "toml", "json", "text"}
 BLOCKS = [block for page in pages() for block in blocks_of(page)]
 SLOW_PAGES = sorted({block.page for block in BLOCKS if "slow" in block.remarks})
 NOT_RUN = {
+    "CONTRIBUTING.md": 1,
     "README.md": 1,
     "docs/clusters.md": 2,
     "docs/own-loop.md": 1,
