@@ -6,6 +6,7 @@ answer at once.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,9 @@ ResultsOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RESULTS = Path("results")
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+FITTING = ("compare", "plan", "report", "run", "show", "transfer")
+"""Verbs that may fit a ladder."""
 WATCH_SECONDS = 0.5
 """Pause between two looks at a heartbeat."""
 
@@ -595,6 +599,23 @@ def _verbs() -> list[str]:
     return [command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
+def _fit_with_one_thread(arguments: Sequence[str]) -> None:
+    """Load numpy so that its BLAS computes with one thread in this process, and in no other.
+
+    OpenBLAS reads the variable once, as it is loaded. A fit solves systems of a few dozen rows: a
+    second thread costs as much CPU time again, which the trials then lack, and gains nothing. A
+    trainer inside this process has what it would have without.
+    """
+    trains_here = any("inline" in argument for argument in arguments)
+    if not arguments or arguments[0] not in FITTING or trains_here or BLAS_THREADS in os.environ:
+        return
+    os.environ[BLAS_THREADS] = "1"
+    try:
+        importlib.import_module("numpy")
+    finally:
+        del os.environ[BLAS_THREADS]  # processes that are started inherit it
+
+
 def main() -> None:
     """Run the command line, turning errors into one line and an exit code."""
     use_utf8_names()
@@ -604,6 +625,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
+        _fit_with_one_thread(arguments)
         code = app(arguments, standalone_mode=False)
     except TelescopeError as error:
         if debug:

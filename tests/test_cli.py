@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -475,3 +476,44 @@ def test_status_sees_a_running_sweep_and_ctrl_c_keeps_what_finished(place: Path)
     assert after["state"] == "interrupted"
     assert after["done"] >= state["done"]
     assert len(from_json("show", "long", cwd=place)["choices"]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "threads"),
+    [
+        (["show", "nothing"], None, 1),
+        (["run", "nothing", "--dispatcher=inline"], None, None),
+        (["show", "nothing"], "2", 2),
+    ],
+)
+def test_a_fit_computes_with_one_thread_and_what_is_started_with_its_own(
+    tmp_path: Path, arguments: list[str], given: str | None, threads: int | None
+) -> None:
+    """As OpenBLAS itself says; a trainer in this process, or a user's own number, is left alone."""
+    program = textwrap.dedent(
+        """
+        import json, os, sys
+        from contextlib import suppress
+        from telescope.cli import main
+        with suppress(SystemExit):
+            main()
+        import numpy
+        from threadpoolctl import threadpool_info
+        pools = [p["num_threads"] for p in threadpool_info() if p["internal_api"] == "openblas"]
+        print(json.dumps([pools, os.environ.get("OPENBLAS_NUM_THREADS")]))
+        """
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"}
+    environment |= {"OPENBLAS_NUM_THREADS": given} if given else {}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pools, left = json.loads(done.stdout.splitlines()[-1])
+    all_of_them = min(len(os.sched_getaffinity(0)), 64)
+    assert set(pools) == {threads or all_of_them}
+    assert left == given
