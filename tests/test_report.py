@@ -15,7 +15,7 @@ from telescope.ladder.ladder import Ladder
 from telescope.records import Axis, LadderSpec, Result, Status
 from telescope.report.figures import loss_figure
 from telescope.report.live import LiveView, PlainView, Progress, View, make_view
-from telescope.report.tables import _print_table
+from telescope.report.tables import _print_table, print_sweeps
 
 SPEC = LadderSpec(
     (Axis("lr", 0.01, 1.0, 5), Axis("weight_decay", 0.1, 0.1, 1)), (32, 64), policy="paper"
@@ -139,6 +139,27 @@ def test_no_number_breaks_and_the_least_important_column_goes_first(width: int) 
         assert whole in text
     assert ("64" in text.split()) == (width == 120)
     assert ("not shown at this width: count" in text) == (width == 72)
+
+
+@pytest.mark.parametrize("axes", [2, 4])
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 140])
+def test_an_answer_is_never_cut_and_breaks_only_between_axes(width: int, axes: int) -> None:
+    point = {"lr": 0.03894, "weight_decay": 0.1592, "warmup": 0.05, "init_scale": 1.234}
+    row: dict[str, Any] = {
+        **{"name": "quickstart", "state": "finished", "done": 35, "total": 35, "problem": None},
+        **{"answer": dict(list(point.items())[:axes]), "width": 256, "verdict": "PASS"},
+        **{"over_target": 1.11, "age_seconds": 5400.0},
+    }
+    console = Console(file=io.StringIO(), width=width, no_color=True, record=True)
+    print_sweeps(console, [row])
+    text = console.export_text()
+    assert all(len(line.rstrip()) <= width for line in text.splitlines())
+    values = [f"{axis} {value:.4g}" for axis, value in row["answer"].items()]
+    if width >= 40:  # a line of the answer beside the sweep's name
+        assert all(value in text for value in [*values, f"{values[-1]} at 256", "quickstart"])
+    if (width, axes) == (80, 2):
+        assert f"{', '.join(values)} at 256" in text
+        assert "not shown at this width: cost, age\n" in text
 
 
 def lines_of(panel: Axes) -> dict[str, Line2D]:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 LEFT = ("why", "role", "grid", "trials", "quantity", "verdict", "sweep", "state", "answer")
 """Columns of words; the others hold numbers, which never break over two lines."""
-WRAPPED = ("why", "grid", "answer")
+WRAPPED = ("why", "grid")
 """Columns of sentences: they may break, and get at least `SENTENCE` characters."""
+ANSWER = "answer"
+"""The column of points: where all else has gone that can, each axis gets a line."""
 SENTENCE = 24
 
 
@@ -49,11 +51,14 @@ def _print_table(
         if _width_of(kept) > console.width and name in kept:
             del kept[name]
             dropped.append(name)
+    if _width_of(kept) > console.width and ANSWER in kept:
+        kept[ANSWER] = [cell.replace(", ", ",\n") for cell in kept[ANSWER]]
+    fits = _width_of(kept) <= console.width  # else what is not broken would be cut off unsaid
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for name in kept:
         wraps = name in WRAPPED
         justify: Literal["left", "right"] = "left" if name in LEFT else "right"
-        table.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold")
+        table.add_column(name, justify=justify, no_wrap=fits and not wraps, overflow="fold")
     for number, row in enumerate(zip(*kept.values(), strict=True)):
         table.add_row(*row, style=styles[number] if styles else None)
     console.print()
@@ -68,7 +73,7 @@ def _width_of(columns: Mapping[str, Sequence[str]]) -> int:
     each = (
         min(longest, SENTENCE) if name in WRAPPED else longest
         for name, cells in columns.items()
-        for longest in [max(map(len, (name, *cells)))]
+        for longest in [max(len(line) for cell in (name, *cells) for line in cell.split("\n"))]
     )
     return sum(each) + 2 * (len(columns) - 1)
 
@@ -427,7 +432,7 @@ def print_sweeps(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         "cost": [_number(row["over_target"], ".2f", " target runs") for row in rows],
         "age": ["–" if age is None else describe_seconds(max(age, 0.0)) for age in ages],
     }
-    _print_table(console, columns, expendable=("cost", "verdict", "age"))
+    _print_table(console, columns, expendable=("cost", "age", "state", "verdict"))
     for row in rows:
         if row["problem"]:
             console.print(f"{row['name']}: {row['problem']}", style="red", soft_wrap=True)
