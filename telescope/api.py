@@ -226,7 +226,7 @@ class Ladder:
         try:
             spec = Spec.from_dict(tables, model_source=model)  # type: ignore[arg-type]
         except SpecError as error:
-            raise StoreError(f"{path}: {error}") from error
+            raise StoreError(f"{path}: {'; '.join(error.faults)}") from error
         return cls(spec, results, given=[r for r in results if r.trial in given])
 
     @property

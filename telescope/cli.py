@@ -630,8 +630,9 @@ def main() -> None:
     except TelescopeError as error:
         if debug:
             raise
-        line = " ".join(str(error).splitlines())  # a name that was given may hold a newline
-        _say(f"telescope: {line}", err=True)
+        for fault in error.faults if isinstance(error, SpecError) else [str(error)]:
+            line = " ".join(fault.splitlines())  # a name that was given may hold a newline
+            _say(f"telescope: {line}", err=True)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from os.path import splitext
 from typing import Any, ClassVar, Literal
@@ -68,10 +70,39 @@ SHOWN = 60
 """Characters of a value in a message, at most."""
 
 
+_faults: ContextVar[dict[str, str] | None] = ContextVar("faults", default=None)
+"""Key → its fault, where faults are collected."""
+
+
 def require(condition: bool, key: str, got: object, allowed: str) -> None:
     """Raise a one-line `SpecError` naming the key, what was given and what is allowed."""
-    if not condition:
-        raise SpecError(f"{key}: got {shown(got)}, must be {allowed}")
+    if condition:
+        return
+    fault, faults = f"{key}: got {shown(got)}, must be {allowed}", _faults.get()
+    if faults is None:
+        raise SpecError(fault)
+    faults.setdefault(key, fault)
+
+
+@contextmanager
+def all_faults() -> Iterator[None]:
+    """Have `require` go on after a fault, and raise all of them at the end; of a key, the first.
+
+    What a check raises because an earlier one has failed is not said.
+    """
+    faults: dict[str, str] = {}
+    token = _faults.set(faults)
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(*faults.values(), *error.faults) from None
+    except Exception:
+        if not faults:
+            raise
+    finally:
+        _faults.reset(token)
+    if faults:
+        raise SpecError(*faults.values())
 
 
 def shown(value: object) -> str:
@@ -146,6 +177,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW's denominator term."""
 
+    @all_faults()
     def __post_init__(self) -> None:
         """Check ranges, and that no key is set which this optimizer would ignore."""
         if self.name == "adamw":
@@ -194,6 +226,7 @@ class TrainConfig:
     compile: bool = False
     """Whether a step's forward and backward go through torch.compile."""
 
+    @all_faults()
     def __post_init__(self) -> None:
         """Check ranges."""
         allowed = "a number of steps, or 0 for none"
@@ -203,7 +236,8 @@ class TrainConfig:
             require_count(key, getattr(self, key))
         for key in ("warmup", "final_lr", "decay"):
             require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "a share in [0, 1]")
-        require(self.evals <= self.steps, "evals", self.evals, f"at most steps ({self.steps})")
+        fits = self.evals <= max(1, self.steps)
+        require(fits, "evals", self.evals, f"at most steps ({self.steps})")
 
     @property
     def tokens_per_step(self) -> int:
@@ -234,6 +268,7 @@ class SourceConfig:
     dtype: Literal["uint16", "uint32"] | None = None
     """Raw ``.bin`` only: the type of a token, which such a file does not say."""
 
+    @all_faults()
     def __post_init__(self) -> None:
         """Check ranges, and that no key is set which this format would ignore."""
         require_factor("weight", self.weight)
@@ -296,6 +331,7 @@ class DataConfig:
     duplicates: Literal["refuse", "drop"] = "refuse"
     """Treatment of a file that is an exact copy of another one."""
 
+    @all_faults()
     def __post_init__(self) -> None:
         """Check ranges, and that the sources fit together."""
         require(0 < self.held_out < 1, "held_out", self.held_out, "a share in (0, 1)")

@@ -10,7 +10,8 @@
     ├── TrialError            a trial that was told to a ladder that did not ask for it
     └── RefusedError          the answer is no: over budget, nothing to transfer (exit code 1)
 
-Messages say where, what was given, what is allowed and what to do, on one line.
+Messages say where, what was given, what is allowed and what to do, on one line; a spec with
+several faults is a `SpecError` with a line for each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ class TelescopeError(Exception):
 
 class SpecError(TelescopeError, ValueError):
     """A key of the spec or an option has a value that is not allowed."""
+
+    def __init__(self, *faults: str) -> None:
+        """Say one fault, or several."""
+        super().__init__(*faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        """A line for each."""
+        return "\n".join(self.faults)
 
 
 class ModelError(TelescopeError):

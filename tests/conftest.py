@@ -29,7 +29,7 @@ from telescope.config import (
     TrialConfig,
 )
 from telescope.data.corpus import load_corpus
-from telescope.errors import TelescopeError
+from telescope.errors import SpecError, TelescopeError
 
 ROOT = Path(__file__).parent.parent
 GPT = ROOT / "models" / "gpt.py"
@@ -131,9 +131,10 @@ def trial_config(
 
 
 def one_line(error: TelescopeError) -> None:
-    """Fail unless an error says something, in one line."""
-    assert str(error)
-    assert "\n" not in str(error)
+    """Fail unless an error says something, in one line; of a spec, in a line for each fault."""
+    for line in error.faults if isinstance(error, SpecError) else (str(error),):
+        assert line
+        assert "\n" not in line
 
 
 def left_over(mark: str, patience: float = 0.0) -> list[psutil.Process]:

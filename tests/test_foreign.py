@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import as_toml, left_over
+from conftest import as_toml, left_over, one_line
 from rich.console import Console
 from test_cli import telescope as in_process
 
@@ -128,7 +128,7 @@ def test_wrong_specs_are_one_line(tables: dict[str, Any], message: str, tmp_path
     pattern = message.replace("{", r"\{").replace("}", r"\}")
     with pytest.raises(SpecError, match=pattern) as caught:
         Spec.from_dict(_without_none(bowl_spec(tmp_path, **tables)))
-    assert "\n" not in str(caught.value)
+    one_line(caught.value)
 
 
 def _without_none(spec: dict[str, Any]) -> dict[str, Any]:

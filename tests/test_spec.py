@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_toml, tiny_spec, trial_config
+from conftest import ROOT, as_toml, one_line, tiny_spec, trial_config
 from test_cli import telescope
 
 from telescope import Ladder
@@ -121,8 +121,8 @@ def test_wrong_values_say_where_what_and_what_is_allowed(
     message = str(caught.value)
     assert message.startswith(f"quickstart.toml: {key}")
     assert allowed in message
-    assert "\n" not in message
-    assert len(message) < 250
+    one_line(caught.value)
+    assert max(map(len, caught.value.faults)) < 250
 
 
 def without(path: str) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def test_the_bounds_of_a_foreign_trainers_numbers() -> None:
     ):
         with pytest.raises(SpecError, match=rf"^{table}\.{key}") as caught:
             Spec.from_dict({**good, table: {**good[table], key: value}})
-        assert "\n" not in str(caught.value)
+        one_line(caught.value)
         assert len(str(caught.value)) < 600
 
 
@@ -407,3 +407,49 @@ def test_numbers_of_other_libraries_in_a_dict() -> None:
     ):
         with pytest.raises(SpecError, match=shown):
             Spec.from_dict({**given, "target": {key: wrong}})
+
+
+def test_all_faults_of_a_spec_are_said_each_on_a_line_of_its_own(tmp_path: Path) -> None:
+    """Unknown keys, other types, values out of range, missing keys; of each key its first fault."""
+    wrong = {
+        "ladder": {"widths": [32, 48, 200], "polcy": "paper", "seeds": "a"},
+        "target": {},
+        "axes": {
+            "lr": {"low": 0.5, "high": 0.004, "points": 1},
+            "weight_decay": {"value": "x"},
+        },
+        "train": {"steps": -1, "batch_size": 0, "sequence_length": 8, "warmup": 3.0},
+        "compute": {"cpus": {"32": "x"}},
+        "optimzer": {"name": "muon"},
+    }
+    path = ROOT / "sweeps" / "quickstart.toml"
+    data = tomllib.loads(path.read_text()) | wrong
+    with pytest.raises(SpecError) as caught:
+        Spec.from_dict(data, folder=path.parent)
+    keys = [fault.split(":")[0] for fault in caught.value.faults]
+    assert sorted(keys) == sorted(
+        [
+            *("ladder.polcy", "ladder.seeds", "target.width", "axes.lr.low", "axes.lr.points"),
+            *("axes.weight_decay.value", "train.steps", "train.batch_size", "train.warmup"),
+            *("compute.cpus.32", "optimzer"),
+        ]
+    )
+    assert str(caught.value).splitlines() == list(caught.value.faults)
+    overrides = ["--set", "train.steps=0", "--set", "axes.lr.points=1", "--set", "compute.cpu=3"]
+    done = telescope("plan", "quickstart", *overrides, cwd=tmp_path)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()
+    assert [line.split(": ")[:3] for line in said] == [
+        ["telescope", "quickstart.toml", key]
+        for key in ("axes.lr.points", "train.steps", "compute.cpu")
+    ]
+
+
+def test_faults_of_tables_that_do_not_fit_together_are_said_at_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        Spec.load(
+            "quickstart",
+            ["name=a/b", "target.width=40", "axes.warmpu.value=0.2", "model.head_dim=24"],
+        )
+    keys = [fault.split(": ")[1] for fault in caught.value.faults]
+    assert keys == ["name", "target.width", "axes.warmpu", "ladder.widths"]

@@ -30,6 +30,7 @@ from telescope.config import (
     OptimizerConfig,
     SourceConfig,
     TrainConfig,
+    all_faults,
     require,
     shown,
 )
@@ -103,7 +104,7 @@ class Spec(Table):
         try:
             return cls.from_dict(data, folder=path.parent)
         except SpecError as error:
-            raise SpecError(f"{path.name}: {error}") from error
+            raise SpecError(*(f"{path.name}: {fault}" for fault in error.faults)) from error
 
     @classmethod
     def from_dict(
@@ -136,7 +137,7 @@ class Spec(Table):
         try:
             spec = cls.model_validate_json(text)
         except pydantic.ValidationError as error:
-            raise SpecError(" ".join(_one_line(error).splitlines())) from None
+            raise SpecError(*_faults(error)) from None
         if spec.model:
             spec._model_source = model_source or read_model_file(spec.model.file, folder)
         return spec
@@ -170,9 +171,10 @@ class Spec(Table):
         try:
             return cls.from_record(data, folder)
         except SpecError as error:
-            raise SpecError(f"{folder}: {error}") from error
+            raise SpecError(*(f"{folder}: {fault}" for fault in error.faults)) from error
 
     @pydantic.model_validator(mode="after")
+    @all_faults()
     def _check(self) -> Self:
         plain = NAME_PATTERN.fullmatch(self.name) is not None
         require(plain, "name", self.name, "letters, digits, '.', '_' and '-', no path, at most 100")
@@ -211,7 +213,8 @@ class Spec(Table):
                 top = axis.high if axis.value is None else axis.value
                 require(top is not None and top <= 1, "axes.warmup", top, "a share, at most 1")
         swept = [name for name, axis in self.axes.items() if axis.value is None]
-        require(bool(swept), "axes", list(self.axes), "at least one range (low, high, points)")
+        if self.axes or not self.model:  # else those that are missing have been named
+            require(bool(swept), "axes", list(self.axes), "at least one range (low, high, points)")
 
     def _check_by_width(self) -> None:
         """Check that what is given by width is given for every width that needs it."""
@@ -483,29 +486,45 @@ def _set_key(data: dict[str, Any], override: str) -> None:
     table[path[-1]] = value
 
 
-def _one_line(error: pydantic.ValidationError) -> str:
-    """The first problem as one line: key, what was given, what is allowed."""
-    problems = error.errors()
+def _faults(error: pydantic.ValidationError) -> list[str]:
+    """All problems, a line for each key: what was given, what is allowed."""
+    problems: dict[tuple[str | int, ...], list[Any]] = {}
+    for problem in error.errors():
+        problems.setdefault(_without_branch(problem["loc"]), []).append(problem)
+    faults = [fault for same in problems.values() for fault in _faults_of(same)]
+    return [" ".join(fault.splitlines()) for fault in dict.fromkeys(faults)]
+
+
+def _faults_of(problems: list[Any]) -> list[str]:
+    """The problems of one key as lines: one, unless a check of its own has found more."""
     if isinstance(problems[0]["input"], dict):  # a number or a table: of a table its own problem
-        where = problems[0]["loc"][:-1]
-        problems = [p for p in problems if p["loc"][: len(where)] == where][::-1]
+        problems = problems[::-1]
     problem, key = problems[0], _key(problems[0]["loc"])
     inner = problem.get("ctx", {}).get("error")
     if isinstance(inner, SpecError):
-        return f"{key}.{inner}" if key else str(inner)
+        return [f"{key}.{fault}" if key else fault for fault in inner.faults]
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return _unknown_key(key.split("."))
+        return [_unknown_key(key.split("."))]
     if problem["type"] in ("missing", "missing_argument"):
-        return f"{key}: missing; it must be given"
+        return [f"{key}: missing; it must be given"]
     # A key that may be this or that gives one problem for each.
     allowed = [_allowed(other, key) for other in problems if _key(other["loc"]) == key]
-    return f"{key}: got {shown(problem['input'])}, must be {' or '.join(dict.fromkeys(allowed))}"
+    return [f"{key}: got {shown(problem['input'])}, must be {' or '.join(dict.fromkeys(allowed))}"]
+
+
+BRANCH = re.compile(r"(\[key\]|int|str|float|constrained-\w+|(literal|tuple|list|dict)\[.*)")
+"""A part of a problem's place that names what a key may be, of several."""
+
+
+def _without_branch(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The place of a key, up to where it may be this or that."""
+    branches = (n for n, part in enumerate(location) if BRANCH.fullmatch(str(part)))
+    return location[: next(branches, len(location))]
 
 
 def _key(location: Sequence[str | int]) -> str:
     """The dotted key of a problem, without the parts that name a union's branch."""
-    branch = re.compile(r"(\[key\]|int|str|float|constrained-\w+|(literal|tuple|list|dict)\[.*)")
-    return ".".join(str(part) for part in location if not branch.fullmatch(str(part)))
+    return ".".join(str(part) for part in location if not BRANCH.fullmatch(str(part)))
 
 
 def _allowed(problem: Any, key: str) -> str:

@@ -17,6 +17,7 @@ from telescope.config import (
     MAX_COUNT,
     MAX_NUMBER,
     MAX_WIDTH,
+    all_faults,
     require,
     require_factor,
     require_seconds,
@@ -68,6 +69,7 @@ class LadderTable(Table):
     """Seeds of every point: each sets initialisation and data order."""
 
     @pydantic.model_validator(mode="after")
+    @all_faults()
     def _check(self) -> Self:
         widths = self.widths
         require(
@@ -106,6 +108,7 @@ class AxisTable(Table):
     value: float | None = None
 
     @pydantic.model_validator(mode="after")
+    @all_faults()
     def _check(self) -> Self:
         if self.value is not None:
             for key in ("low", "high", "points"):
@@ -128,7 +131,10 @@ class AxisTable(Table):
         require_factor("low", self.low)
         require_factor("high", self.high)
         allowed = f"an integer from 2 to {MAX_POINTS}; for one value, set `value`"
-        require(2 <= self.points <= MAX_POINTS, "points", self.points, allowed)
+        is_grid = 2 <= self.points <= MAX_POINTS
+        require(is_grid, "points", self.points, allowed)
+        if self.low >= self.high or not is_grid:
+            return self
         step = (self.high / self.low) ** (1 / (self.points - 1))
         allowed = f"higher: points from {self.low:g} on are less than {MIN_STEP:g} times apart"
         require(step >= MIN_STEP, "high", self.high, allowed)
@@ -166,6 +172,7 @@ class ComputeTable(Table):
     """FLOP/s of one worker, for `plan`'s seconds; left out, a stated guess. `--probe` measures."""
 
     @pydantic.model_validator(mode="after")
+    @all_faults()
     def _check(self) -> Self:
         gpus = self.gpus if isinstance(self.gpus, Mapping) else {None: self.gpus}
         for width, number in gpus.items():
@@ -206,6 +213,7 @@ class ModelTable(pydantic.BaseModel):
     """Path of the model file, relative to the sweep file."""
 
     @pydantic.model_validator(mode="after")
+    @all_faults()
     def _check(self) -> Self:
         for key, value in (self.model_extra or {}).items():
             finite = not isinstance(value, float) or math.isfinite(value)
@@ -243,6 +251,7 @@ class TrainerTable(Table):
     """A JSON file of the target's parameters, relative to the sweep file, for `transfer`."""
 
     @pydantic.model_validator(mode="after")
+    @all_faults()
     def _check(self) -> Self:
         require_seconds("timeout", self.timeout)
         one = (self.command is None) != (self.function is None)
@@ -289,6 +298,7 @@ class CostTable(Table):
     """Width → FLOPs of one run, at the target of the target run. This or `parameters`."""
 
     @pydantic.model_validator(mode="after")
+    @all_faults()
     def _check(self) -> Self:
         both = [key for key in ("parameters", "flops") if getattr(self, key) is not None]
         one = (self.parameters is None) != (self.flops is None)
