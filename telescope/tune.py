@@ -205,7 +205,9 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
                 logger.warning("%s: stuck: %s", self.spec.name, self._ladder.stuck)
             self.close()
             return FINISHED
-        if self._gate is None:
+        # Whoever waits at the gate keeps Tune busy, which must be seen idle before a trial that it
+        # has dropped is asked for again.
+        if self._gate is None or self._believed:
             self._doubt()
             return None
         self._running[trial_id] = None

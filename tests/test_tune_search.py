@@ -427,22 +427,31 @@ def test_what_ends_after_a_restore_before_tune_asks_is_kept(answered: int, tmp_p
     assert second.ladder.choices == by_hand(spec())
 
 
+@pytest.mark.parametrize("is_warm", [False, True])
 @pytest.mark.parametrize(("pause", "is_idle"), [(1.0, True), (0.1, False)])
 def test_an_idle_tune_does_not_run_what_was_believed_to(
-    pause: float, is_idle: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pause: float, is_idle: bool, is_warm: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Tuner restored with ``resume_unfinished=False`` drops what ran, and asks once a second."""
     first = TelescopeSearch(spec())
     given = {str(number): first.suggest(str(number)) for number in range(6)}
     first.save(str(tmp_path / "state"))
     again = TelescopeSearch(spec())
+    if is_warm:
+        again.warm(loss_at)
+        monkeypatch.setattr("telescope.tune._GateKeeper.ticket", lambda self: "gate:0")
     again.restore(str(tmp_path / "state"))
     again.on_trial_result("5", {"loss": 9.0})  # this one runs
     clock = iter(number * pause for number in range(100))
     monkeypatch.setattr("telescope.tune.time.monotonic", lambda: next(clock))
     asked = [again.suggest(f"new {number}") for number in range(40)]
+    handed = [config for config in asked if config is not None]
     expected = [given[key] for key in "01234"] if is_idle else []
-    assert [config for config in asked if config is not None] == expected
+    assert handed[: len(expected)] == expected
+    # The sixth runs; while it does, and no sooner, free workers wait for it in their process.
+    rest = handed[len(expected) :]
+    assert all(config == {"telescope_gate": "gate:0"} for config in rest)
+    assert bool(rest) == (is_warm and is_idle)
 
 
 def test_a_changed_spec_trains_nothing_twice(tmp_path: Path) -> None:
