@@ -6,6 +6,7 @@ command line, keys of the JSON, names of files, modules and functions.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -27,6 +28,7 @@ from test_architecture import ROOMS
 from test_cli import STABLE_OPTIONS, telescope
 
 from telescope.cli import app
+from telescope.ladder.drift import DEEPENINGS, LAWS
 from telescope.spec.spec import _TABLES
 from telescope.spec.tables import AxisTable, ModelTable
 
@@ -268,3 +270,67 @@ def test_a_name_that_is_not_there_is_seen() -> None:
     assert exists("telescope.records.Trial.lr")
     assert not exists("telescope.records.Trial.rate")
     assert not exists("telescope.nowhere.at_all")
+
+
+def stated_constants() -> dict[str, str]:
+    """Dotted name → value, of the tables of constants in docs/ladder.md."""
+    found = {}
+    for row in rows("docs/ladder.md", "Constants"):
+        for place, cell in enumerate(row[:-1]):
+            if re.fullmatch(r"`telescope(\.\w+)+`", cell):
+                found[cell.strip("`")] = row[place + 1]
+    return found
+
+
+def ladder_constants() -> dict[str, Any]:
+    """Dotted name → value, of every number and collection of numbers in the ladder."""
+    found = {}
+    for path in sorted((ROOT / "telescope" / "ladder").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in ast.walk(ast.Tuple(elts=targets)):  # a pair is set at once
+                if isinstance(target, ast.Name) and target.id.isupper():
+                    found[f"{name}.{target.id}"] = getattr(importlib.import_module(name), target.id)
+    return {name: value for name, value in found.items() if is_numbers(value)}
+
+
+def is_numbers(value: Any) -> bool:
+    """Tell whether a constant is a number, or a tuple or table of numbers."""
+    if isinstance(value, dict):
+        return all(map(is_numbers, [*value, *value.values()]))
+    if isinstance(value, tuple):
+        return all(map(is_numbers, value))
+    return isinstance(value, (int, float))
+
+
+NOT_OF_THE_LADDER = ("telescope.ladder.portrait.",)
+"""Modules that draw and decide nothing."""
+IN_WORDS = {"telescope.ladder.surface.SIGNS", "telescope.ladder.drift.DEEPENINGS"}
+"""A table of signs, and one that stands in the section on the model."""
+
+
+def test_the_ladder_page_has_every_constant_with_its_value() -> None:
+    stated, known = stated_constants(), ladder_constants()
+    known = {n: v for n, v in known.items() if not n.startswith(NOT_OF_THE_LADDER)}
+    assert len(known) > 50
+    assert stated.keys() == known.keys() - IN_WORDS
+    for name, text in stated.items():
+        assert ast.literal_eval(text) == known[name], name
+
+
+def test_every_constant_of_the_ladder_has_a_status() -> None:
+    statuses = {"derived", "measured here", "assumption"}
+    for row in rows("docs/ladder.md", "Constants"):
+        if len(row) == 6:
+            assert row[-1] in statuses or row[-1].startswith("from paper"), row
+
+
+def test_the_ladder_page_has_the_laws_with_their_probabilities() -> None:
+    text = (ROOT / "docs" / "ladder.md").read_text()
+    for law in LAWS:
+        assert f"| {law.name} | {law.exponent:g} | {law.pace:g} | {law.prior:g} |" in text
+    values = " | ".join(f"{deepening:g}".replace("-", "−") for deepening in DEEPENINGS)
+    priors = " | ".join(f"{prior:g}" for prior in DEEPENINGS.values())
+    assert f"| {values} |" in text
+    assert f"| probability before any result | {priors} |" in text
