@@ -138,8 +138,9 @@ def run_ray(
         takes_any_gpu: whether a trial computes on the first GPU that it sees, even if it has
             reserved none; refused where there are GPUs.
         session: a Ray that has been opened ahead, of the same owner, address and sizes.
-        is_due: whether `source` can be asked already. Until then the workers start, import what
-            they need and wait at the gate; of several sizes, those of the narrowest width.
+        is_due: whether `source` can be asked already. Until then workers start, import what they
+            need and wait at the gate, on all CPUs but one; of several sizes, those of the narrowest
+            width.
 
     Raises:
         SpecError: no cluster at `address`, no room for `workers` trials at once, or GPUs that all
@@ -172,9 +173,11 @@ def run_ray(
             **{"timeout": timeout, "logs": str(logs), "pack": packs.size, "place": place},
         }
         try:
-            while not is_due() or source.ask():
-                width = source.ask()[0].width if is_due() else min(sizes, default=0)
-                size = sizes.get(width, default)
+            while True:
+                asked = source.ask() if is_due() else None  # which may be due a moment later
+                if asked is not None and not asked:
+                    break
+                size = sizes.get(asked[0].width if asked else min(sizes, default=0), default)
                 widths = [width for width, other in sizes.items() if other == size]
                 part = _Part(source, widths) if widths else source
                 queue = Queue(
@@ -198,13 +201,22 @@ def _run_experiment(
     share = min(1.0, size.gpus) if size.gpus else 1.0 / size.workers
     worker = tune.with_parameters(Worker, **given, threads=max(1, int(size.cpus)), share=share)
     worker = tune.with_resources(worker, {"cpu": size.cpus, "gpu": size.gpus})
-    driver.serve(queue)
+    driver.serve(queue, ahead=_ahead(size))
     with suppress(_Leave):
         _tuner(worker, driver, size.workers, folder).fit()
     if driver.error:
         raise driver.error
     if not queue.is_done:
         raise KeyboardInterrupt  # on a Ray not ours, Tune's own handler swallowed it
+
+
+def _ahead(size: Size) -> int:
+    """How many workers start before there is a trial: what is waited for computes on a CPU too.
+
+    Where all of them are started, they and it take turns, and the first trial begins later.
+    """
+    free = len(os.sched_getaffinity(0)) - 1
+    return max(1, min(size.workers, math.floor(free / (size.cpus or 1))))
 
 
 class _Part:
@@ -237,14 +249,21 @@ class _Driver:
         self._queue: Queue
         self._leave_at_once = leave_at_once
         self._running: dict[str, Order | None] = {}  # Tune's trial id → order, none at the gate
+        self._ahead = 0
         self._was_due = False
         self._turn = 0  # how often the gate was opened
         self._unstarted: dict[str, float] = {}  # Tune's trial id → when it was handed out
         self._opened = 0.0  # when the gate was opened for one of those
 
-    def serve(self, queue: Queue) -> None:
-        """Hand out what this queue has from now on; whatever ran before has ended."""
+    def serve(self, queue: Queue, *, ahead: int) -> None:
+        """Hand out what this queue has from now on; whatever ran before has ended.
+
+        Args:
+            queue: the trials.
+            ahead: how many workers wait for them before the queue is due.
+        """
         self._queue = queue
+        self._ahead = ahead
         self._was_due = queue.is_due
         self._running.clear()
         self._unstarted.clear()
@@ -256,7 +275,8 @@ class _Driver:
     def assign(self, tune_id: str) -> dict[str, Any] | None:
         """What a free worker does next: trials, the gate, or None when the sweep is over.
 
-        An empty order is none for now: the worker is left for a trial that has found no other.
+        An empty order is none for now: the worker is left for a trial that has found no other, or
+        its CPU for what the queue waits for.
         """
         if self.error:
             return None
@@ -265,6 +285,8 @@ class _Driver:
             if not order and self._queue.is_done:
                 return None
             if not order and self._has_stranded():
+                return {}
+            if not self._queue.is_due and len(self._running) >= self._ahead:
                 return {}
         except Exception as error:
             self.error = error
