@@ -21,7 +21,7 @@ from rich.console import Console
 
 from telescope.config import TrialConfig
 from telescope.records import CurvePoint, Result, Status, Trial
-from telescope.report.live import make_view
+from telescope.report.live import make_screen
 from telescope.spec.spec import Spec
 from telescope.sweep.run import Options, run
 from telescope.train import loop
@@ -39,7 +39,7 @@ def sweep_seconds(folder: Path, trials: int) -> list[float]:
 
     overrides = ["ladder.widths=[32]", f"axes.lr.points={trials}", "axes.weight_decay.points=2"]
     spec = Spec.load("quickstart", [*overrides, "budget.max_over_target=1e9"])
-    view = make_view(Console(file=(folder / "log").open("w")))
+    view = make_screen(Console(file=(folder / "log").open("w")))
     with mock.patch.object(loop, "train", instant):
         run(spec, Options(results=folder, dispatcher="inline", check=False), lambda: view)
     return [later - earlier for earlier, later in itertools.pairwise(stamps)]

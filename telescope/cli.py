@@ -1,4 +1,4 @@
-"""The verbs: parse, call, print. What they print for people is in `telescope.report.tables`.
+"""The verbs: parse, call, print. What they print for people is in `telescope.report.terminal`.
 
 Every import that costs time is inside the verb that needs it, so that `--help`, `ls` and `status`
 answer at once.
@@ -141,7 +141,7 @@ def plan(
     if as_json:
         _print_json({**plan, "refused": warning})
         return
-    from telescope.report.tables import print_plan
+    from telescope.report.terminal import print_plan
 
     print_plan(_console(), plan, warning)
 
@@ -176,7 +176,7 @@ def check(
     if as_json:
         _print_json(measured.as_dict())
     else:
-        from telescope.report.tables import print_check
+        from telescope.report.terminal import print_check
 
         console = _console()
         print_check(console, measured, check_title(loaded))
@@ -269,8 +269,8 @@ def run(
     _make_tokens(loaded)
     # A batch system ends a job with SIGTERM: leave as on Ctrl-C, with everything kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from telescope.report.live import make_view
-    from telescope.report.tables import print_answer
+    from telescope.report.live import make_screen
+    from telescope.report.terminal import print_answer
     from telescope.sweep.answer import transfer as transfer_ladder
     from telescope.sweep.finished import open_result
     from telescope.sweep.run import Options
@@ -279,7 +279,7 @@ def run(
     options = Options(results, workers, dispatcher, ray_address, storage, check, accept_trainer)
     try:
         with reader_needed():
-            folder, ladder = run_sweep(loaded, options, lambda: make_view(console))
+            folder, ladder = run_sweep(loaded, options, lambda: make_screen(console))
     except KeyboardInterrupt:  # Ctrl-C, or whoever read the output has left
         _say(f"{loaded.name}: interrupted; the same command goes on where it stopped", err=True)
         raise typer.Exit(130) from None
@@ -336,11 +336,11 @@ def show(
         frame = trials_frame(finished.ladder, finished.results)
         _say(frame.to_csv(index=False), nl=False)
     elif as_json:
-        from telescope.report.tables import show_as_json
+        from telescope.report.terminal import show_as_json
 
         _print_json(show_as_json(finished))
     else:
-        from telescope.report.tables import print_answer
+        from telescope.report.terminal import print_answer
 
         print_answer(_console(), finished)
 
@@ -386,7 +386,7 @@ def transfer(
     elif out:
         _say(f"wrote {out}")
     else:
-        from telescope.report.tables import print_transfer
+        from telescope.report.terminal import print_transfer
 
         print_transfer(_console(), settings, finished.spec)
     if settings.certificate and settings.certificate.verdict == "FAIL":
@@ -447,7 +447,7 @@ def ls(results: ResultsOption = RESULTS, as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    from telescope.report.tables import print_sweeps
+    from telescope.report.terminal import print_sweeps
 
     print_sweeps(_console(), rows)
 
@@ -471,7 +471,7 @@ def compare(
     if as_json:
         _print_json(comparison)
         return
-    from telescope.report.tables import print_comparison
+    from telescope.report.terminal import print_comparison
 
     print_comparison(_console(), comparison)
 

@@ -37,8 +37,8 @@ from telescope import Spec
 from telescope.files import write_atomic
 from telescope.packs import trainer
 from telescope.records import CurvePoint, Result, Status, Trial
-from telescope.report.live import View, make_view
-from telescope.report.tables import show_as_json
+from telescope.report.live import Screen, make_screen
+from telescope.report.terminal import show_as_json
 from telescope.sweep.answer import transfer
 from telescope.sweep.finished import open_result
 from telescope.sweep.run import Options, run
@@ -47,8 +47,8 @@ from telescope.train import loop
 STARTS = "starts.log"
 
 
-def quiet() -> View:
-    return make_view(Console(quiet=True))
+def quiet() -> Screen:
+    return make_screen(Console(quiet=True))
 
 
 def formula(trial: Trial) -> float:

@@ -33,7 +33,7 @@ ROOMS = {
     "packs": {"data", "train", "dispatch"},
     "foreign": {"spec", "dispatch"},
     "store": {"spec"},
-    "report": {"ladder", "spec", "store"},
+    "report": {"ladder", "spec", "check", "store"},
     "sweep": {"ladder", "rules", "data", "spec", "train", "check", "transfer", "dispatch"}
     | {"packs", "foreign", "store", "report"},
 }

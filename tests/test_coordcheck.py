@@ -27,7 +27,7 @@ from telescope.check.coordcheck import (
 )
 from telescope.check.judge import THRESHOLD, judge
 from telescope.check.measure import Measured
-from telescope.check.verdict import CoordCheck
+from telescope.check.verdict import CoordCheck, Kind, Quantity
 from telescope.config import (
     PYTHON_STDLIB,
     DataConfig,
@@ -350,7 +350,12 @@ def test_an_initialisation_that_ignores_fan_in_fails(
 WIDTHS = (16, 32, 64, 128)
 
 
-def judged(sizes: dict[str, list[list[float]]]) -> CoordCheck:
+OUTPUT, CHANGE = Quantity(""), Quantity("", Kind.CHANGE)
+HIDDEN_UPDATE = Quantity("hidden", Kind.UPDATE)
+EXPERT = Quantity("experts.0")
+
+
+def judged(sizes: dict[Quantity, list[list[float]]]) -> CoordCheck:
     """Quantity → seeds' sizes per width, after one step."""
     measured = {name: {3: values} for name, values in sizes.items()}
     return judge(measured, widths=WIDTHS, steps=(3,), seeds=(0, 1), rule="mup", point=POINT)
@@ -366,7 +371,7 @@ def line(slope: float, noise: float = 0.0) -> list[list[float]]:
 
 @pytest.mark.parametrize("slope", [-1.0, -0.5, 0.5, 1.0])
 def test_a_line_has_its_slope_and_half_a_power_fails(slope: float) -> None:
-    checked = judged({"output": line(slope)})
+    checked = judged({OUTPUT: line(slope)})
     assert checked.slopes["output"] == pytest.approx(slope)
     assert checked.verdict == "FAIL"
     assert f"slope {slope:+.2f}" in checked.problems["output"]
@@ -374,8 +379,8 @@ def test_a_line_has_its_slope_and_half_a_power_fails(slope: float) -> None:
 
 
 def test_half_way_between_right_and_half_a_power_is_the_border() -> None:
-    assert judged({"output": line(THRESHOLD - 0.01)}).passed
-    assert not judged({"output": line(THRESHOLD + 0.01)}).passed
+    assert judged({OUTPUT: line(THRESHOLD - 0.01)}).passed
+    assert not judged({OUTPUT: line(THRESHOLD + 0.01)}).passed
 
 
 def test_noise_alone_does_not_fail_but_cannot_hide_a_half() -> None:
@@ -384,12 +389,12 @@ def test_noise_alone_does_not_fail_but_cannot_hide_a_half() -> None:
     Of 8 points 5 degrees of freedom are left: a slope and two offsets are fitted. That the seeds
     lie four octaves apart is no error of the slope.
     """
-    noisy = judged({"output": line(0.3, noise=0.3)})
+    noisy = judged({OUTPUT: line(0.3, noise=0.3)})
     assert noisy.errors["output"] == pytest.approx(math.sqrt(8 * 0.09 / 5 / 10))
     assert noisy.passed  # 0.3 − 2 · 0.12 is below the threshold
     assert noisy.uncertain == ("output",)
-    assert not judged({"output": line(0.5, noise=0.3)}).passed
-    flat = judged({"output": line(0.0, noise=0.3)})
+    assert not judged({OUTPUT: line(0.5, noise=0.3)}).passed
+    flat = judged({OUTPUT: line(0.0, noise=0.3)})
     assert (flat.passed, flat.uncertain) == (True, ())
 
 
@@ -402,7 +407,7 @@ def test_more_seeds_are_trained_where_a_slope_is_uncertain(
     def measure(config: TrialConfig, trial: Trial, steps: Any) -> Any:
         trained.append(trial.seed)
         off = trial.seed == 1 and trial.width == 64
-        return Measured({step: {"output change": 2.0 if off else 1.0} for step in steps}, {})
+        return Measured({step: {CHANGE: 2.0 if off else 1.0} for step in steps}, {})
 
     monkeypatch.setattr(coordcheck, "measure_sizes", measure)
     checked = check(gpt_config())
@@ -412,13 +417,13 @@ def test_more_seeds_are_trained_where_a_slope_is_uncertain(
     monkeypatch.setattr(
         coordcheck,
         "measure_sizes",
-        lambda c, t, s: Measured({x: {"a change": 1.0} for x in s}, {}),
+        lambda c, t, s: Measured({x: {Quantity("a", Kind.CHANGE): 1.0} for x in s}, {}),
     )
     assert check(gpt_config()).seeds == (0, 1)
 
 
 def test_a_slope_says_which_step_it_is_from() -> None:
-    sizes = {"output": {3: line(0.1), 10: line(-0.4), 20: line(0.2)}}
+    sizes = {OUTPUT: {3: line(0.1), 10: line(-0.4), 20: line(0.2)}}
     checked = judge(sizes, widths=WIDTHS, steps=(3, 10, 20), seeds=(0, 1), rule="mup", point=POINT)
     assert checked.slope_steps == {"output": 10}
     assert checked.slopes["output"] == pytest.approx(-0.4)
@@ -429,46 +434,48 @@ def test_a_slope_says_which_step_it_is_from() -> None:
 
 
 def test_a_router_may_shrink_but_not_grow() -> None:
-    assert judged({"blocks.0.router (inner)": line(-0.5), "output": line(0)}).passed
-    assert not judged({"blocks.0.router (inner)": line(0.5), "output": line(0)}).passed
+    assert judged({Quantity("blocks.0.router", is_inner=True): line(-0.5), OUTPUT: line(0)}).passed
+    assert not judged(
+        {Quantity("blocks.0.router", is_inner=True): line(0.5), OUTPUT: line(0)}
+    ).passed
 
 
 def test_what_never_moves_is_null_and_passes() -> None:
-    checked = judged({"output change": line(0), "frozen update": [[0.0, 0.0]] * 4})
+    checked = judged({CHANGE: line(0), Quantity("frozen", Kind.UPDATE): [[0.0, 0.0]] * 4})
     assert checked.slopes == {"output change": pytest.approx(0), "frozen update": None}
     assert checked.errors["frozen update"] is None
     assert checked.passed
 
 
 def test_what_moves_at_some_widths_only_fails() -> None:
-    checked = judged({"output": [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]})
+    checked = judged({OUTPUT: [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]})
     assert checked.problems == {"output": "moves at some widths but not at 64"}
 
 
 def test_an_idle_expert_is_judged_where_it_works() -> None:
     """Exact zeros at one width, and for one seed at another: the rest lies on a line, or not."""
     idle = [[0.0, 0.0], *line(0.1)[1:3], [0.0, line(0.1)[3][1]]]
-    checked = judged({"output": line(0), "experts.0": idle, "update": line(0)})
+    checked = judged({OUTPUT: line(0), EXPERT: idle, HIDDEN_UPDATE: line(0)})
     assert checked.passed
     assert checked.slopes["experts.0"] == pytest.approx(0.1)
     steep = [[0.0, 0.0], *line(1.0)[1:]]
-    assert "experts.0" in judged({"output": line(0), "experts.0": steep}).problems
+    assert "experts.0" in judged({OUTPUT: line(0), EXPERT: steep}).problems
     alone = [[1.0, 1.0], *[[0.0, 0.0]] * 3]
-    assert judged({"output change": line(0), "experts.0": alone}).slopes["experts.0"] is None
+    assert judged({CHANGE: line(0), EXPERT: alone}).slopes["experts.0"] is None
     update = [[0.0, 0.0], *line(0)[1:]]
-    assert "hidden update" in judged({"output": line(0), "hidden update": update}).problems
+    assert "hidden update" in judged({OUTPUT: line(0), HIDDEN_UPDATE: update}).problems
 
 
 def test_nothing_moved_at_all_fails() -> None:
     """An embedding gives something all the same, and a hidden matrix is there at the start."""
-    still = {"output change": [[0.0, 0.0]] * 4, "hidden update": [[0.0, 0.0]] * 4}
-    there = {"embedding": line(0), "hidden start": line(0)}
+    still = {CHANGE: [[0.0, 0.0]] * 4, HIDDEN_UPDATE: [[0.0, 0.0]] * 4}
+    there = {Quantity("embedding"): line(0), Quantity("hidden", Kind.START): line(0)}
     assert judged({**there, **still}).problems == {"output": "nothing moved"}
 
 
 def test_nan_fails_and_is_never_written() -> None:
     sizes = [[1.0, 1.0], [1.0, 1.0], [1.0, math.nan], [math.inf, 1.0]]
-    checked = judged({"output": sizes})
+    checked = judged({OUTPUT: sizes})
     assert checked.problems == {"output": "is not finite"}
     assert checked.slopes["output"] is None
     written = json.loads(json.dumps(checked.as_dict(), allow_nan=False))
@@ -568,8 +575,8 @@ def test_an_expert_without_a_token_is_not_judged() -> None:
 
 
 def test_of_many_blocks_the_steepest_is_shown() -> None:
-    slopes = {f"blocks.{i} change": 0.01 * i for i in range(30)}
-    many = judged({name: line(slope) for name, slope in slopes.items()} | {"output": line(0)})
+    slopes = {Quantity(f"blocks.{i}", Kind.CHANGE): 0.01 * i for i in range(30)}
+    many = judged({each: line(slope) for each, slope in slopes.items()} | {OUTPUT: line(0)})
     assert many.shown(24) == ["blocks.29 change", "output"]
     assert len(many.shown(31)) == 31
     name, slope = many.steepest

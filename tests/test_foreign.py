@@ -19,9 +19,9 @@ from test_cli import telescope as in_process
 
 from telescope import Ladder, Spec
 from telescope.errors import ResumeError, SpecError
-from telescope.foreign.sources import read_source
+from telescope.foreign.program import read_program
 from telescope.records import Status
-from telescope.report.live import View, make_view
+from telescope.report.live import Screen, make_screen
 from telescope.sweep.finished import open_result
 from telescope.sweep.foreign import Foreign
 from telescope.sweep.planning import make_plan
@@ -66,8 +66,8 @@ def bowl_spec(folder: Path, **tables: Any) -> dict[str, Any]:
     return {name: table for name, table in spec.items() if table is not None}
 
 
-def quiet() -> View:
-    return make_view(Console(quiet=True))
+def quiet() -> Screen:
+    return make_screen(Console(quiet=True))
 
 
 def inline(folder: Path, **tables: Any) -> Any:
@@ -219,12 +219,12 @@ EDITS = {
 @pytest.mark.parametrize("name", EDITS)
 def test_of_a_python_script_its_code_counts(name: str, tmp_path: Path) -> None:
     edited, is_same = EDITS[name]
-    first, second = (read_source(script(tmp_path, text)) for text in (BOWL, edited))
+    first, second = (read_program(script(tmp_path, text)) for text in (BOWL, edited))
     assert (second.code == first.code) == is_same
     assert second.text != first.text
     for other in ("x.sh", "x"):  # of any other file its bytes
         (tmp_path / other).write_text(edited)
-        assert read_source(tmp_path / other).code == read_source(tmp_path / other).text
+        assert read_program(tmp_path / other).code == read_program(tmp_path / other).text
 
 
 def script(folder: Path, text: str) -> Path:

@@ -310,7 +310,7 @@ def test_what_another_writer_stored_is_told_not_trained(tmp_path: Path) -> None:
         ladder=Ladder(donor.spec),
         store=None,  # type: ignore[arg-type]  # nothing is stored here
         folder=None,  # type: ignore[arg-type]
-        view=None,  # type: ignore[arg-type]
+        screen=None,  # type: ignore[arg-type]
         name=spec.name,
         workers={},
         planned={},
@@ -334,7 +334,7 @@ def test_time_left_knows_the_pace_of_a_width_that_the_spec_has_no_longer() -> No
         ladder=replay(replace(BEFORE, widths=(16,), costs={16: 1.0}), [wide]),
         store=None,  # type: ignore[arg-type]
         folder=None,  # type: ignore[arg-type]
-        view=None,  # type: ignore[arg-type]
+        screen=None,  # type: ignore[arg-type]
         name="bowl",
         workers={16: 1},
         planned={16: 9},

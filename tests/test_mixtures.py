@@ -29,7 +29,7 @@ from telescope.data.corpus import (
     read_corpus,
 )
 from telescope.data.tokenizer import train_bpe
-from telescope.data.views import Tokens, View, held_out_ranges, rest_of
+from telescope.data.views import Tokens, TokenView, held_out_ranges, rest_of
 from telescope.errors import DataError, SpecError
 
 settings.register_profile("telescope", derandomize=True, database=None)
@@ -77,7 +77,7 @@ def test_no_batch_has_a_held_out_token(data: st.DataObject) -> None:
     borders = sorted(data.draw(st.lists(st.integers(0, size), max_size=8)))
     held_out = list(zip(borders[::2], borders[1::2], strict=False))
     outside = rest_of(held_out, size)
-    train, measured = View(files, outside), View(files, held_out)
+    train, measured = TokenView(files, outside), TokenView(files, held_out)
     mask = np.zeros(size, dtype=bool)
     for start, end in held_out:
         mask[start:end] = True
@@ -116,7 +116,7 @@ def test_one_source_is_read_as_it_always_was(tmp_path: Path) -> None:
 
 def mixture(weights: tuple[float, ...], size: int = 1000) -> Tokens:
     """Sources whose tokens tell source and place: 10,000 times the source, plus the place."""
-    views = [View([np.arange(size) + 10_000 * i], [(0, size)]) for i in range(len(weights))]
+    views = [TokenView([np.arange(size) + 10_000 * i], [(0, size)]) for i in range(len(weights))]
     return Tokens(tuple(views), weights)
 
 

@@ -20,12 +20,12 @@ from rich.console import Console
 from telescope import Spec
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.packing import Packer, choose_size
-from telescope.dispatch.packs import Limit, Pack, Packs
+from telescope.dispatch.packs import Done, Limit, Packs
 from telescope.dispatch.queue import Order, Queue, Trainer
 from telescope.errors import SpecError, StoreError
 from telescope.packs.probe import PackProbe
 from telescope.records import Point, Result, Status, Trial
-from telescope.report.live import View, make_view
+from telescope.report.live import Screen, make_screen
 from telescope.store.folder import Folder
 from telescope.sweep.finished import open_result
 from telescope.sweep.machine import pack_size
@@ -374,7 +374,7 @@ def test_a_resume_forms_the_packs_that_had_not_ended_and_no_others() -> None:
     queue = queue_of(Source(wanted), 4, workers=2, note=lines.append)
     first = taken(queue, 3)
     assert first == [tuple(wanted[:4]), tuple(wanted[4:8]), tuple(wanted[8:])]
-    queue.settle(Order(first[1]), Pack(first[1], tuple(map(good, first[1]))))
+    queue.settle(Order(first[1]), Done(first[1], tuple(map(good, first[1]))))
     left = Source([*first[0], *first[2]])
     assert taken(queue_of(left, 4, workers=2, lines=lines), 3) == [first[0], first[2], ()]
     # Without the lines they would be shared out anew.
@@ -390,8 +390,8 @@ def test_a_resume_forms_the_packs_that_had_not_ended_and_no_others() -> None:
     assert [len(pack) for pack in taken(Queue(left, packs=Packs(1, lines=lines)), 2)] == [1, 1]
 
 
-def quiet() -> View:
-    return make_view(Console(quiet=True))
+def quiet() -> Screen:
+    return make_screen(Console(quiet=True))
 
 
 # Two decimals apart, so that the rounding of a pack cannot turn a decision.
@@ -440,7 +440,7 @@ def test_why_a_sweep_is_not_fused_is_said_once(
     model.write_text(text)
     data = tiny_spec(corpus_file, model={"file": str(model)}, compute={"pack": 4})
     options = Options(tmp_path / "results", dispatcher="inline", check=False)
-    _, ladder = run(Spec.from_dict(data), options, lambda: make_view(Console(width=200)))
+    _, ladder = run(Spec.from_dict(data), options, lambda: make_screen(Console(width=200)))
     assert ladder.is_finished
     said = capsys.readouterr().out
     assert said.count("it draws random numbers in training") == 1
@@ -550,6 +550,6 @@ def test_what_fails_ahead_is_tried_again_with_the_trial() -> None:
     assert loads == ["load", "load", "warm"]
     trial = trials(1)[0]
     done = packer(Order((trial,)))
-    assert isinstance(done, Pack)
+    assert isinstance(done, Done)
     assert [result.status for result in done.results] == [Status.COMPLETE]
     assert loads == ["load", "load", "warm"]

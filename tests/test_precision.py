@@ -22,7 +22,7 @@ from telescope.cli import main
 from telescope.config import OptimizerConfig, TrialConfig
 from telescope.errors import ResumeError, SpecError
 from telescope.records import Point, Trial
-from telescope.report.live import PlainView
+from telescope.report.live import PlainScreen
 from telescope.spec.spec import Spec
 from telescope.store.folder import Folder
 from telescope.sweep.finished import open_result
@@ -31,7 +31,7 @@ from telescope.sweep.prepare import prepare
 from telescope.sweep.run import Options, run
 from telescope.sweep.settle import settled
 from telescope.train import choose
-from telescope.train.choose import Measured
+from telescope.train.choose import Timings
 from telescope.train.loop import held_out_loss_of, set_up, take_step, train
 
 TRIAL = Trial(16, Point.of(lr=0.05, weight_decay=0.1), 0)
@@ -66,10 +66,10 @@ def test_bf16_trains_as_fp32_to_its_rounding(corpus_file: Path) -> None:
 def test_the_choice_is_for_the_sweep_as_a_whole() -> None:
     """bf16 loses 1 s on each of 10 narrow trials, and wins 4 s on each of the wide ones."""
     seconds = {"fp32": {32: 1.0, 64: 9.0}, "bf16": {32: 2.0, 64: 5.0}}
-    assert Measured(seconds, {32: 10, 64: 2}, "cpu").choice == "fp32"  # 28 against 30
-    assert Measured(seconds, {32: 10, 64: 3}, "cpu").choice == "bf16"  # 37 against 35
-    assert Measured(seconds, {32: 4, 64: 1}, "cpu").choice == "fp32"  # 13 each
-    assert Measured(seconds, {32: 10, 64: 3}, "cpu").gain == pytest.approx(37 / 35)
+    assert Timings(seconds, {32: 10, 64: 2}, "cpu").choice == "fp32"  # 28 against 30
+    assert Timings(seconds, {32: 10, 64: 3}, "cpu").choice == "bf16"  # 37 against 35
+    assert Timings(seconds, {32: 4, 64: 1}, "cpu").choice == "fp32"  # 13 each
+    assert Timings(seconds, {32: 10, 64: 3}, "cpu").gain == pytest.approx(37 / 35)
 
 
 def test_both_parts_are_really_timed(corpus_file: Path) -> None:
@@ -107,7 +107,7 @@ def sweep(corpus: Path, results: Path, **tables: Any) -> dict[str, Any]:
     """Run a tiny sweep; returns its spec.json."""
     spec = Spec.from_dict(tiny_spec(corpus, **tables))
     options = Options(results, dispatcher="inline", check=False)
-    folder, _ = run(spec, options, lambda: PlainView(Console()))
+    folder, _ = run(spec, options, lambda: PlainScreen(Console()))
     return json.loads((folder.path / "spec.json").read_text())  # type: ignore[no-any-return]
 
 
@@ -241,7 +241,7 @@ def test_the_folder_of_another_trainers_sweep_is_refused_in_words(
     run(
         Spec.from_dict(foreign),
         Options(tmp_path, dispatcher="inline", check=False),
-        lambda: PlainView(Console()),
+        lambda: PlainScreen(Console()),
     )
     with pytest.raises(ResumeError, match="not comparable with this spec"):
         sweep(corpus_file, tmp_path, **AUTO)

@@ -12,7 +12,7 @@ from rich.console import Console
 from telescope import Spec
 from telescope.dispatch.ray.session import marked
 from telescope.errors import RefusedError
-from telescope.report.live import make_view
+from telescope.report.live import make_screen
 from telescope.sweep.finished import open_result
 from telescope.sweep.run import Options, run
 
@@ -26,7 +26,7 @@ def test_ray_and_inline_agree(tmp_path: Path, corpus_file: Path) -> None:
         # With a check, our own Ray and its workers start while it is made.
         is_checked = dispatcher == "ray"
         options = Options(tmp_path / dispatcher, workers=2, dispatcher=dispatcher, check=is_checked)
-        folder, ladder = run(spec, options, lambda: make_view(Console(quiet=True)))
+        folder, ladder = run(spec, options, lambda: make_screen(Console(quiet=True)))
         assert ladder.is_finished
         tables.append(pd.read_csv(folder.path / "trials.csv").drop(columns="seconds"))
         curves.append({p.name: p.read_text() for p in (folder.path / "curves").iterdir()})
@@ -51,7 +51,7 @@ def test_a_wrong_model_is_refused_while_ray_starts(tmp_path: Path, corpus_file: 
             run(
                 spec,
                 Options(results, workers=2, dispatcher=dispatcher),
-                lambda: make_view(Console(quiet=True)),
+                lambda: make_screen(Console(quiet=True)),
             )
         said.append(str(refused.value))
         assert list(results.iterdir()) == []

@@ -15,8 +15,8 @@ from rich.console import Console
 from telescope.ladder.ladder import Ladder
 from telescope.records import Axis, LadderSpec, Result, Status
 from telescope.report.figures import loss_figure
-from telescope.report.live import LiveView, PlainView, Progress, View, make_view
-from telescope.report.tables import _print_table, print_sweeps
+from telescope.report.live import LiveScreen, PlainScreen, Progress, Screen, make_screen
+from telescope.report.terminal import _print_table, print_sweeps
 
 SPEC = LadderSpec(
     (Axis("lr", 0.01, 1.0, 5), Axis("weight_decay", 0.1, 0.1, 1)), (32, 64), policy="paper"
@@ -53,36 +53,38 @@ def progress(ladder: Ladder) -> Progress:
     )
 
 
-def shown_by(view_class: type[View], ladder: Ladder) -> str:
+def shown_by(screen_class: type[Screen], ladder: Ladder) -> str:
     out = io.StringIO()
-    terminal = view_class is LiveView
+    terminal = screen_class is LiveScreen
     console = Console(
         file=out, width=120, markup=False, highlight=False, force_terminal=terminal, no_color=True
     )
     failed = Result(
         ladder.stages[0].trials[0], Status.FAILED, reason="KeyError: [/data/x] [red]\nTraceback ..."
     )
-    view = make_view(console)
-    assert isinstance(view, view_class)
-    with view:
-        view.start(progress(ladder))
-        view.watch(lambda: "lr 0.1 at step 300, loss 2.3100")
-        view.update(progress(ladder))
-        view.result(failed, progress(ladder))
-        view.choice(ladder.choices[0])
+    screen = make_screen(console)
+    assert isinstance(screen, screen_class)
+    with screen:
+        screen.start(progress(ladder))
+        screen.watch(lambda: "lr 0.1 at step 300, loss 2.3100")
+        screen.update(progress(ladder))
+        screen.result(failed, progress(ladder))
+        screen.choice(ladder.choices[0])
     return out.getvalue()
 
 
-@pytest.mark.parametrize("view", [PlainView, LiveView])
-def test_a_view_shows_results_and_choices_to_the_letter(view: type[View], ladder: Ladder) -> None:
-    text = shown_by(view, ladder)
+@pytest.mark.parametrize("screen", [PlainScreen, LiveScreen])
+def test_a_view_shows_results_and_choices_to_the_letter(
+    screen: type[Screen], ladder: Ladder
+) -> None:
+    text = shown_by(screen, ladder)
     assert "failed, KeyError: [/data/x] [red]" in text
     assert "Traceback" not in text
     assert "width 32: chose lr 0.1, weight_decay 0.1" in text
 
 
 def test_the_live_screen_has_stage_counts_best_and_time_left(ladder: Ladder) -> None:
-    text = shown_by(LiveView, ladder)
+    text = shown_by(LiveScreen, ladder)
     for part in ("stage 1 of 2, width 32, 2 running", "3 of 8 trials", "best at this width"):
         assert part in text
     assert "1 min 15 s" in text
@@ -96,11 +98,11 @@ def test_the_clock_goes_on_between_two_results(
     now = [1000.0]
     monkeypatch.setattr("telescope.report.live.time.monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=80, force_terminal=True, no_color=True)
-    view = LiveView(console)
-    view.update(replace(progress(ladder), eta_seconds=100.0, eta_range=(10.0, 400.0)))
+    screen = LiveScreen(console)
+    screen.update(replace(progress(ladder), eta_seconds=100.0, eta_range=(10.0, 400.0)))
     now[0] += 30
     with console.capture() as shown:
-        console.print(view._screen())
+        console.print(screen._screen())
     assert "1 min 45 s" in shown.get()  # 75 + 30
     assert "about 1 min 10 s (0 s to 6 min 10 s" in shown.get()
 
@@ -109,16 +111,16 @@ def test_a_phase_has_a_clock_of_its_own(ladder: Ladder, monkeypatch: pytest.Monk
     now = [0.0]
     monkeypatch.setattr("telescope.report.live.time.monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=80, force_terminal=True, no_color=True)
-    view = LiveView(console)
-    with view.phase("checking the model"):
+    screen = LiveScreen(console)
+    with screen.phase("checking the model"):
         now[0] += 3
-        with view.phase("starting Ray"), console.capture() as shown:
+        with screen.phase("starting Ray"), console.capture() as shown:
             now[0] += 2
-            console.print(view._screen())
+            console.print(screen._screen())
     assert "checking the model …  5 s" in shown.get()
     assert "starting Ray …  2 s" in shown.get()
     with console.capture() as shown:
-        console.print(view._screen())
+        console.print(screen._screen())
     assert not shown.get().strip(), "what is over has scrolled away"
 
 

@@ -22,7 +22,7 @@ from test_foreign import bowl_spec, quiet
 
 from telescope import Spec, Trial
 from telescope import open as telescope_open
-from telescope.check.verdict import CoordCheck
+from telescope.check.verdict import CoordCheck, Kind, Quantity
 from telescope.errors import RefusedError, SpecError
 from telescope.ladder.ladder import Ladder
 from telescope.records import Axis, CurvePoint, LadderSpec, Point, Result, Status
@@ -392,8 +392,29 @@ def test_a_check_that_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 def test_a_kept_check_is_the_check() -> None:
     record = json.loads((QUICKSTART / "coordcheck.json").read_text())
-    found = CoordCheck.from_dict(record).as_dict()
-    assert found == {key: record[key] for key in found}
+    check = CoordCheck.from_dict(record)
+    found = check.as_dict()
+    assert {key: found[key] for key in record.keys() & found.keys()} == {
+        key: record[key] for key in record.keys() & found.keys()
+    }
+    assert CoordCheck.from_dict(json.loads(json.dumps(found))) == check
+
+
+def test_a_check_of_before_kinds_were_written_has_them_all_the_same() -> None:
+    record = json.loads((QUICKSTART / "coordcheck.json").read_text())
+    old = CoordCheck.from_dict(
+        {k: v for k, v in record.items() if k not in ("kinds", "may_shrink")}
+    )
+    names = {
+        Quantity("hidden", Kind.UPDATE),
+        Quantity("blocks.0", Kind.ADDED),
+        Quantity("blocks.1.attention", Kind.CHANGE, is_softmax=True),
+        Quantity("blocks.1.attention", is_softmax=True),
+        Quantity(""),
+    }
+    for quantity in names:
+        assert old.kinds[quantity.name] is quantity.kind, quantity
+        assert (quantity.name in old.may_shrink) is quantity.may_shrink, quantity
 
 
 def test_a_curve_is_read_as_it_was_written(tmp_path: Path) -> None:

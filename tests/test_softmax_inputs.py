@@ -15,7 +15,7 @@ from torch.nn import functional
 from telescope.check import softmax as coordcheck_softmax
 from telescope.check.coordcheck import Extent, coordinate_check
 from telescope.check.softmax import SoftmaxInputs
-from telescope.check.verdict import CoordCheck
+from telescope.check.verdict import CoordCheck, Quantity
 from telescope.config import (
     PYTHON_STDLIB,
     DataConfig,
@@ -29,6 +29,7 @@ from telescope.records import Point
 from telescope.sweep.checking import describe_verdict
 
 LENGTH, SIZE = 6, 5
+LOGITS = Quantity("attention", is_softmax=True)
 SEEN = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 
 
@@ -91,17 +92,17 @@ def product(q: Tensor, k: Tensor) -> Tensor:
 )
 def test_the_logits_of_attention_in_every_spelling(attend: Any) -> None:
     found = watched(attend).logits
-    assert list(found) == ["attention softmax input"]
-    torch.testing.assert_close(found["attention softmax input"], by_hand())
+    assert list(found) == [LOGITS]
+    torch.testing.assert_close(found[LOGITS], by_hand())
 
 
 def test_another_scale_and_grouped_heads() -> None:
     scaled = watched(sdpa(is_causal=True, scale=1 / SIZE)).logits
-    torch.testing.assert_close(scaled["attention softmax input"], by_hand(1 / SIZE))
+    torch.testing.assert_close(scaled[LOGITS], by_hand(1 / SIZE))
     k, v = heads(2, 1), heads(2, 2)
     grouped = watched(sdpa(is_causal=True, enable_gqa=True), k=k, v=v).logits
     expected = by_hand(k=k[:, [0, 0, 1, 1]])  # two queries of four share a key
-    torch.testing.assert_close(grouped["attention softmax input"], expected)
+    torch.testing.assert_close(grouped[LOGITS], expected)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -116,7 +117,7 @@ def test_torchs_own_module(batch_first: bool, bias: bool) -> None:
         module(given, given, given, attn_mask=~SEEN, need_weights=False)
     projected = functional.linear(x, module.in_proj_weight, module.in_proj_bias)
     q, k, _ = (part.unflatten(-1, (4, SIZE)).transpose(1, 2) for part in projected.chunk(3, -1))  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(inputs.logits["softmax input"], by_hand(q=q, k=k))
+    torch.testing.assert_close(inputs.logits[Quantity("", is_softmax=True)], by_hand(q=q, k=k))
 
 
 def test_what_is_taken_of_a_long_sequence_is_even_and_small(
@@ -133,7 +134,7 @@ def test_what_is_taken_of_a_long_sequence_is_even_and_small(
         ]
     )
     for attend in (sdpa(is_causal=True), lambda q, k, v: product(q, k).softmax(-1) @ v):
-        found = watched(attend).logits["attention softmax input"]
+        found = watched(attend).logits[LOGITS]
         torch.testing.assert_close(found, expected)
 
 
@@ -147,8 +148,8 @@ def test_two_softmaxes_in_a_module_are_told_apart_by_their_lines(tmp_path: Path)
     with inputs.watching():
         model["attention"](Q, K, V)
     names = [f"attention line {line} softmax input" for line in (2, 3)]
-    assert list(inputs.logits) == names
-    torch.testing.assert_close(inputs.logits[names[0]], Q.flatten())
+    assert [quantity.name for quantity in inputs.logits] == names
+    torch.testing.assert_close(next(iter(inputs.logits.values())), Q.flatten())
 
 
 def test_heads_are_named_where_no_softmax_is_seen() -> None:

@@ -20,8 +20,8 @@ from telescope.check.coordcheck import Extent, coordinate_check
 from telescope.errors import RefusedError, ResumeError, SpecError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Point, Result, Trial
-from telescope.report.live import PlainView, View, make_view
-from telescope.report.tables import show_as_json
+from telescope.report.live import PlainScreen, Screen, make_screen
+from telescope.report.terminal import show_as_json
 from telescope.store.folder import Folder
 from telescope.sweep.answer import transfer
 from telescope.sweep.checking import write_check
@@ -33,8 +33,8 @@ from telescope.train import loop
 TRIALS = 3 * 2 + 3 * 1  # 3 → 3/2 → 3 and 2 → 1 → 1
 
 
-def quiet() -> View:
-    return make_view(Console(quiet=True))
+def quiet() -> Screen:
+    return make_screen(Console(quiet=True))
 
 
 def sweep(results: Path, data: dict[str, Any]) -> tuple[Folder, Ladder]:
@@ -319,7 +319,7 @@ def test_time_left_is_what_remains_at_the_pace_so_far(tmp_path: Path, corpus_fil
         ladder=replay(spec.ladder_spec_with({16: 1.0, 32: 4.0}, 1.0), narrow),
         store=None,  # type: ignore[arg-type]
         folder=folder,
-        view=quiet(),
+        screen=quiet(),
         name="tiny",
         workers={16: 2, 32: 2},
         planned={16: 6, 32: 3},
@@ -344,8 +344,8 @@ def test_the_answer_of_show_is_that_of_transfer(tmp_path: Path, corpus_file: Pat
     assert handed.weight_decay == pytest.approx(ladder.choices[-1].point.weight_decay / 10)
 
 
-class Notes(PlainView):
-    """A view that remembers what it was told in words."""
+class Notes(PlainScreen):
+    """A screen that remembers what it was told in words."""
 
     def __init__(self) -> None:
         super().__init__(Console(quiet=True))
@@ -357,9 +357,9 @@ class Notes(PlainView):
 
 def checked(results: Path, data: dict[str, Any]) -> list[str]:
     """Run with the coordinate check; returns what was said of it."""
-    view = Notes()
-    run(Spec.from_dict(data), Options(results, dispatcher="inline"), lambda: view)
-    return view.notes
+    screen = Notes()
+    run(Spec.from_dict(data), Options(results, dispatcher="inline"), lambda: screen)
+    return screen.notes
 
 
 def test_the_coordinate_check_is_made_once_per_sweep(tmp_path: Path, corpus_file: Path) -> None:
@@ -475,9 +475,9 @@ def test_a_device_of_the_clusters_alone_skips_the_check(
     monkeypatch.setattr("telescope.dispatch.ray.tune.run_ray", lambda *_, **__: None)
     compute = {"device": "cuda:99", "workers": 1}
     spec = Spec.from_dict(tiny_spec(corpus_file, compute=compute))
-    view = Notes()
-    run(spec, Options(tmp_path, ray_address="head:6379"), lambda: view)
-    (note,) = view.notes
+    screen = Notes()
+    run(spec, Options(tmp_path, ray_address="head:6379"), lambda: screen)
+    (note,) = screen.notes
     assert "no coordinate check: this machine has no device 'cuda:99'; `telescope check`" in note
     record = Folder(tmp_path / "tiny").read_check()
     assert record is not None

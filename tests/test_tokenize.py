@@ -16,7 +16,7 @@ from test_sources import sentences, write_jsonl
 from telescope.config import DataConfig
 from telescope.data import tokenizing
 from telescope.data.corpus import load_corpus
-from telescope.data.views import View
+from telescope.data.views import TokenView
 
 RUN = ("--dispatcher", "inline", "--no-check")
 
@@ -172,16 +172,16 @@ def test_shards_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     """With a disk that is full after the first thousand tokens."""
     (tmp_path / "a.txt").write_text("".join(sentences(200)))
     monkeypatch.setattr(tokenizing, "SHARD_CHUNK", 1000)
-    read = View.read
+    read = TokenView.read
 
-    def full(view: View, start: int, into: Any) -> None:
+    def full(view: TokenView, start: int, into: Any) -> None:
         if start and len(view) > 1000:
             raise OSError(errno.ENOSPC, "No space left on device")
         read(view, start, into)
 
     options = ("a.txt", "--vocab-size", "300", "--shards", "shards")
     with monkeypatch.context() as patch:
-        patch.setattr(View, "read", full)
+        patch.setattr(TokenView, "read", full)
         done = telescope("tokenize", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert "--shards shards: cannot be written: No space left on device" in done.stderr

@@ -27,7 +27,7 @@ import torch
 
 from telescope.check.judge import is_clear, judge
 from telescope.check.measure import measure_sizes, unwatched
-from telescope.check.verdict import CoordCheck
+from telescope.check.verdict import CoordCheck, Quantity
 from telescope.config import TrialConfig
 from telescope.records import Point, Trial
 from telescope.train.model import build_meta
@@ -119,7 +119,7 @@ def coordinate_check(
     config = check_config(config, extent)
     torch.set_num_threads(config.threads)
     tags = build_meta(config.model, width=config.base_width, base_width=config.base_width).tags
-    measured: dict[int, list[Mapping[int, Mapping[str, float]]]] = {}
+    measured: dict[int, list[Mapping[int, Mapping[Quantity, float]]]] = {}
     heads: dict[int, Mapping[str, int]] = {}
 
     def measure(extent: Extent) -> CoordCheck:
@@ -157,15 +157,15 @@ def _growing(heads: Sequence[Mapping[str, int]]) -> tuple[str, ...]:
 
 
 def _by_quantity(
-    measured: Mapping[int, Sequence[Mapping[int, Mapping[str, float]]]], steps: Sequence[int]
-) -> dict[str, dict[int, list[list[float]]]]:
+    measured: Mapping[int, Sequence[Mapping[int, Mapping[Quantity, float]]]], steps: Sequence[int]
+) -> dict[Quantity, dict[int, list[list[float]]]]:
     """Quantity → step → its RMS per width and seed; what is not there every time is left out."""
     everywhere = [seed[step] for seeds in measured.values() for seed in seeds for step in steps]
-    names = [name for name in everywhere[0] if all(name in sizes for sizes in everywhere)]
+    found = [each for each in everywhere[0] if all(each in sizes for sizes in everywhere)]
     return {
-        name: {
-            step: [[seed[step][name] for seed in seeds] for seeds in measured.values()]
+        quantity: {
+            step: [[seed[step][quantity] for seed in seeds] for seeds in measured.values()]
             for step in steps
         }
-        for name in names
+        for quantity in found
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from telescope.check.verdict import SOFTMAX, SOFTMAX_ADVICE, CoordCheck, steepness
+from telescope.check.verdict import SOFTMAX_ADVICE, CoordCheck, Quantity, steepness
 from telescope.records import Point
 
 THRESHOLD = 0.25
@@ -28,12 +28,10 @@ CLEAR_ERRORS = 5.0
 """What lies this many standard errors beyond the threshold fails without more seeds. Two seeds make
 a poor estimate of the error: at two errors a right model's -0.57 ± 0.10 fails (tied, AdamW), which
 four more seeds show to be -0.2."""
-MOVES = ("change", "update")
-"""Kinds of quantity, by the last word of their names, that are 0 when nothing has been trained."""
 
 
 def judge(
-    measured: Mapping[str, Mapping[int, Sequence[Sequence[float]]]],
+    measured: Mapping[Quantity, Mapping[int, Sequence[Sequence[float]]]],
     *,
     widths: tuple[int, ...],
     steps: tuple[int, ...],
@@ -52,14 +50,15 @@ def judge(
         point: the setting, for the record.
     """
     slopes = {
-        name: max(
-            (_slope(name, step, widths, by_step[step]) for step in steps), key=lambda s: s.certain
+        quantity.name: max(
+            (_slope(quantity, step, widths, by_step[step]) for step in steps),
+            key=lambda s: s.certain,
         )
-        for name, by_step in measured.items()
+        for quantity, by_step in measured.items()
     }
     worst_first = sorted(slopes.items(), key=lambda item: -item[1].certain)
     problems = {name: slope.problem for name, slope in worst_first if slope.problem}
-    moves = [slopes[name] for name in measured if name.rsplit(" ", 1)[-1] in MOVES]
+    moves = [slopes[quantity.name] for quantity in measured if quantity.kind.is_move]
     if all(slope.value is None for slope in moves or slopes.values()) and not problems:
         problems["output"] = "nothing moved"
     return CoordCheck(
@@ -69,8 +68,8 @@ def judge(
         seeds=seeds,
         point=point,
         sizes={
-            name: {step: tuple(map(_geometric_mean, by_step[step])) for step in steps}
-            for name, by_step in measured.items()
+            quantity.name: {step: tuple(map(_geometric_mean, by_step[step])) for step in steps}
+            for quantity, by_step in measured.items()
         },
         slopes={name: slope.value for name, slope in slopes.items()},
         errors={name: slope.error for name, slope in slopes.items()},
@@ -78,6 +77,8 @@ def judge(
         problems=problems,
         uncertain=tuple(name for name, slope in slopes.items() if slope.is_uncertain),
         threshold=THRESHOLD,
+        kinds={quantity.name: quantity.kind for quantity in measured},
+        may_shrink=tuple(quantity.name for quantity in measured if quantity.may_shrink),
     )
 
 
@@ -108,14 +109,16 @@ class _Slope:
     """Whether it lies on neither side of the threshold by its standard errors."""
 
 
-def _slope(name: str, step: int, widths: Sequence[int], sizes: Sequence[Sequence[float]]) -> _Slope:
+def _slope(
+    quantity: Quantity, step: int, widths: Sequence[int], sizes: Sequence[Sequence[float]]
+) -> _Slope:
     """The slope of log2 size against log2 width, and what it says.
 
     An idle expert is exactly 0 at some width or seed: the rest makes the line. The model's output,
     what starts and what is updated must be there at every width.
 
     Args:
-        name: the quantity's.
+        quantity: of which.
         step: after which it was measured.
         widths: rising.
         sizes: per width, one per seed.
@@ -124,18 +127,18 @@ def _slope(name: str, step: int, widths: Sequence[int], sizes: Sequence[Sequence
     if not np.isfinite(values).all():
         return _Slope(step, certain=math.inf, problem="is not finite")
     still = [str(width) for width, row in zip(widths, values, strict=True) if not row.all()]
-    is_whole = name == "output" or name.endswith((" start", " update"))
-    if is_whole and still and values.any():
+    if quantity.is_everywhere and still and values.any():
         problem = f"moves at some widths but not at {', '.join(still)}"
         return _Slope(step, certain=math.inf, problem=problem)
     value, error = _fit(np.log2(widths), values)
     if value is None or error is None:
         return _Slope(step)
-    margin, steep = STANDARD_ERRORS * error, steepness(name, value)
+    margin = STANDARD_ERRORS * error
+    steep = steepness(value, may_shrink=quantity.may_shrink)
     certain = steep - margin
     verb = "grows" if value > 0 else "shrinks"
     problem = f"{verb} with the width, slope {value:+.2f} ± {error:.2f}"
-    if SOFTMAX in name:
+    if quantity.is_softmax:
         problem += f" ({SOFTMAX_ADVICE})"
     return _Slope(
         step,

@@ -4,9 +4,7 @@ A sum hides what shrinks in it. So of a block its input and what it adds are loo
 the matrices that end a branch their output and the gradient that comes back to it, which feels
 every factor between there and the loss; and of attention what goes into its softmax, the logits.
 
-A quantity is named by its module or its role, and by its kind: "blocks.0" (the output), "blocks.0
-input", "blocks.0 added", "blocks.0 gradient" (times the width), "blocks.0 change" (of the output,
-since the start), "blocks.0 softmax input", "hidden start", "hidden update". Nothing is judged here.
+Nothing is judged here.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from telescope.check.softmax import SoftmaxInputs
-from telescope.check.verdict import INNER
+from telescope.check.verdict import Kind, Quantity
 from telescope.config import ModelConfig, TrialConfig
 from telescope.errors import ModelError
 from telescope.records import Trial
@@ -39,7 +37,7 @@ DRAWN = (Role.HIDDEN, Role.EMBEDDING, Role.TIED)
 class Measured:
     """One training, measured."""
 
-    sizes: Mapping[int, Mapping[str, float]]
+    sizes: Mapping[int, Mapping[Quantity, float]]
     """Step → quantity → size."""
     unseen_heads: Mapping[str, int]
     """Module → the size of its heads, where no softmax could be seen."""
@@ -63,11 +61,11 @@ def measure_sizes(config: TrialConfig, trial: Trial, steps: Sequence[int]) -> Me
     trained = {name: p for name, p in model.named_parameters() if name in setup.tags}
     start = {name: p.detach().clone() for name, p in trained.items()}
     drawn = {name: value for name, value in start.items() if setup.tags[name].role in DRAWN}
-    at_start = _parameter_sizes(drawn, setup.tags, multipliers, "start")
+    at_start = _parameter_sizes(drawn, setup.tags, multipliers, Kind.START)
     file = module_file(config.model)
     with _blamed(config, trial.width):
         before, _, unseen_heads = _activations(setup, watched, file)
-    sizes: dict[int, dict[str, float]] = {}
+    sizes: dict[int, dict[Quantity, float]] = {}
     for step in range(max(steps)):
         is_measured = step + 1 in steps
         with _blamed(config, trial.width), _gradients(watched if is_measured else ()) as gradients:
@@ -79,16 +77,16 @@ def measure_sizes(config: TrialConfig, trial: Trial, steps: Sequence[int]) -> Me
         updates = {name: p.detach() - start[name] for name, p in trained.items()}
         sizes[step + 1] |= {
             **_changes(before, now),
-            **{name: value * trial.width for name, value in gradients.items()},
-            **_parameter_sizes(updates, setup.tags, multipliers, "update"),
+            **{of: value * trial.width for of, value in gradients.items()},
+            **_parameter_sizes(updates, setup.tags, multipliers, Kind.UPDATE),
             **at_start,
         }
     return Measured(sizes, unseen_heads)
 
 
-def unwatched(tags: Mapping[str, Tag], quantities: Collection[str]) -> tuple[str, ...]:
+def unwatched(tags: Mapping[str, Tag], quantities: Collection[Quantity]) -> tuple[str, ...]:
     """The matrices and tables that are in no module with a quantity of its own."""
-    watched = {quantity.removesuffix(INNER) for quantity in quantities}
+    watched = {q.of for q in quantities if q.kind is Kind.OUTPUT and not q.is_softmax}
 
     def is_watched(name: str) -> bool:
         parts = name.split(".")[:-1]
@@ -113,7 +111,7 @@ def _blamed(config: TrialConfig, width: int) -> Iterator[None]:
 class _Watched:
     """A module that the check looks at."""
 
-    name: str
+    output: Quantity
     module: nn.Module
     width: int
     """The model's."""
@@ -122,13 +120,17 @@ class _Watched:
     says something."""
     ends_branch: bool
 
+    def has(self, kind: Kind) -> Quantity:
+        """Another quantity of it."""
+        return replace(self.output, kind=kind)
+
 
 def _watched(
     model: nn.Module, tags: Mapping[str, Tag], config: ModelConfig, width: int
 ) -> tuple[_Watched, ...]:
     """The model's parts, the items of every container, and what looks up, reads out, ends a branch.
 
-    A readout onto something else than the vocabulary, a router, is named "… (inner)".
+    A readout onto something else than the vocabulary, a router, is an inner one.
     """
     containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
     holders = (m for m in model.modules() if m is model or isinstance(m, containers))
@@ -146,63 +148,63 @@ def _watched(
         ):
             is_inner = is_readout and len(module.weight) != config.kwargs["vocab_size"]
             is_block = not ends_branch and any(id(p) in hidden for p in module.parameters())
-            name += INNER if is_inner else ""
-            watched.append(_Watched(name, module, width, is_block, ends_branch))
+            output = Quantity(name, is_inner=is_inner)
+            watched.append(_Watched(output, module, width, is_block, ends_branch))
     return tuple(watched)
 
 
 @torch.no_grad()
 def _activations(
     setup: Setup, watched: Sequence[_Watched], file: str
-) -> tuple[dict[str, Tensor], dict[str, float], dict[str, int]]:
+) -> tuple[dict[Quantity, Tensor], dict[Quantity, float], dict[str, int]]:
     """Outputs on the held-out batch, of the watched modules and of the model; and all sizes.
 
     What goes into softmax counts as an output. The sizes are those of every output, of every input,
     and of what each block adds to its input. Third come the heads whose softmax is unseen.
     """
-    outputs: dict[str, Tensor] = {}
-    inputs: dict[str, float] = {}
-    added: dict[str, float] = {}
+    outputs: dict[Quantity, Tensor] = {}
+    inputs: dict[Quantity, float] = {}
+    added: dict[Quantity, float] = {}
 
     def see(part: _Watched, given: Tensor | None, output: Tensor) -> None:
-        outputs[part.name] = output.clone()
+        outputs[part.output] = output.clone()
         if given is not None:
-            inputs[f"{part.name} input"] = _rms(given)
+            inputs[part.has(Kind.INPUT)] = _rms(given)
             if part.is_block and given.shape == output.shape:
-                added[f"{part.name} added"] = _rms(output - given)
+                added[part.has(Kind.ADDED)] = _rms(output - given)
 
     setup.model.eval()
     softmaxes = SoftmaxInputs(setup.model, file)
     with _seen(watched, see):
         try:
             with softmaxes.watching():
-                outputs["output"] = setup.model(setup.held_out[0])
+                outputs[Quantity("")] = setup.model(setup.held_out[0])
         except (
             Exception
         ):  # a compiled kernel may not take being watched; the model's own come again
-            outputs["output"] = setup.model(setup.held_out[0])
+            outputs[Quantity("")] = setup.model(setup.held_out[0])
     setup.model.train()
     outputs |= softmaxes.logits
-    sizes = {name: _rms(output) for name, output in outputs.items()}
+    sizes = {of: _rms(output) for of, output in outputs.items()}
     # An input that is another module's output as it was says nothing new.
     passed_on = set(sizes.values())
-    new = {name: size for name, size in inputs.items() if size not in passed_on}
+    new = {of: size for of, size in inputs.items() if size not in passed_on}
     return outputs, sizes | new | added, softmaxes.unseen_heads
 
 
 @contextmanager
-def _gradients(watched: Sequence[_Watched]) -> Iterator[dict[str, float]]:
+def _gradients(watched: Sequence[_Watched]) -> Iterator[dict[Quantity, float]]:
     """The size of the loss's gradient where blocks and branches end, once it has been taken.
 
     Elsewhere it need not go with one over the width: at logits it is the same at all widths.
     """
-    sizes: dict[str, float] = {}
+    sizes: dict[Quantity, float] = {}
 
     def see(part: _Watched, given: Tensor | None, output: Tensor) -> None:
         is_stream = part.is_block and given is not None and given.shape == output.shape
         if output.requires_grad and (is_stream or part.ends_branch):
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: sizes.update({f"{part.name} gradient": _rms(gradient)})
+                lambda gradient: sizes.update({part.has(Kind.GRADIENT): _rms(gradient)})
             )
 
     with _seen(watched, see):
@@ -253,15 +255,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _changes(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
+def _changes(
+    before: Mapping[Quantity, Tensor], now: Mapping[Quantity, Tensor]
+) -> dict[Quantity, float]:
     """The size of every output's change; only where the shape stays.
 
     An expert that other tokens are routed to has another shape: then there is nothing to compare.
     """
     return {
-        f"{name} change": _rms(value - before[name])
-        for name, value in now.items()
-        if name in before and before[name].shape == value.shape
+        replace(output, kind=Kind.CHANGE): _rms(value - before[output])
+        for output, value in now.items()
+        if output in before and before[output].shape == value.shape
     }
 
 
@@ -278,8 +282,8 @@ def _parameter_sizes(
     values: Mapping[str, Tensor],
     tags: Mapping[str, Tag],
     multipliers: Mapping[str, float],
-    kind: str,
-) -> dict[str, float]:
+    kind: Kind,
+) -> dict[Quantity, float]:
     """Role → RMS over its parameters of their size, or of all updates so far.
 
     A matrix counts by the most that it can do to the RMS of an activation, √(in/out) times its
@@ -289,9 +293,9 @@ def _parameter_sizes(
         values: name → the parameter, or its update.
         tags: name → tag.
         multipliers: see `_multipliers`.
-        kind: the last word of the quantities' names.
+        kind: of the quantities.
     """
-    squares: dict[str, list[float]] = {}
+    squares: dict[Role, list[float]] = {}
     for name, value in values.items():
         role = tags[name].role
         if role.is_hidden or role is Role.READOUT:
@@ -300,8 +304,10 @@ def _parameter_sizes(
             size = math.sqrt(in_ / out) * norm
         else:
             size = _rms(value)
-        squares.setdefault(f"{role} {kind}", []).append(size**2)
-    return {name: math.sqrt(float(np.mean(sizes))) for name, sizes in squares.items()}
+        squares.setdefault(role, []).append(size**2)
+    return {
+        Quantity(role, kind): math.sqrt(float(np.mean(sizes))) for role, sizes in squares.items()
+    }
 
 
 def _spectral_norm(matrices: Tensor) -> float:

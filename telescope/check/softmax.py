@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from telescope.check.verdict import Quantity
+
 ELEMENTS = 2**18
 """About how many logits of a call are looked at: those of some queries, evenly spread. The check's
 batch is 2048 tokens, and a head has as many logits as tokens times tokens."""
@@ -81,14 +83,15 @@ class SoftmaxInputs(TorchFunctionMode):
                 handle.remove()
 
     @property
-    def logits(self) -> dict[str, Tensor]:
+    def logits(self) -> dict[Quantity, Tensor]:
         """Quantity → all logits of a place in the model, in one dimension."""
         modules = [name for name, _ in self._logits]
         found = {}
         for (name, line), calls in self._logits.items():
             # Two softmaxes in one module are told apart by their lines.
-            words = [name, f"line {line}" if modules.count(name) > 1 else "", "softmax input"]
-            found[" ".join(filter(None, words))] = torch.cat(calls)
+            words = [name, f"line {line}" if modules.count(name) > 1 else ""]
+            place = " ".join(filter(None, words))
+            found[Quantity(place, is_softmax=True)] = torch.cat(calls)
         return found
 
     @property

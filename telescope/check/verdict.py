@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from telescope.records import Point
@@ -16,19 +17,75 @@ from telescope.records import Point
 SHOWN_QUANTITIES = 24
 """A table or figure of more quantities than this shows the steepest of each kind alone."""
 
-INNER = " (inner)"
-"""Marks a readout inside a block, such as a router. Among equal experts its gradient is mostly
-noise, which Adam's normalised steps turn into logits that shrink as 1/√width under the right rule
-too (measured: -0.46 ± 0.12 with two experts); so only growth fails it."""
-SOFTMAX = " softmax input"
-"""Marks what goes into a softmax. Where q·k is divided by a head_dim that grows, it rightly
-shrinks at first, and what training adds stays as large; so only growth fails it."""
+INNER = "(inner)"
+SOFTMAX = "softmax input"
 SOFTMAX_ADVICE = "where head_dim grows, attention must divide q·k by head_dim, not by its root"
 
 
-def steepness(name: str, slope: float) -> float:
-    """Steepness of a quantity's slope, either way; of what may shrink, only growth counts."""
-    return slope if INNER in name or SOFTMAX in name else abs(slope)
+class Kind(StrEnum):
+    """What of a module or a role is measured."""
+
+    OUTPUT = "output"
+    INPUT = "input"
+    ADDED = "added"
+    """What a block adds to its input."""
+    GRADIENT = "gradient"
+    """Times the width."""
+    CHANGE = "change"
+    """Of an output, since the start."""
+    START = "start"
+    """Of the parameters of a role, before training."""
+    UPDATE = "update"
+    """Of the parameters of a role, since the start."""
+
+    @property
+    def is_move(self) -> bool:
+        """Whether it is 0 where nothing has been trained."""
+        return self in (Kind.CHANGE, Kind.UPDATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """One thing that the check measures."""
+
+    of: str
+    """A module or a role; "" is the model."""
+    kind: Kind = Kind.OUTPUT
+    is_inner: bool = False
+    """Of a readout inside a block, such as a router. Among equal experts its gradient is mostly
+    noise, which Adam's normalised steps turn into logits that shrink as 1/√width under the right
+    rule too (measured: -0.46 ± 0.12 with two experts); so only growth fails it."""
+    is_softmax: bool = False
+    """What goes into a softmax. Where q·k is divided by a head_dim that grows, it rightly shrinks
+    at first, and what training adds stays as large; so only growth fails it."""
+
+    @property
+    def name(self) -> str:
+        """Its name in tables, figures and JSON.
+
+        >>> Quantity("").name, Quantity("blocks.0", Kind.CHANGE, is_softmax=True).name
+        ('output', 'blocks.0 softmax input change')
+        """
+        place = self.of or ("" if self.is_softmax else "output")
+        marks = (INNER if self.is_inner else "", SOFTMAX if self.is_softmax else "")
+        kind = "" if self.kind is Kind.OUTPUT else self.kind
+        return " ".join(filter(None, (place, *marks, kind)))
+
+    @property
+    def may_shrink(self) -> bool:
+        """Whether only growth fails it."""
+        return self.is_inner or self.is_softmax
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether it must be above 0 at every width, or at none."""
+        of_model = self == Quantity("")
+        return of_model or self.kind in (Kind.START, Kind.UPDATE)
+
+
+def steepness(slope: float, *, may_shrink: bool) -> float:
+    """Steepness of a slope, either way; of what may shrink, only growth counts."""
+    return slope if may_shrink else abs(slope)
 
 
 @dataclass(frozen=True)
@@ -56,6 +113,10 @@ class CoordCheck:
     """Quantities on neither side of the threshold by their standard errors."""
     threshold: float
     """The largest slope that passes, up or down."""
+    kinds: Mapping[str, Kind]
+    """Quantity → what it measures."""
+    may_shrink: tuple[str, ...] = ()
+    """Quantities that only growth fails."""
     unwatched: tuple[str, ...] = ()
     """Matrices in no module that the check could look at."""
     unseen_heads: tuple[str, ...] = ()
@@ -84,7 +145,11 @@ class CoordCheck:
     def steepest(self) -> tuple[str, float]:
         """The quantity with the steepest slope, see `steepness`, and that slope."""
         slopes = {name: slope for name, slope in self.slopes.items() if slope is not None}
-        return max(slopes.items(), key=lambda item: steepness(*item), default=("nothing", 0.0))
+        return max(
+            slopes.items(),
+            key=lambda item: steepness(item[1], may_shrink=item[0] in self.may_shrink),
+            default=("nothing", 0.0),
+        )
 
     def shown(self, limit: int = SHOWN_QUANTITIES) -> list[str]:
         """The quantities worth showing: all, or of more than `limit` the steepest of each kind.
@@ -113,6 +178,8 @@ class CoordCheck:
             "slope_steps": dict(self.slope_steps),
             "problems": dict(self.problems),
             "uncertain": list(self.uncertain),
+            "kinds": dict(self.kinds),
+            "may_shrink": list(self.may_shrink),
             "unwatched": list(self.unwatched),
             "unseen_heads": list(self.unseen_heads),
             "steps": list(self.steps),
@@ -150,9 +217,27 @@ class CoordCheck:
             problems=dict(data["problems"]),
             uncertain=tuple(data["uncertain"]),
             threshold=data["threshold"],
+            **_marks(data),
             unwatched=tuple(data["unwatched"]),
             unseen_heads=tuple(data["unseen_heads"]),
         )
+
+
+def _marks(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The kinds of a check's quantities; a file of before they were written has them in names."""
+    if "kinds" in data:
+        return {
+            "kinds": {name: Kind(kind) for name, kind in data["kinds"].items()},
+            "may_shrink": tuple(data["may_shrink"]),
+        }
+    words = {name: name.rsplit(" ", 1)[-1] for name in data["slopes"]}
+    return {
+        "kinds": {
+            name: Kind(word) if word in set(Kind) and not name.endswith(SOFTMAX) else Kind.OUTPUT
+            for name, word in words.items()
+        },
+        "may_shrink": tuple(name for name in words if INNER in name or SOFTMAX in name),
+    }
 
 
 def _or_none(value: float) -> float | None:

@@ -22,7 +22,7 @@ from telescope.data.shards import SMALL_BYTES, Scan, TokenFile, open_shard, scan
 from telescope.data.sources import STDLIB_BYTES, files_of
 from telescope.data.tokenizer import load_tokenizer
 from telescope.data.tokens import Progress, as_bytes, tokenize
-from telescope.data.views import Tokens, View, held_out_ranges, rest_of, windows
+from telescope.data.views import Tokens, TokenView, held_out_ranges, rest_of, windows
 from telescope.errors import DataError, Faults, SpecError
 
 SMALLEST_COPY = 1000
@@ -43,8 +43,8 @@ class Part:
     name: str
     """The source as the spec names it."""
     weight: float
-    train: View = field(repr=False)
-    held_out: View = field(repr=False)
+    train: TokenView = field(repr=False)
+    held_out: TokenView = field(repr=False)
     digest: str
     indivisible: str = ""
     """The reason why nothing of it is held out, and advice; empty where it can be divided."""
@@ -264,8 +264,8 @@ def _part(
     return Part(
         name=_shown(source),
         weight=source.weight,
-        train=View(files, rest_of(held_out, size)),
-        held_out=View(files, held_out),
+        train=TokenView(files, rest_of(held_out, size)),
+        held_out=TokenView(files, held_out),
         digest=digest,
         indivisible=indivisible,
         scan=found,

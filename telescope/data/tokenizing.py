@@ -15,7 +15,7 @@ from telescope.data.corpus import distinct_files, read_corpus
 from telescope.data.sources import files_of
 from telescope.data.tokenizer import load_tokenizer, train_bpe
 from telescope.data.tokens import Progress, smallest_dtype, split_passages
-from telescope.data.views import View
+from telescope.data.views import TokenView
 from telescope.errors import SpecError
 from telescope.files import UNFINISHED, write_atomic
 
@@ -140,7 +140,7 @@ def write_shards(config: DataConfig, tokenizer: Path, folder: Path, progress: Pr
     return f"wrote {folder}: {counts}, {dtype}"
 
 
-def _write_shard(path: Path, view: View, dtype: str) -> None:
+def _write_shard(path: Path, view: TokenView, dtype: str) -> None:
     """Write a run of tokens."""
     with path.open("wb") as stream:
         for start in range(0, len(view), SHARD_CHUNK):

@@ -49,7 +49,7 @@ def rest_of(ranges: Iterable[tuple[int, int]], size: int) -> Ranges:
     return [*rest, (at, size)] if at < size else rest
 
 
-class View:
+class TokenView:
     """Ranges of tokens of several files, read as one run."""
 
     def __init__(self, files: Sequence[TokenFile | NDArray[Any]], ranges: Ranges) -> None:
@@ -89,7 +89,7 @@ class View:
 class Tokens:
     """Tokens of one source, or of several that are mixed by weight."""
 
-    parts: tuple[View, ...]
+    parts: tuple[TokenView, ...]
     weights: tuple[float, ...] = (1.0,)
 
     @classmethod
@@ -97,7 +97,7 @@ class Tokens:
         """Tokens in memory, as one source."""
         if isinstance(tokens, Tokens):
             return tokens
-        return cls((View([tokens], [(0, len(tokens))] if len(tokens) else []),))
+        return cls((TokenView([tokens], [(0, len(tokens))] if len(tokens) else []),))
 
     def __len__(self) -> int:
         """All tokens, whatever the weights."""

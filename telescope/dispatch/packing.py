@@ -14,7 +14,7 @@ from typing import Protocol, cast
 
 from telescope.dispatch.children import plain_children
 from telescope.dispatch.device import check_device, free_memory, is_out_of_memory
-from telescope.dispatch.packs import Limit, Pack, PackSize
+from telescope.dispatch.packs import Done, Limit, PackSize
 from telescope.dispatch.queue import (
     Order,
     Trainer,
@@ -35,7 +35,7 @@ MEMORY_SHARE = 0.8
 """How much of a worker's memory a pack may take: allocators fragment, and others may come."""
 
 
-class Measured(Protocol):
+class Probed(Protocol):
     """What a short probe of a pack has found."""
 
     @property
@@ -59,7 +59,7 @@ class PackTrainer(Trainer, Protocol):
         """Why trials like this one cannot be trained as one; "" if they can."""
         ...
 
-    def probe_pack(self, trials: Sequence[Trial], /) -> Measured | None:
+    def probe_pack(self, trials: Sequence[Trial], /) -> Probed | None:
         """Train a few steps of them, on an accelerator; None where there is none."""
         ...
 
@@ -101,7 +101,7 @@ class Packer:
         self._share = share
         self._guard = guard
 
-    def __call__(self, order: Order) -> Pack | Limit:
+    def __call__(self, order: Order) -> Done | Limit:
         """Train the order's trials, or look how many such trials go together.
 
         Raises:
@@ -112,7 +112,7 @@ class Packer:
             if order.look:
                 return self._look(trials)
             if len(trials) == 1:
-                return Pack(trials, (attempt(self._train_alone, *trials, timeout=self._timeout),))
+                return Done(trials, (attempt(self._train_alone, *trials, timeout=self._timeout),))
             return self._train(trials)
 
     def warm(self) -> None:
@@ -158,17 +158,17 @@ class Packer:
             number = (number + 1) // 2 if number > 2 else 1
         return Limit(1, "two trials need more memory than there is")
 
-    def _train(self, trials: tuple[Trial, ...]) -> Pack:
+    def _train(self, trials: tuple[Trial, ...]) -> Done:
         """Train a pack; one that is interrupted has no results, for it is begun again as it was."""
         ended: list[Result] = []
         problem = self._collect(trials, ended)
         if problem is None:
-            return Pack(trials, tuple(ended))
+            return Done(trials, tuple(ended))
         free_memory()
         if not problem.is_memory:
-            return Pack(trials, tuple(ended), why=problem.text)
+            return Done(trials, tuple(ended), why=problem.text)
         why = f"{len(trials)} trials of width {trials[0].width} need more memory than there is"
-        return Pack(trials, tuple(ended), Limit(-(-len(trials) // 2), why), why)
+        return Done(trials, tuple(ended), Limit(-(-len(trials) // 2), why), why)
 
     def _collect(self, trials: Sequence[Trial], ended: list[Result]) -> _Problem | None:
         """Add each result to `ended`; what happened to the others, or None if they all have one."""
@@ -188,9 +188,7 @@ class Packer:
             return _problem(error)
 
 
-def choose_size(
-    size: PackSize, number: int, measured: Measured | None, share: float = 1.0
-) -> Limit:
+def choose_size(size: PackSize, number: int, measured: Probed | None, share: float = 1.0) -> Limit:
     """How many trials go together, and why no more.
 
     Args:

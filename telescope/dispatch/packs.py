@@ -40,7 +40,7 @@ class Limit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pack:
+class Done:
     """What came of trials that a worker was handed to train as one, or of one alone."""
 
     members: tuple[Trial, ...]
@@ -139,7 +139,7 @@ class Packs:
         """Take what was found out about a width."""
         self._say({"width": width, "asked": self.size, **limit._asdict()})
 
-    def ended(self, pack: Pack) -> None:
+    def ended(self, pack: Done) -> None:
         """Take what came of a pack."""
         if len(pack.members) == 1:
             return

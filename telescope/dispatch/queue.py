@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from telescope.dispatch.children import plain_children
 from telescope.dispatch.device import check_device
-from telescope.dispatch.packs import Limit, Pack, Packs
+from telescope.dispatch.packs import Done, Limit, Packs
 from telescope.errors import TrialError
 from telescope.losses import as_number
 from telescope.records import CurvePoint, Result, Status, Trial, TrialSource
@@ -143,7 +143,7 @@ class Queue:
             if self._on_start:
                 self._on_start(trial)
 
-    def settle(self, order: Order, done: Pack | Limit) -> None:
+    def settle(self, order: Order, done: Done | Limit) -> None:
         """Take what a worker has done: results, told all at once, or what its look has found."""
         if isinstance(done, Limit):
             self._looked_at.discard(order.trials[0].width)
@@ -162,7 +162,7 @@ class Queue:
         if order.look:
             self.settle(order, Limit(1, f"a worker was lost in trying: {why}"))
             return
-        self._packs.ended(Pack(order.trials, (), why=why))
+        self._packs.ended(Done(order.trials, (), why=why))
         failed = (Result(trial, Status.FAILED, reason=reason) for trial in order.trials)
         self.answer(*failed, is_lost=True)
 

@@ -25,7 +25,7 @@ from telescope.foreign import guard
 from telescope.foreign.loading import load_function, seen_from
 from telescope.foreign.outcome import Curve, Prices, as_result, on_stderr
 from telescope.foreign.output import NoResult, read_output, tail
-from telescope.foreign.sources import read_source
+from telescope.foreign.program import read_program
 from telescope.records import Result, Status, Trial
 from telescope.spec.placeholders import filled, names_in
 
@@ -46,7 +46,7 @@ def check_unchanged(sources: Mapping[str, str]) -> None:
     """
     for name, before in sources.items():
         try:
-            is_same = read_source(Path(name)).code == before
+            is_same = read_program(Path(name)).code == before
         except SpecError as error:
             raise TrialError(str(error)) from error
         if not is_same:

@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -20,13 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from telescope.check.verdict import CoordCheck, Kind
 from telescope.files import write_atomic
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.portrait import Contours, Dot, Portrait, Track, WidthPortrait
 from telescope.records import CurvePoint, Status, Trial
-
-if TYPE_CHECKING:
-    from telescope.check.verdict import CoordCheck
 
 INK, MUTED, GRID, PAPER, BAD, ACCENT = (
     *("#1c1c21", "#6c6c78", "#dcdce3", "#fdfdfe"),
@@ -447,12 +445,11 @@ def draw_cost(
 
 
 CHECK_PANELS = {
-    "output": "inputs, outputs, gradients, starts",
-    "change": "changes since initialisation",
-    "update": "updates",
+    Kind.OUTPUT: "inputs, outputs, gradients, starts",
+    Kind.CHANGE: "changes since initialisation",
+    Kind.UPDATE: "updates",
 }
-"""Kind of quantity, by the last word of its name → what its panel is called; the first has the
-rest."""
+"""Kind of quantity → the title of its panel; the first panel has the other kinds too."""
 NAMED = 3
 """Lines of a panel of the report that are named in it, those that fail and the steepest first."""
 CHECK_LOOKS = [
@@ -481,7 +478,7 @@ def check_figure(check: CoordCheck, title: str) -> Figure:
     return figure
 
 
-def draw_check(panel: Axes, check: CoordCheck, kind: str) -> None:
+def draw_check(panel: Axes, check: CoordCheck, kind: Kind) -> None:
     """Draw one kind of quantity of the coordinate check; see `CHECK_PANELS`."""
     looks = iter(CHECK_LOOKS * (1 + len(check.slopes) // len(CHECK_LOOKS)))
     wedge = [(width / check.widths[0]) ** check.threshold for width in check.widths]
@@ -526,10 +523,10 @@ def _steepness(check: CoordCheck, line: Line2D) -> float:
     return abs(check.slopes[str(line.get_label())] or 0.0)
 
 
-def of_kind(check: CoordCheck, kind: str) -> list[str]:
+def of_kind(check: CoordCheck, kind: Kind) -> list[str]:
     """The quantities shown in one panel of the coordinate check."""
-    kinds = {name: name.rsplit(" ", 1)[-1] for name in check.shown()}
-    return [n for n, last in kinds.items() if (last if last in CHECK_PANELS else "output") == kind]
+    panels = {n: k if (k := check.kinds[n]) in CHECK_PANELS else Kind.OUTPUT for n in check.shown()}
+    return [name for name, panel in panels.items() if panel is kind]
 
 
 def write_check_figure(path: Path, check: CoordCheck, title: str) -> None:

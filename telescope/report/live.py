@@ -1,4 +1,4 @@
-"""The view of a running sweep: one live screen on a terminal, plain lines elsewhere."""
+"""What a running sweep shows: one live screen on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from telescope.records import Choice, Result, Status
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a sweep is; what the live view shows and the heartbeat file says."""
+    """How far a sweep is; what a screen shows and the heartbeat file says."""
 
     name: str
     state: str
@@ -47,7 +47,7 @@ class Progress:
         return {**{key: value for key, value in vars(self).items() if key != "best"}, "best": best}
 
 
-class View(AbstractContextManager["View"], Protocol):
+class Screen(AbstractContextManager["Screen"], Protocol):
     """What a running sweep reports to."""
 
     def note(self, text: str) -> None:
@@ -120,7 +120,7 @@ def describe_seconds(seconds: float | None) -> str:
     )
 
 
-class QuietView(View):
+class QuietScreen(Screen):
     """Says nothing: whoever runs the loop has a screen of their own."""
 
     def __exit__(self, *exception: object) -> None:
@@ -155,7 +155,7 @@ class QuietView(View):
         return
 
 
-class PlainView(View):
+class PlainScreen(Screen):
     """One line per result and per decision: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
@@ -199,7 +199,7 @@ class PlainView(View):
         self._line(describe_choice(choice))
 
 
-class LiveView(View):
+class LiveScreen(Screen):
     """A small screen that is redrawn in place; decisions scroll above it."""
 
     def __init__(self, console: Console) -> None:
@@ -326,6 +326,6 @@ def _screen(progress: Progress, last: str, latest: str | None) -> RenderableType
     return Group(title, bar, facts)
 
 
-def make_view(console: Console) -> View:
+def make_screen(console: Console) -> Screen:
     """The live screen on a terminal, plain lines elsewhere."""
-    return LiveView(console) if console.is_terminal else PlainView(console)
+    return LiveScreen(console) if console.is_terminal else PlainScreen(console)

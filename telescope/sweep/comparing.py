@@ -13,7 +13,7 @@ from typing import Any
 
 from telescope.config import ADDED_KEYS
 from telescope.errors import RefusedError, ResumeError
-from telescope.foreign.sources import Source
+from telescope.foreign.program import ProgramText
 from telescope.store.folder import Folder
 from telescope.sweep.foreign import Foreign, Told
 from telescope.sweep.prepare import Prepared
@@ -123,7 +123,7 @@ def differences(
 
 
 def _texts(
-    record: Mapping[str, Any], key: str, first: str | None, now: Source
+    record: Mapping[str, Any], key: str, first: str | None, now: ProgramText
 ) -> list[dict[str, Any]]:
     """The texts of a file that count as one; a folder of an older version names the first alone."""
     table = record.get(TEXTS)
@@ -136,10 +136,10 @@ def _texts(
     return [{"text": first}]  # its code is not known
 
 
-def _entry(source: Source, *, accepted: bool) -> dict[str, Any]:
+def _entry(source: ProgramText, *, accepted: bool) -> dict[str, Any]:
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return {"text": source.text, "code": source.code, "accepted": accepted, "since": since}
 
 
-def _has(texts: list[dict[str, Any]], source: Source) -> bool:
+def _has(texts: list[dict[str, Any]], source: ProgramText) -> bool:
     return any(source.text == text.get("text") or source.code == text.get("code") for text in texts)

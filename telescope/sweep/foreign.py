@@ -17,7 +17,7 @@ from telescope.dispatch.queue import Trainer
 from telescope.errors import SpecError
 from telescope.foreign.loading import forget, load_function, module_file
 from telescope.foreign.outcome import Prices
-from telescope.foreign.sources import Source, read_source
+from telescope.foreign.program import ProgramText, read_program
 from telescope.foreign.trainers import (
     CommandTrainer,
     FunctionTrainer,
@@ -93,19 +93,21 @@ class Foreign(Told):
         return {**self.spec.strict_fields(""), **hashes}
 
     @property
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, ProgramText]:
         """Key in `comparable` → digests of a file whose text is part of the trainer."""
         return {key: source for key, _, source in self._sources}
 
     @cached_property
-    def _sources(self) -> list[tuple[str, Path, Source]]:
+    def _sources(self) -> list[tuple[str, Path, ProgramText]]:
         """Key, place and digests of the files whose text is part of the trainer, read once."""
         if self.trainer.function:
             module = module_file(self.trainer.function, self.directories)
             files = {"function": module} if module else {}
         else:
             files = {part: self.folder / part for part in self._scripts()}
-        return [(f"trainer.{name} (hash)", path, read_source(path)) for name, path in files.items()]
+        return [
+            (f"trainer.{name} (hash)", path, read_program(path)) for name, path in files.items()
+        ]
 
     def _scripts(self) -> list[str]:
         """The parts of the command that are the trainer: no file that it may read or write.

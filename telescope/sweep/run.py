@@ -1,4 +1,4 @@
-"""One sweep from its spec to its answer: wires ladder, store, folder, dispatcher and view.
+"""One sweep from its spec to its answer: wires ladder, store, folder, dispatcher and screen.
 
 `Recorder` is what a dispatcher sees as the source of trials: each result goes to its curve file, to
 the store in one transaction, to the ladder, then to the heartbeat and the screen. A crash between
@@ -27,7 +27,7 @@ from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
 from telescope.foreign.outcome import latest_row
 from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Result, Status, Trial
-from telescope.report.live import Progress, QuietView, View
+from telescope.report.live import Progress, QuietScreen, Screen
 from telescope.spec.spec import Spec
 from telescope.store.folder import Folder
 from telescope.sweep.answer import UNCONFIRMED, rule_problem
@@ -72,7 +72,7 @@ class Recorder:
     ladder: Ladder
     store: Kept
     folder: Folder
-    view: View
+    screen: Screen
     name: str
     workers: Mapping[int, int]
     """Width → trials at once."""
@@ -110,7 +110,7 @@ class Recorder:
     def on_start(self, trial: Trial) -> None:
         """Note that a worker has taken a trial."""
         self.running.add(trial)
-        self.view.update(self.beat("running"))
+        self.screen.update(self.beat("running"))
 
     def tell(self, *results: Result) -> None:
         """Keep results, then let the ladder decide; of a pack all are kept, or none."""
@@ -136,9 +136,9 @@ class Recorder:
         closed = len(self.ladder.choices)
         if self.ladder.counts(result.trial):
             self.ladder.tell(result)
-        self.view.result(result, self.beat("running"))
+        self.screen.result(result, self.beat("running"))
         for choice in self.ladder.choices[closed:]:
-            self.view.choice(choice)
+            self.screen.choice(choice)
         if len(self.ladder.choices) > closed:
             self.write_table()
 
@@ -162,7 +162,7 @@ class Recorder:
         why = line.get("why", "")
         if why and why not in self.unpacked:
             self.unpacked.add(why)
-            self.view.note(f"pack of width {line['width']}: {why}")
+            self.screen.note(f"pack of width {line['width']}: {why}")
 
     def latest(self) -> str:
         """Where the running trials are that print their steps; empty where none does."""
@@ -275,7 +275,7 @@ class Recorder:
         return min(least, eta), max(most, eta)
 
 
-def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Folder, Ladder]:
+def run(spec: Spec, options: Options, make_screen: Callable[[], Screen]) -> tuple[Folder, Ladder]:
     """Run a sweep, or go on with it, until it has its answer or is stuck.
 
     Returns:
@@ -306,7 +306,7 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
     with (
         _told_what_to_mend(folder),
         folder.held(),
-        make_view() as view,
+        make_screen() as screen,
     ):
         record = folder.read_spec() if folder.exists else None
         measured: Mapping[str, Any] = {}
@@ -316,14 +316,14 @@ def run(spec: Spec, options: Options, make_view: Callable[[], View]) -> tuple[Fo
                 record,
                 check=folder.read_check(),
                 is_cluster=is_cluster,
-                say=view.note,
+                say=screen.note,
             )
         with (
-            _checked(prepared, folder, options, view, at_once, measured) as start,
+            _checked(prepared, folder, options, screen, at_once, measured) as start,
             ExitStack() as stack,
         ):
             late = _Late(start, stack)
-            _dispatch(late, prepared, folder, options, at_once, view)
+            _dispatch(late, prepared, folder, options, at_once, screen)
             _draw(late.recorder, spec)
             return folder, late.recorder.ladder
 
@@ -361,7 +361,7 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
     with (
         _told_what_to_mend(folder),
         folder.held(),
-        _checked(told, folder, Options(results), QuietView(), at_once) as start,
+        _checked(told, folder, Options(results), QuietScreen(), at_once) as start,
         start.recording() as recorder,
     ):
         yield recorder
@@ -410,14 +410,14 @@ def _checked(
     prepared: Prepared | Told,
     folder: Folder,
     options: Options,
-    view: View,
+    screen: Screen,
     at_once: Mapping[int, int],
     measured: Mapping[str, Any] | None = None,
 ) -> Iterator[_Start]:
     """Check that the sweep can be run or gone on with; its model is checked in another thread."""
     spec = prepared.spec
     trainer = check_comparable(
-        folder, prepared, accept_trainer=options.accept_trainer, say=view.note
+        folder, prepared, accept_trainer=options.accept_trainer, say=screen.note
     )
     storage = _chosen_storage(folder, options.storage)
     before = folder.read_spec() if folder.exists else {}
@@ -428,17 +428,17 @@ def _checked(
         if storage or folder.exists:  # what is wrong with it is said before the check takes time
             kept.results()
     if spec.trainer and (problem := rule_problem(spec)):
-        view.note(f"{spec.name}: {UNCONFIRMED.format(problem)}")
+        screen.note(f"{spec.name}: {UNCONFIRMED.format(problem)}")
     if prepared.repeated_data:
-        view.note(f"{spec.name}: {prepared.repeated_data}")
+        screen.note(f"{spec.name}: {prepared.repeated_data}")
     one_by_one = options.dispatcher == "inline"
     with check_before_run(
-        prepared, folder, wanted=options.check, say=view.note, phase=view.phase
+        prepared, folder, wanted=options.check, say=screen.note, phase=screen.phase
     ) as verdict:
         yield _Start(
             prepared=prepared,
             folder=folder,
-            view=view,
+            screen=screen,
             workers=dict.fromkeys(at_once, 1) if one_by_one else at_once,
             kept=kept,
             before=before,
@@ -453,7 +453,7 @@ class _Start:
 
     prepared: Prepared | Told
     folder: Folder
-    view: View
+    screen: Screen
     workers: Mapping[int, int]
     kept: Kept
     before: Mapping[str, Any]
@@ -475,8 +475,8 @@ class _Start:
             recorder = self._replayed(store, write_verdict)
             try:
                 if isinstance(self.prepared, Foreign):
-                    self.view.watch(recorder.latest)
-                self.view.start(recorder.beat("running"))
+                    self.screen.watch(recorder.latest)
+                self.screen.start(recorder.beat("running"))
                 yield recorder
             except BaseException:
                 with suppress(OSError):  # a full disk, say, which is being reported already
@@ -510,7 +510,7 @@ class _Start:
             ladder=ladder,
             store=store,
             folder=folder,
-            view=self.view,
+            screen=self.screen,
             name=prepared.spec.name,
             workers=self.workers,
             planned={stage.width: stage.trials for stage in prepared.plan.stages},
@@ -578,7 +578,7 @@ def _dispatch(
     folder: Folder,
     options: Options,
     at_once: Mapping[int, int],
-    view: View,
+    screen: Screen,
 ) -> None:
     """Run what the ladder asks for; Ray is not even imported when there is nothing to run.
 
@@ -606,7 +606,7 @@ def _dispatch(
         return
     spec, owner = prepared.spec, str(folder.path.resolve())
     with ExitStack() as stack:
-        with view.phase("starting Ray"):
+        with screen.phase("starting Ray"):
             from telescope.dispatch.ray.tune import Size, opened, run_ray
 
             reserved = gpus(spec, at_once, is_cluster=is_cluster)

@@ -14,7 +14,7 @@ from telescope.dispatch.device import free_memory
 from telescope.errors import SpecError
 from telescope.records import Point
 from telescope.sweep.prepare import Prepared, check_usable
-from telescope.train.choose import ARITHMETICS, Measured, decided, measure, undecided
+from telescope.train.choose import ARITHMETICS, Timings, decided, measure, undecided
 from telescope.train.loop import resolve_device
 
 
@@ -97,7 +97,7 @@ def settled_before(prepared: Prepared, record: Mapping[str, Any] | None) -> Prep
     return found if found.fingerprint == record.get("fingerprint") else None
 
 
-def settled_here(prepared: Prepared) -> tuple[Prepared, dict[str, Measured]]:
+def settled_here(prepared: Prepared) -> tuple[Prepared, dict[str, Timings]]:
     """Time every undecided key on this machine, and decide; see `settled` for what it raises."""
     if not undecided(prepared.trial_config):
         return prepared, {}
@@ -109,7 +109,7 @@ def settled_here(prepared: Prepared) -> tuple[Prepared, dict[str, Measured]]:
     return _with(prepared, {key: figures.choice for key, figures in measured.items()}), measured
 
 
-def describe(key: str, figures: Measured) -> str:
+def describe(key: str, figures: Timings) -> str:
     """One line: what auto means, and why."""
     per_width = ", ".join(
         f"{width}: {figures.seconds['fp32'][width] * 1e3:.3g} and "

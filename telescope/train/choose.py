@@ -28,7 +28,7 @@ ARITHMETICS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
-class Measured:
+class Timings:
     """How long a step's part takes, by what it is computed in."""
 
     seconds: Mapping[str, Mapping[int, float]]
@@ -58,7 +58,7 @@ def undecided(config: TrialConfig) -> tuple[str, ...]:
     return tuple(key for key, value in zip(AUTO_KEYS, values, strict=True) if value == "auto")
 
 
-def measure(config: TrialConfig, trials: Mapping[int, int], point: Point) -> dict[str, Measured]:
+def measure(config: TrialConfig, trials: Mapping[int, int], point: Point) -> dict[str, Timings]:
     """Time what an undecided key could be.
 
     Args:
@@ -82,7 +82,7 @@ def measure(config: TrialConfig, trials: Mapping[int, int], point: Point) -> dic
             if key in keys:
                 for arithmetic, least in _fastest(parts, device).items():
                     seconds[key][arithmetic][width] = least
-    return {key: Measured(seconds[key], dict(trials), device) for key in keys}
+    return {key: Timings(seconds[key], dict(trials), device) for key in keys}
 
 
 def decided(config: TrialConfig, choices: Mapping[str, str]) -> TrialConfig:

@@ -32,7 +32,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from telescope.dispatch.packs import Limit, Pack, Packs
+from telescope.dispatch.packs import Done, Limit, Packs
 from telescope.dispatch.queue import Order, Queue, Trainer, clean
 from telescope.dispatch.ray.gate import Gate
 from telescope.dispatch.ray.session import reap
@@ -296,7 +296,7 @@ class _Driver:
             self._unstarted[tune_id] = time.monotonic()
         return {"order": order} if order else {"turn": self._turn}
 
-    def answer(self, tune_id: str, done: Pack | Limit | None) -> None:
+    def answer(self, tune_id: str, done: Done | Limit | None) -> None:
         """Take what a worker brought back; from the gate it brings nothing."""
         order = self._end(tune_id)
         if order and done is not None and not self.error:

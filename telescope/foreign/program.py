@@ -14,7 +14,7 @@ PACKAGES = b"# /// script"
 """Begins a comment that names the packages that a script is run with, which can change losses."""
 
 
-class Source(NamedTuple):
+class ProgramText(NamedTuple):
     """Digests of a file, 16 hex digits of SHA-256 each."""
 
     text: str
@@ -23,7 +23,7 @@ class Source(NamedTuple):
     """Of what runs: of a Python file without comments, blank lines and layout; else `text`."""
 
 
-def read_source(path: Path) -> Source:
+def read_program(path: Path) -> ProgramText:
     """Read a file's digests.
 
     Raises:
@@ -34,7 +34,7 @@ def read_source(path: Path) -> Source:
     except OSError as error:
         raise SpecError(f"trainer: cannot read {path}: {error.strerror}") from error
     text = _digest(data)
-    return Source(text, _code(data) or text if path.suffix == ".py" else text)
+    return ProgramText(text, _code(data) or text if path.suffix == ".py" else text)
 
 
 def _code(data: bytes) -> str | None:
