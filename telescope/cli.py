@@ -124,7 +124,6 @@ def init(
 @app.command()
 def plan(
     spec: SpecArgument,
-    results: ResultsOption = RESULTS,
     overrides: SetOption = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Time a few real steps at every width first.")
@@ -134,10 +133,9 @@ def plan(
     """Say what a sweep will cost: trials, parameters, FLOPs, time, share of the target run."""
     loaded = _load(spec, overrides, None)
     _make_tokens(loaded)
-    from telescope.store.folder import Folder
     from telescope.sweep.planning import make_plan
 
-    plan, warning = make_plan(loaded, probe=probe, folder=Folder(results / loaded.name))
+    plan, warning = make_plan(loaded, probe=probe)
     if as_json:
         _print_json({**plan, "refused": warning})
         return

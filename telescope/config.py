@@ -169,9 +169,8 @@ class OptimizerConfig:
     effective learning rate slightly: choose before the sweep."""
     ns_steps: int = 5
     """Muon only: Newton–Schulz steps. Source: `torch.optim.Muon`."""
-    ns_dtype: Literal["bf16", "fp32", "auto"] = "bf16"
-    """Muon only: arithmetic of Newton–Schulz; torch's own is bf16. auto is what the sweep's first
-    run measures to be faster; from then on the sweep has that."""
+    ns_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Muon only: arithmetic of Newton–Schulz; torch's own is bf16."""
     betas: tuple[float, float] = (0.95, 0.95)
     """AdamW's averages. Source: arXiv 2505.02222, App. H."""
     eps: float = 1e-8
@@ -220,9 +219,9 @@ class TrainConfig:
     """Steps between two checkpoints, from which a killed trial goes on; 0: none."""
     timeout: float = 0.0
     """Seconds after which a trial that has not ended counts as hung and fails; 0: never."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; bf16 is torch's autocast, and weights, optimizer and the
-    loss stay fp32. auto as of `ns_dtype`: one precision at every width, for losses are compared."""
+    loss stay fp32. One precision at every width, for losses are compared."""
     compile: bool = False
     """Whether a step's forward and backward go through torch.compile."""
 

@@ -27,9 +27,8 @@ from telescope.packs.probe import pack_probe
 from telescope.packs.trainer import PackedTrainer
 from telescope.records import Point, Result, Status, Trial
 from telescope.train import loop
-from telescope.train.choose import measure
 from telescope.train.loop import TelescopeTrainer, held_out_loss, set_up, train
-from telescope.train.probe import seconds_per_trial
+from telescope.train.probe import arithmetic_seconds, seconds_per_trial
 
 GOOD = Point.of(lr=0.05, weight_decay=0.1)
 
@@ -179,9 +178,9 @@ def test_the_trainer_computes_with_its_threads(corpus_file: Path) -> None:
         lambda trainer, trial: trainer.obstacle(trial),
         lambda trainer, trial: pack_probe(trainer.config, [trial]),
         lambda trainer, trial: seconds_per_trial(trainer.config, trial),
-        lambda trainer, trial: measure(trainer.config, {trial.width: 1}, GOOD),
+        lambda trainer, trial: arithmetic_seconds(trainer.config, trial),
     ],
-    ids=["trial", "pack", "obstacle", "pack probe", "plan probe", "auto"],
+    ids=["trial", "pack", "obstacle", "pack probe", "plan probe", "arithmetic"],
 )
 def test_whatever_is_trained_or_timed_has_its_widths_threads(
     corpus_file: Path,

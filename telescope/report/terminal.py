@@ -94,14 +94,23 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
     about = "" if seconds["estimate"] is None else "about "
     time = f"{about}{describe_seconds(seconds['estimate'])} ({seconds['basis']})"
     _print_item(console, "time", time)
-    for key, value in plan.get("auto", {}).items():
-        _print_item(console, "auto", f"{key}: {value}")
+    for key, seconds in (plan.get("arithmetic") or {}).items():
+        _print_item(console, "probe", f"{key}, ms per step: {_in_both(seconds)}")
     if note := plan.get("data", {}).get("note"):
         _print_item(console, "data", note, "yellow")
     for note in plan.get("notes", ()):
         _print_item(console, "note", note, "yellow")
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
+
+
+def _in_both(seconds: Mapping[str, Mapping[int, float]]) -> str:
+    """How long each arithmetic takes at each width, in words."""
+    return "; ".join(
+        f"{arithmetic} "
+        + ", ".join(f"{1000 * taken:.3g} at width {width}" for width, taken in by_width.items())
+        for arithmetic, by_width in seconds.items()
+    )
 
 
 def _stage_columns(stages: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 from telescope.check.coordcheck import (
     SHORT,
@@ -27,7 +26,6 @@ from telescope.spec.tables import AxisTable
 from telescope.store.folder import CHECK_FIGURE_FILE, Folder
 from telescope.sweep.foreign import Told
 from telescope.sweep.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_usable, prepare
-from telescope.sweep.settle import settled, settlement
 from telescope.train.flops import step_cost
 from telescope.train.loop import resolve_device
 
@@ -99,14 +97,12 @@ def check_in_full(
 
     Raises:
         ResumeError: the folder's files cannot be read.
-        TelescopeError: the sweep cannot be checked; see `run_check`, `prepare` and `settled`.
+        TelescopeError: the sweep cannot be checked; see `run_check` and `prepare`.
     """
-    record = folder.read_spec() if folder.exists else None
-    given = prepare(spec)
-    prepared, figures = settled(given, record, check=folder.read_check(), say=say)
+    prepared = prepare(spec)
     check = run_check(prepared, say, progress=progress)
     folder.create()
-    is_kept = write_check(folder, check, prepared, settlement(given, prepared, figures))
+    is_kept = write_check(folder, check, prepared)
     if is_kept:
         draw_kept_check(folder, spec)
     else:
@@ -171,27 +167,20 @@ def _seconds_of(prepared: Prepared, extent: Extent, flops_per_step: float) -> fl
     return flops_per_step * max(extent.steps) * len(extent.seeds) / rate
 
 
-def write_check(
-    folder: Folder,
-    check: CoordCheck,
-    prepared: Prepared,
-    settlement: Mapping[str, Any] | None = None,
-) -> bool:
+def write_check(folder: Folder, check: CoordCheck, prepared: Prepared) -> bool:
     """Keep the verdict, and whose it is, in the results folder; `draw_kept_check` draws it.
 
     Args:
         folder: the sweep's.
         check: the verdict.
-        prepared: the sweep, without `auto`.
-        settlement: what `auto` has become for the check, as `settle.settlement` gives it.
+        prepared: the sweep.
 
     Returns:
         Whether it was kept: not where the folder holds a sweep of other training.
     """
     if folder.exists and folder.read_spec()["fingerprint"] != prepared.fingerprint:
         return False
-    own = {"fingerprint": prepared.fingerprint, **(settlement or {})}
-    folder.write_check({**check.as_dict(), **own})
+    folder.write_check({**check.as_dict(), "fingerprint": prepared.fingerprint})
     (folder.path / CHECK_FIGURE_FILE).unlink(missing_ok=True)  # an earlier one's
     return True
 

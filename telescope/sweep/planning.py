@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from telescope.errors import DataError, ResumeError, SpecError
+from telescope.errors import DataError, SpecError
 from telescope.records import Point, Trial
 from telescope.spec.spec import Spec
-from telescope.store.folder import Folder
 from telescope.sweep.answer import UNCONFIRMED, rule_problem
 from telescope.sweep.foreign import Foreign, plan_foreign
 from telescope.sweep.machine import workers
@@ -15,24 +14,20 @@ from telescope.sweep.prepare import (
     ASSUMED_FLOP_RATE,
     Prepared,
     check_corpus,
+    check_usable,
     estimate_seconds,
     over_budget,
     plan_as_json,
     prepare,
 )
-from telescope.sweep.settle import settled_before, settled_here
-from telescope.train.choose import undecided
 
 
-def make_plan(
-    spec: Spec, *, probe: bool, folder: Folder | None = None
-) -> tuple[dict[str, Any], str | None]:
+def make_plan(spec: Spec, *, probe: bool) -> tuple[dict[str, Any], str | None]:
     """The plan in its JSON keys, and why `run` would refuse it, or None.
 
     Args:
         spec: the sweep.
-        probe: time a few real steps at every width instead of assuming a rate.
-        folder: where the sweep is or will be; what has been settled there is not measured again.
+        probe: time a few real steps at every width instead of assuming a rate, and each arithmetic.
 
     Raises:
         TelescopeError: the spec, its model file or its corpus is wrong.
@@ -46,33 +41,14 @@ def make_plan(
             )
         return _plan_foreign(Foreign.of(spec), at_once)
     prepared = prepare(spec)
-    auto = dict.fromkeys(undecided(prepared.trial_config), "decided by the first run")
-    if kept := _settled_in(folder, prepared):
-        spec_of = kept.spec.as_dict()
-        for key in auto:
-            table, name = key.split(".")
-            auto[key] = f"{spec_of[table][name]} as kept in {folder and folder.path}"
-        prepared = kept
     if probe:
         check_corpus(prepared.trial_config)
-        prepared, measured = settled_here(prepared)
-        auto |= {key: f"{figures.choice} as measured now" for key, figures in measured.items()}
+        check_usable(spec.compute.device)
     seconds, basis = _probed(prepared) if probe else _assumed(prepared)
     estimate = estimate_seconds(prepared, seconds, at_once)
     basis += f"; {_describe_workers(at_once)}, start-up not counted"
     plan = plan_as_json(prepared, {"estimate": estimate, "basis": basis})
-    return {**plan, "auto": auto}, _refusal(prepared)
-
-
-def _settled_in(folder: Folder | None, prepared: Prepared) -> Prepared | None:
-    """The sweep as a run or a check of it has settled it; None where neither has."""
-    if folder is None or not undecided(prepared.trial_config):
-        return None
-    try:
-        record = folder.read_spec() if folder.exists else folder.read_check()
-    except ResumeError:  # `run` will say it; a plan needs no folder
-        return None
-    return settled_before(prepared, record)
+    return {**plan, "arithmetic": _timed(prepared) if probe else None}, _refusal(prepared)
 
 
 def _plan_foreign(foreign: Foreign, at_once: dict[int, int]) -> tuple[dict[str, Any], str | None]:
@@ -115,10 +91,29 @@ def _probed(prepared: Prepared) -> tuple[dict[int, float], str]:
     """Width → seconds of a trial, timed on this machine."""
     from telescope.train.probe import seconds_per_trial
 
-    point = Point.of({axis.name: axis.low for axis in prepared.spec.ladder_spec.axes})
-    trials = (Trial(width, point, 0) for width in prepared.costs)
-    seconds = {trial.width: seconds_per_trial(prepared.trial_config, trial) for trial in trials}
+    seconds = {
+        trial.width: seconds_per_trial(prepared.trial_config, trial)
+        for trial in _lowest_trials(prepared)
+    }
     return seconds, "measured: a few steps at every width, one worker alone on this machine"
+
+
+def _timed(prepared: Prepared) -> dict[str, dict[str, dict[int, float]]]:
+    """Key of an arithmetic → "fp32" and "bf16" → width → seconds per step, on this machine."""
+    from telescope.train.probe import arithmetic_seconds
+
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for trial in _lowest_trials(prepared):
+        for key, times in arithmetic_seconds(prepared.trial_config, trial).items():
+            for arithmetic, seconds in times.items():
+                found.setdefault(key, {}).setdefault(arithmetic, {})[trial.width] = seconds
+    return found
+
+
+def _lowest_trials(prepared: Prepared) -> list[Trial]:
+    """A trial of every width, at the low end of every axis."""
+    point = Point.of({axis.name: axis.low for axis in prepared.spec.ladder_spec.axes})
+    return [Trial(width, point, 0) for width in prepared.costs]
 
 
 def _assumed(prepared: Prepared) -> tuple[dict[int, float], str]:

@@ -45,7 +45,6 @@ from telescope.sweep.prepare import (
     over_budget,
     prepare,
 )
-from telescope.sweep.settle import settled
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
 
@@ -307,25 +306,13 @@ def run(spec: Spec, options: Options, make_screen: Callable[[], Screen]) -> tupl
         _told_what_to_mend(folder),
         folder.held(),
         make_screen() as screen,
+        _checked(prepared, folder, options, screen, at_once) as start,
+        ExitStack() as stack,
     ):
-        record = folder.read_spec() if folder.exists else None
-        measured: Mapping[str, Any] = {}
-        if isinstance(prepared, Prepared):
-            prepared, measured = settled(
-                prepared,
-                record,
-                check=folder.read_check(),
-                is_cluster=is_cluster,
-                say=screen.note,
-            )
-        with (
-            _checked(prepared, folder, options, screen, at_once, measured) as start,
-            ExitStack() as stack,
-        ):
-            late = _Late(start, stack)
-            _dispatch(late, prepared, folder, options, at_once, screen)
-            _draw(late.recorder, spec)
-            return folder, late.recorder.ladder
+        late = _Late(start, stack)
+        _dispatch(late, prepared, folder, options, at_once, screen)
+        _draw(late.recorder, spec)
+        return folder, late.recorder.ladder
 
 
 def _prepare(spec: Spec, *, is_cluster: bool) -> Prepared | Foreign:
@@ -412,7 +399,6 @@ def _checked(
     options: Options,
     screen: Screen,
     at_once: Mapping[int, int],
-    measured: Mapping[str, Any] | None = None,
 ) -> Iterator[_Start]:
     """Check that the sweep can be run or gone on with; its model is checked in another thread."""
     spec = prepared.spec
@@ -421,7 +407,7 @@ def _checked(
     )
     storage = _chosen_storage(folder, options.storage)
     before = folder.read_spec() if folder.exists else {}
-    record = _spec_record(prepared, storage) | trainer | {"measured": dict(measured or {})}
+    record = _spec_record(prepared, storage) | trainer
     axes, fingerprint, memory = spec.ladder_spec.axes, record["fingerprint"], ladder_memory(folder)
     kept = Kept(folder, storage, spec.name, axes, fingerprint, memory)
     with closing(kept):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from telescope.config import TrainConfig, TrialConfig, require
+from telescope.config import TrainConfig, TrialConfig
 from telescope.data.corpus import Batches, Corpus, held_out_batch, load_corpus
 from telescope.errors import DataError
 from telescope.records import CurvePoint, Result, Status, Trial
@@ -121,7 +121,6 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
     """Build what a trial steps over; see `TelescopeTrainer` for what it raises."""
     device = resolve_device(config.device)
     corpus = _drivers_corpus(config)
-    _require_settled(config)
     if config.train.precision == "bf16":
         # Autocast leaves a norm's gain in fp32, which torch takes for an oversight.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
@@ -168,15 +167,6 @@ def _drivers_corpus(config: TrialConfig) -> Corpus:
             "Python version, on every machine"
         )
     return corpus
-
-
-def _require_settled(config: TrialConfig) -> None:
-    """Refuse an arithmetic that is still "auto": a trial must not decide it for itself."""
-    for key, value in (
-        ("precision", config.train.precision),
-        ("ns_dtype", config.optimizer.ns_dtype),
-    ):
-        require(value != "auto", key, value, "settled before a trial: fp32 or bf16")
 
 
 def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> str:

@@ -1,9 +1,13 @@
-"""How long a trial takes on this machine: a few real steps, timed."""
+"""How long a trial takes on this machine, and a step in each arithmetic: real steps, timed."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from telescope.config import TrainConfig, TrialConfig
 from telescope.records import Trial
@@ -12,11 +16,16 @@ from telescope.train.loop import (
     held_out_loss_of,
     set_up,
     take_step,
+    token_loss,
     use_threads,
 )
+from telescope.train.muon import DTYPES, Muon, orthogonalize_all
 
 WARM_UP_STEPS = 2
 TIMED_STEPS = 5
+ROUNDS = 3
+"""How often each arithmetic is timed, in turns; the fastest counts."""
+ARITHMETICS = ("fp32", "bf16")
 
 
 def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
@@ -45,3 +54,57 @@ def seconds_per_step(setup: Setup, train: TrainConfig) -> float:
         loss = take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
     loss.item()  # an accelerator has done all steps only now
     return (time.perf_counter() - start) / TIMED_STEPS
+
+
+def arithmetic_seconds(config: TrialConfig, trial: Trial) -> dict[str, dict[str, float]]:
+    """Time what a step does in either arithmetic.
+
+    Args:
+        config: the sweep's training; its corpus is read, nothing is written.
+        trial: which width; the point hardly matters.
+
+    Returns:
+        "train.precision" (forward and backward) and, with Muon, "optimizer.ns_dtype"
+        (Newton–Schulz) → "fp32" and "bf16" → seconds per step.
+
+    Raises:
+        DataError, ModelError: as `loop.set_up`.
+    """
+    use_threads(config, trial.width)
+    setup = set_up(config, trial)
+    inputs, targets = (tokens.to(setup.device) for tokens in setup.batches.at(0))
+    matrices: list[Tensor] = [
+        p.detach()
+        for optimizer in setup.optimizers
+        if isinstance(optimizer, Muon)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    steps, ns = config.optimizer.ns_steps, config.optimizer.ns
+
+    def train(precision: str) -> None:
+        setup.model.zero_grad()
+        token_loss(setup.model, inputs, targets, precision).backward()  # type: ignore[no-untyped-call]
+
+    def orthogonalise(dtype: str) -> None:
+        orthogonalize_all(matrices, steps=steps, dtype=DTYPES[dtype], ns=ns)
+
+    timed = {"train.precision": _fastest(train, setup.device)}
+    if matrices:
+        timed["optimizer.ns_dtype"] = _fastest(orthogonalise, setup.device)
+    return timed
+
+
+def _fastest(part: Callable[[str], object], device: str) -> dict[str, float]:
+    """Arithmetic → seconds of a part of a step, in turns, after one turn that warms up."""
+    least: dict[str, float] = {}
+    for turn in range(ROUNDS + 1):
+        for arithmetic in ARITHMETICS:
+            start = time.perf_counter()
+            part(arithmetic)
+            if torch.device(device).type != "cpu":
+                torch.accelerator.synchronize(device)
+            taken = time.perf_counter() - start
+            if turn:
+                least[arithmetic] = min(taken, least.get(arithmetic, taken))
+    return least
