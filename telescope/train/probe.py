@@ -71,7 +71,8 @@ def arithmetic_seconds(config: TrialConfig, trial: Trial) -> dict[str, dict[str,
         DataError, ModelError: as `loop.set_up`.
     """
     use_threads(config, trial.width)
-    setup = set_up(config, trial)
+    in_bf16 = replace(config, train=replace(config.train, precision="bf16"))
+    setup = set_up(in_bf16, trial)  # which says nothing of autocast then, whichever is timed
     inputs, targets = (tokens.to(setup.device) for tokens in setup.batches.at(0))
     matrices: list[Tensor] = [
         p.detach()
