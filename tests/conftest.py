@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what tests have measured: the figures that the README states."""
+    """Print what tests have measured: the figures that the docs state."""
     for report in terminalreporter.getreports("passed"):
         for name, figures in report.user_properties:
             terminalreporter.write_line(f"{name}: {figures}")

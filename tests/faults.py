@@ -200,7 +200,7 @@ def stored(place: Path, name: str = "tiny") -> dict[str, str]:
 
 @dataclass
 class Tally:
-    """What a series of faults did; the figures that the README states."""
+    """What a series of faults did; the figures that docs/fault-tolerance.md states."""
 
     faults: int = 0
     sweeps: int = 0
