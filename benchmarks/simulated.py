@@ -53,6 +53,8 @@ class Surface:
     """Octaves that the optimum of every axis moves over the first doubling."""
     exponent: float = 1.0
     """p of the law n^−p of the drift; 0 never settles."""
+    begins: int = 0
+    """Width up to which no optimum moves, and from which they follow the law; 0: the base width."""
     noise: float = 0.003
     """Standard deviation between seeds."""
     cliff: float = 3.0
@@ -69,7 +71,7 @@ class Surface:
 
     def best(self, width: int) -> dict[str, float]:
         """Axis → log2 of its optimum at a width."""
-        ratio = width / self.spec.widths[0]
+        ratio = max(1.0, width / max(self.begins, self.spec.widths[0]))
         if self.exponent == 0:
             gone = math.log2(ratio)
         else:

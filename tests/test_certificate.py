@@ -54,26 +54,53 @@ def test_the_certificate_says_what_it_knows() -> None:
         assert interval
         assert interval[0] < certificate.point[axis] < interval[1]
     text = "\n".join(certificate.evidence)
-    for word in ("trials at width 256, 512", "noise between seeds", "factor of two", "predicted"):
+    for word in (
+        "trials at width 256, 512, 1024",
+        "noise between seeds",
+        "factor of two",
+        "predicted",
+    ):
         assert word in text
     assert len(certificate.assumptions) == 3
     assert list(certificate.as_dict())[:4] == [
         *("verdict", "predicted_excess_loss", "intervals", "evidence")
     ]
-    assert {skip.width for skip in ladder.skipped} == {1024, 2048}
+    assert {skip.width for skip in ladder.skipped} == {2048}
     assert all("within the tolerance" in skip.reason for skip in ladder.skipped)
 
 
 def test_without_a_coordinate_check_two_widths_do_not_prove_the_rule() -> None:
     """A drift is seen, and that it never settles would cost more than the tolerance."""
-    ladder = run(surface(2, noise=0.001, drift=0.2))
+    curvature = {"lr": 0.01, "weight_decay": 0.003}
+    truth = surface(2, noise=0.002, drift=0.4, curvature=curvature)
+    spec = replace(ESSENTIAL, target_width=1024, tolerance=0.003)
+    ladder = run(truth, spec)
+    assert len(ladder.stages) == 2
     certificate = certify(ladder, rule_checked=False)
     assert certificate.verdict == "WARN"
     (problem,) = certificate.problems
     assert 'ladder.until = "proven"' in problem
-    proven = run(surface(2, noise=0.001, drift=0.2), replace(ESSENTIAL, until_proven=True))
+    proven = run(truth, replace(spec, until_proven=True))
     assert len(proven.stages) > len(ladder.stages)
     assert certify(proven, rule_checked=False).verdict == "PASS"
+
+
+@surfaces(2, 6)
+def test_a_drift_that_begins_late_does_not_pass_unseen(count: int) -> None:
+    """Two widths alike say nothing of a target at ten times the base width."""
+    two = replace(ESSENTIAL, widths=(256, 512))
+    for seed in range(count):
+        truth = surface(seed, noise=0.0005, drift=0.6, begins=512)
+        short = certify(run(truth, two))
+        assert truth.excess(short.point, 2560) > ESSENTIAL.tolerance
+        assert short.verdict != "PASS"
+        far = [problem for problem in short.problems if "5 times as wide" in problem]
+        assert len(far) == 1
+        assert far[0].endswith("append a width to ladder.widths")
+        ladder = run(truth)
+        certificate = certify(ladder)
+        assert [stage.width for stage in ladder.stages][:3] == [256, 512, 1024]
+        assert truth.excess(certificate.point, 2560) < truth.excess(short.point, 2560) / 1.5
 
 
 @surfaces(3, 6)

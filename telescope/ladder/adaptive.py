@@ -222,9 +222,17 @@ def _next_width(view: View) -> int | None:
     return None
 
 
-def _is_unproven(view: View) -> bool:
-    """Whether the spec asks for more than the prediction: a drift that never settles ruled out."""
-    return view.spec.until_proven and not view.is_settled()
+def _wants_wider(view: View) -> str:
+    """Say what only a wider model can show, however small the predicted excess; empty: nothing."""
+    if view.is_far:
+        widest = view.surface.data.seen[-1]
+        return f"it is {view.target / widest:.3g} times as wide as the widest model measured"
+    if view.spec.until_proven and not view.is_settled():
+        return (
+            f"a drift that never settles is not ruled out and would cost "
+            f"{view.unsettled_excess:.2%}"
+        )
+    return ""
 
 
 def _should_widen(view: View, rest: Sequence[PickedPoint]) -> str | None:
@@ -236,11 +244,8 @@ def _should_widen(view: View, rest: Sequence[PickedPoint]) -> str | None:
         return f"{MOST_TRIALS} trials per seed are the most at one width"
     own, at_target = view.excess(stage.width), view.excess(view.target)
     within = view.bound(view.target) <= view.tolerance
-    if _is_unproven(view) and len(view.surface.data.seen) > 1 and within:
-        return (
-            f"predicted excess loss at width {view.target} is {at_target:.2%}, but a drift that "
-            f"never settles is not ruled out and would cost {view.unsettled_excess:.2%}"
-        )
+    if (why := _wants_wider(view)) and len(view.surface.data.seen) > 1 and within:
+        return f"predicted excess loss at width {view.target} is {at_target:.2%}, but {why}"
     if any(picked.width == stage.width for picked in rest):
         return None
     return (
@@ -364,7 +369,7 @@ def _is_good_enough(view: View) -> str | None:
     bound = view.bound(view.target)
     if bound > view.tolerance or not (len(view.surface.data.seen) > 1 or only_width):
         return None
-    if _is_unproven(view) and _next_width(view) is not None:
+    if _wants_wider(view) and _next_width(view) is not None:
         return None
     what = "the tolerance" if view.tolerance == view.spec.tolerance else "what the noise can show"
     return (

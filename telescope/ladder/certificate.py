@@ -102,6 +102,14 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
             "only one width was trained: nothing shows that its optimum transfers; append a width "
             "to ladder.widths"
         )
+    elif view.is_far and not problems:
+        widest = view.surface.data.seen[-1]
+        problems.append(
+            f"width {view.target} is {view.target / widest:.3g} times as wide as the widest model "
+            f"trained, and the widths trained span a factor of {widest / spec.widths[0]:.3g}: no "
+            "result speaks for a drift so far out; "
+            + ("raise budget.max_over_target" if skipped else "append a width to ladder.widths")
+        )
     if view.floor > spec.tolerance:
         problems.append(
             f"the ladder is noisier than its tolerance: with {_percent(view.noise)} of loss "

@@ -89,7 +89,9 @@ def draw_truths(spec: LadderSpec, count: int) -> list[Truth]:
                 noise=spec.expected_noise * math.exp(NOISE_SPREAD * level),
                 law=law,
                 optimum=middles + off,
-                drift=law.pace * DRIFT_OCTAVES * generator.standard_normal(k),
+                drift=law.pace
+                * np.minimum(steps / 4, DRIFT_OCTAVES)
+                * generator.standard_normal(k),
                 curvature=CURVATURE * np.exp(CURVATURE_SPREAD * generator.standard_normal(k)),
                 skew=SKEW * generator.standard_normal(k),
             )

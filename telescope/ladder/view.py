@@ -167,6 +167,17 @@ class View:
         ruled_out = self.never_settles(rule_checked=rule_checked) < RULED_OUT
         return ruled_out or self.unsettled_excess <= self.tolerance
 
+    @property
+    def is_far(self) -> bool:
+        """Tell whether the target lies further beyond the widths measured than these span.
+
+        Nothing measured speaks for a law of drift so far out. Found with the quickstart: after
+        widths 32 and 64 its answer for 256 was wrong, lr begins to drift at 128
+        (results/reference/neighbours).
+        """
+        base, widest = self.surface.data.seen[0], self.surface.data.seen[-1]
+        return self.target / widest > max(1.0, widest / base)
+
     def point(self, width: int) -> Point:
         """The answer at a width, rounded as the lattice's values are."""
         return point_at(self.spec, self.optimum(width).place)
