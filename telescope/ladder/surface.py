@@ -29,10 +29,14 @@ from numpy.typing import NDArray
 from telescope.ladder.basis import Array, Basis, Frame
 from telescope.ladder.drift import DEEPENINGS, HYPOTHESES, LAWS, Law
 
-PRECISION = 0.06
-"""Octaves, standard deviation, to which a smooth fit knows the place of an optimum at best, however
-many trials there are: kinks and unequal sides of real surfaces move a fit's vertex by so much. An
-assumption; without it, half of the intervals missed the optimum of public sweeps of the lr."""
+INDISTINCT = 1 / 60
+"""Share of the noise that is expected: so near to its lowest along an axis, a smooth fit does not
+know where the optimum is, however many trials there are. Kinks and unequal sides of real surfaces
+move a fit's vertex by about so much, 0.005 % of the loss. An assumption, chosen on the families of
+results/reference/calibration: without it, half of the intervals missed the optimum of public sweeps
+of the lr."""
+MOST_BLURRED = 0.3
+"""Octaves, standard deviation, by which that moves an optimum at most: along a flat axis."""
 MISFIT = (0.05, 0.2)
 """Standard deviation of the model's error, as a share of the loss above the best; both count."""
 BENDS = (0.0, 0.2, 0.5)
@@ -293,7 +297,8 @@ class Surface:
         hypothesis = np.repeat(of_law, len(signs))
         k, start = self.basis.axes, self.basis.shape.start
         self.bends = (coefficients[:, start + k : start + 2 * k] > 0).mean(axis=0)
-        shift = PRECISION * generator.standard_normal((DRAWS, k))
+        blur = np.sqrt(INDISTINCT * self.frame.expected_noise / self.curvature)
+        shift = np.minimum(blur, MOST_BLURRED) * generator.standard_normal((DRAWS, k))
         self._shift = (shift[:, None] * signs).reshape(-1, k)
         bowl = self.basis.is_bowl(coefficients)
         if bowl.mean() < LEAST_BOWLS:
