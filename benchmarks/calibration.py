@@ -31,11 +31,11 @@ from simulated import ESSENTIAL, Surface
 from width_rules import FOLDER, load_spec
 
 from telescope.files import write_atomic
-from telescope.ladder.basis import Frame
+from telescope.ladder.fit.data import Data
+from telescope.ladder.fit.model import Frame
+from telescope.ladder.fit.surface import Surface as Fit
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.plan import plan_ladder
-from telescope.ladder.surface import Data
-from telescope.ladder.surface import Surface as Fit
 from telescope.ladder.window import octaves
 from telescope.records import Axis, LadderSpec
 

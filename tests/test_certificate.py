@@ -12,8 +12,8 @@ from simulated import ESSENTIAL
 from test_adaptive import run, surface
 
 from telescope.ladder.certificate import two_minima
+from telescope.ladder.fit.data import Data
 from telescope.ladder.ladder import Ladder
-from telescope.ladder.surface import Data
 from telescope.records import Certificate, Result, Status, Trial
 
 

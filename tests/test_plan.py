@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from simulated import ESSENTIAL, Surface
 
-from telescope.ladder.drift import LAWS
+from telescope.ladder.fit.laws import LAWS
 from telescope.ladder.grid import paper_stage
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.plan import least_cost, plan_ladder, plan_stages, what_fits
-from telescope.ladder.prior import draw_truths
+from telescope.ladder.truths import draw_truths
 from telescope.records import Axis, LadderSpec, Point, Trial
 from telescope.spec.spec import Spec
 from telescope.sweep.planning import make_plan

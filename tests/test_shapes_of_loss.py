@@ -14,11 +14,11 @@ from frozen import Table, public_tables
 from simulated import ESSENTIAL, _well
 from test_adaptive import run, surface
 
-from telescope.ladder.basis import Array, Basis, Frame
 from telescope.ladder.certificate import two_minima
-from telescope.ladder.drift import HYPOTHESES
-from telescope.ladder.surface import Data
-from telescope.ladder.surface import Surface as Fit
+from telescope.ladder.fit.data import Data
+from telescope.ladder.fit.laws import HYPOTHESES
+from telescope.ladder.fit.model import Array, Basis, Frame
+from telescope.ladder.fit.surface import Surface as Fit
 from telescope.ladder.window import base_grid, marks_per_step, refined, value_at
 from telescope.records import Axis, LadderSpec
 

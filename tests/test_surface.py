@@ -7,10 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
-from telescope.ladder.basis import Array, Frame
-from telescope.ladder.design import Candidates, pick
-from telescope.ladder.drift import LAWS
-from telescope.ladder.surface import MISFIT, SEED_SHIFT, Data, Surface, walled
+from telescope.ladder.fit.acquisition import Candidates, pick
+from telescope.ladder.fit.data import Data, walled
+from telescope.ladder.fit.laws import LAWS
+from telescope.ladder.fit.model import Array, Frame
+from telescope.ladder.fit.priors import MISFIT, SEED_SHIFT
+from telescope.ladder.fit.surface import Surface
 
 FRAME = Frame((32, 64, 128), np.array([1.0, 2.0]), np.array([6.0, 6.0]), expected_noise=0.006)
 OPTIMUM = np.array([-4.3, -2.5])

@@ -15,10 +15,12 @@ from dataclasses import replace
 import numpy as np
 
 from telescope.ladder.assumed import FIND_THE_RULE, USABLE, assumed_alike
-from telescope.ladder.basis import Array
-from telescope.ladder.drift import DRIFT_OCTAVES, LAWS
+from telescope.ladder.fit.data import Data
+from telescope.ladder.fit.laws import LAWS
+from telescope.ladder.fit.model import Array
+from telescope.ladder.fit.priors import DRIFT_OCTAVES, MISFIT
+from telescope.ladder.fit.surface import Surface
 from telescope.ladder.state import State
-from telescope.ladder.surface import MISFIT, Data, Surface
 from telescope.ladder.view import BUDGET_SPENT, SURE, View
 from telescope.records import Certificate, Skipped, Status
 

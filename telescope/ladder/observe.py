@@ -8,9 +8,9 @@ from statistics import median
 
 import numpy as np
 
-from telescope.ladder.basis import Frame
+from telescope.ladder.fit.data import Data
+from telescope.ladder.fit.model import Frame
 from telescope.ladder.state import State
-from telescope.ladder.surface import Data
 from telescope.ladder.window import octaves, place_of
 from telescope.records import Point, Result, Status
 

@@ -16,10 +16,11 @@ from statistics import median
 
 import numpy as np
 
-from telescope.ladder.basis import Array
+from telescope.ladder.fit.model import Array
+from telescope.ladder.fit.optimum import GRID
+from telescope.ladder.fit.surface import Surface
 from telescope.ladder.observe import highest_loss, unit_of
 from telescope.ladder.state import State
-from telescope.ladder.surface import GRID, Surface
 from telescope.ladder.view import View
 from telescope.ladder.window import octaves, place_of
 from telescope.records import Axis, Choice, Point, Result, Status

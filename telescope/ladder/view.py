@@ -9,12 +9,13 @@ from functools import cached_property
 
 import numpy as np
 
-from telescope.ladder.basis import Array
-from telescope.ladder.design import Candidates, pick
-from telescope.ladder.drift import LAWS
+from telescope.ladder.fit.acquisition import Candidates, pick
+from telescope.ladder.fit.laws import LAWS
+from telescope.ladder.fit.model import Array
+from telescope.ladder.fit.optimum import Optimum
+from telescope.ladder.fit.surface import Surface
 from telescope.ladder.observe import frame_of, observe
 from telescope.ladder.state import State
-from telescope.ladder.surface import Optimum, Surface
 from telescope.ladder.window import Grid, cells, middle, octaves, place_of, point_at
 from telescope.records import LadderSpec, Point, Stage
 

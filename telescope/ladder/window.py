@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from telescope.ladder.basis import Array
+from telescope.ladder.fit.model import Array
 from telescope.ladder.grid import round_value
 from telescope.records import Axis, LadderSpec, Point
 

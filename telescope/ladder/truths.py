@@ -14,8 +14,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from telescope.ladder.basis import SKEW, SKEW_REACH, Array
-from telescope.ladder.drift import DRIFT_OCTAVES, LAWS, Law
+from telescope.ladder.fit.laws import LAWS, Law
+from telescope.ladder.fit.model import Array
+from telescope.ladder.fit.priors import DRIFT_OCTAVES, DRIFT_STEPS, SKEW, SKEW_REACH
 from telescope.ladder.window import middle, octaves
 from telescope.records import LadderSpec, Result, Status, Trial
 
@@ -75,6 +76,7 @@ def draw_truths(spec: LadderSpec, count: int) -> list[Truth]:
     laws = np.searchsorted(np.cumsum([law.prior for law in LAWS]), generator.permutation(evenly))
     steps = np.array([octaves(axis)[0] for axis in spec.swept])
     spans = np.array([octaves(axis)[1] for axis in spec.swept])
+    drift = np.minimum(DRIFT_STEPS * steps, DRIFT_OCTAVES)
     middles = np.log2([middle(axis) for axis in spec.swept])
     truths = []
     for seed, level in enumerate(NormalDist().inv_cdf(share) for share in evenly):
@@ -89,9 +91,7 @@ def draw_truths(spec: LadderSpec, count: int) -> list[Truth]:
                 noise=spec.expected_noise * math.exp(NOISE_SPREAD * level),
                 law=law,
                 optimum=middles + off,
-                drift=law.pace
-                * np.minimum(steps / 4, DRIFT_OCTAVES)
-                * generator.standard_normal(k),
+                drift=law.pace * drift * generator.standard_normal(k),
                 curvature=CURVATURE * np.exp(CURVATURE_SPREAD * generator.standard_normal(k)),
                 skew=SKEW * generator.standard_normal(k),
             )

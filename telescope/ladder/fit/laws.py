@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from telescope.ladder.fit.priors import DEEPENINGS, LAW_PRIORS, UNSETTLED_PACE
+
 
 @dataclass(frozen=True, slots=True)
 class Law:
@@ -23,7 +25,7 @@ class Law:
     exponent: float
     """p of n^−p; 0 is the logarithm, which does not settle."""
     prior: float
-    """Probability before any result. An assumption: muP is right more often than not."""
+    """Probability before any result."""
     pace: float
     """Standard deviation of the drift over the first doubling, as a multiple of `DRIFT_OCTAVES`."""
     deepening: float = 0.0
@@ -52,23 +54,14 @@ class Law:
 
 
 LAWS = (
-    Law("1/width", 1.0, 0.6, 1.0),
-    Law("1/√width", 0.5, 0.3, 1.0),
-    Law("never settles", 0.0, 0.1, 2.0),
+    Law("1/width", 1.0, LAW_PRIORS["1/width"], 1.0),
+    Law("1/√width", 0.5, LAW_PRIORS["1/√width"], 1.0),
+    Law("never settles", 0.0, LAW_PRIORS["never settles"], UNSETTLED_PACE),
 )
 """The last is what a wrong width rule looks like."""
-DEEPENINGS = {-0.33: 0.1, 0.0: 0.45, 0.33: 0.3, 0.67: 0.15}
-"""Octaves per doubling → probability before any result. An assumption: measured here were 0 to 0.8
-(results/reference/ladder)."""
 HYPOTHESES = tuple(
     replace(law, prior=law.prior * prior, deepening=deepening)
     for law in LAWS
     for deepening, prior in DEEPENINGS.items()
 )
 """Every law of drift with every deepening; those of one law stand together."""
-DRIFT_OCTAVES = 0.25
-"""Prior standard deviation of the drift over the first doubling, in octaves (factors of two) of the
-axis, and at most a quarter of the lattice's step. An assumption; measured here it is under 0.1 for
-`mup` and 0.5 for a rule that is wrong by √width (results/reference/width-rules)."""
-SCATTER = 0.05
-"""Prior standard deviation of a width's own departure from the law, in octaves. An assumption."""

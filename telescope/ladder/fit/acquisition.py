@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telescope.ladder.basis import Array
-from telescope.ladder.surface import MISFIT, SEED_SHIFT, Surface
+from telescope.ladder.fit.model import Array
+from telescope.ladder.fit.priors import MISFIT, SEED_SHIFT
+from telescope.ladder.fit.surface import Surface
 
 
 @dataclass(frozen=True)

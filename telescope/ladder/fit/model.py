@@ -11,21 +11,24 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from telescope.ladder.drift import DRIFT_OCTAVES, SCATTER, Law
+from telescope.ladder.fit.laws import Law
+from telescope.ladder.fit.priors import (
+    BEND_LENGTH,
+    BOWL,
+    DRIFT_OCTAVES,
+    DRIFT_STEPS,
+    FAR,
+    LEVEL,
+    MOST_MISFIT,
+    PLACE,
+    SCATTER,
+    SKEW,
+    SKEW_REACH,
+    TILT,
+)
 
 Array = NDArray[np.float64]
 
-SKEW = 0.5
-"""Prior standard deviation of the skew per octave, as a share of the curvature; 0.4 to 0.6 is what
-public sweeps of the learning rate show."""
-SKEW_REACH = 2.5
-"""Octaves after which the skew grows no faster than linearly, so that it cannot run away."""
-FAR = 3.0
-"""Multiples of a middling loss's excess at which the model's error has twice its share."""
-MOST_MISFIT = 0.6
-"""The model's error as a share of the loss above the best, at most."""
-BEND_LENGTH = 1.75
-"""Octaves over which the bend of the bowl changes: the length of its squared-exponential kernel."""
 FINEST = 2.6
 """Waves of the bend up to so many radians per `BEND_LENGTH`: the rest has 3 % of the deviation."""
 
@@ -79,22 +82,21 @@ class Basis:
         self._bowl = np.broadcast_to(curvature, (k,))
         self.pairs = list(itertools.combinations(range(k), 2))
         self._box = reach + BEND_LENGTH
-        step = frame.step
-        drift = np.minimum(step / 4, DRIFT_OCTAVES)
+        drift = np.minimum(DRIFT_STEPS * frame.step, DRIFT_OCTAVES)
         tilt = [np.sqrt(self._bowl[a] * self._bowl[b]) for a, b in self.pairs]
-        # A gradient that moves an optimum by x octaves is 2 · curvature · x.
-        blocks = [
-            np.full(len(frame.widths), 3 * height),
-            2 * curvature * frame.span / 2,
-            2 * spread / step**2,
-            np.asarray(tilt),
-            SKEW * self._bowl,
-            self._bend_deviations(),
-            2 * curvature * drift,
-            np.tile(2 * curvature * SCATTER, others) * np.ones(k * others),
-        ]
-        self.deviations = np.concatenate(blocks)
-        starts = np.cumsum([0, *(len(block) for block in blocks)])
+        per_octave = 2 * curvature  # the gradient that moves an optimum by an octave
+        blocks = {
+            "levels": np.full(len(frame.widths), LEVEL * height),
+            "gradient": per_octave * (PLACE * frame.span),
+            "curvature": BOWL * spread / frame.step**2,
+            "tilt": TILT * np.asarray(tilt),
+            "skew": SKEW * self._bowl,
+            "bend": self._bend_deviations(),
+            "drift": per_octave * drift,
+            "own gradient": np.tile(per_octave * SCATTER, others) * np.ones(k * others),
+        }
+        self.deviations = np.concatenate([*blocks.values()])
+        starts = np.cumsum([0, *(len(block) for block in blocks.values())])
         self.shape = slice(starts[1], starts[6])
         self.shape_size = int(starts[6] - starts[1])
         self.bend = slice(starts[5], starts[6])
@@ -196,8 +198,7 @@ class Basis:
                 rows[:, here, number] = 1
         return rows
 
-    def is_bowl(self, coefficients: Array) -> NDArray[np.bool_]:
-        """(draws,) whether the loss curves upwards in every axis at the centre."""
+    def curvatures(self, coefficients: Array) -> Array:
+        """(draws, k) curvatures at the centre, at base width."""
         start = self.shape.start + self.axes
-        bowl: NDArray[np.bool_] = np.all(coefficients[:, start : start + self.axes] > 0, axis=1)
-        return bowl
+        return coefficients[:, start : start + self.axes]
