@@ -279,6 +279,8 @@ class Choice:
     reason: str
     counts: Mapping[Status, int]
     """How the stage's trials ended."""
+    out_of_budget: bool = False
+    """Tell whether the budget ended the stage, and the ladder with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,11 @@ import typer.main
 from conftest import ROOT
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from telescope.ladder.drift import DEEPENINGS, LAWS
 from test_architecture import ROOMS
 from test_cli import STABLE_OPTIONS, telescope
 
 from telescope.cli import app
-from telescope.ladder.drift import DEEPENINGS, LAWS
 from telescope.spec.spec import _TABLES
 from telescope.spec.tables import AxisTable, ModelTable
 

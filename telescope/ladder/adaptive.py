@@ -18,11 +18,26 @@ from dataclasses import replace
 import numpy as np
 
 from telescope.ladder import paper
-from telescope.ladder.failures import FAILED_SHARE, all_diverged, failures_reason
+from telescope.ladder.failures import all_diverged, failures_reason
 from telescope.ladder.observe import lost_points, observe, unit_of
 from telescope.ladder.paper import mean_loss
 from telescope.ladder.state import Move, State
-from telescope.ladder.view import BUDGET_SPENT, MOST_TRIALS, SURE, PickedPoint, View, round_size
+from telescope.ladder.thresholds import (
+    AHEAD,
+    BORDER_TRIALS,
+    FAILED_SHARE,
+    GOAL,
+    LEAST_GAIN,
+    LEAST_LOSSES,
+    MOST_BEYOND,
+    MOST_EXTENSIONS,
+    MOST_TRIALS,
+    REPEAT_WITHIN,
+    REPEATS,
+    SURE,
+    WORTH,
+)
+from telescope.ladder.view import PickedPoint, View, round_size
 from telescope.ladder.window import (
     EXTENSION_CELLS,
     WINDOW,
@@ -40,26 +55,6 @@ from telescope.ladder.window import (
 from telescope.records import Axis, Choice, LadderSpec, Point, Skipped, Stage, Status, Trial
 
 ALL_WALLED = "every cell that is left lies beyond a diverged one"
-LEAST_LOSSES = 3
-"""Losses at base width, of points without a divergence, without which there is nothing to fit."""
-REPEATS = 3
-"""Best cells of the base width that get a further seed before the stage closes."""
-REPEAT_WITHIN = 5.0
-"""Standard deviations of the noise above the best within which a cell is worth a further seed."""
-MOST_EXTENSIONS = 3
-"""Times that the window of one axis grows at one width above the base width."""
-MOST_BEYOND = 4
-"""Values of an axis outside of its range at base width: 1, 3, 7 and 15 steps beyond it."""
-BORDER_TRIALS = 1
-"""Trials of a round that look beyond a border."""
-AHEAD = 60
-"""Trials, of all widths from the open one up, that a forecast of the rest looks at."""
-GOAL = 0.4
-"""Tolerances that the 90 % bound is to fall to in that forecast: forecasts are too bright."""
-WORTH = 0.9
-"""Share of what all those trials would say that is worth its cost: the rest is dear."""
-LEAST_GAIN = 0.1
-"""Share of the predicted excess that a round must promise to take off at the last width."""
 
 
 def next_move(state: State) -> Move | None:
@@ -144,10 +139,10 @@ def _decide(view: View) -> Move:
         return move
     if reason := _out_of_reach(view):
         return _close(view, reason, ends=True)
-    ending = _is_good_enough(view)
+    ending = _reason_to_end(view)
     rest = [] if ending else _rest_of_the_ladder(view)
-    widening = None if ending else _should_widen(view, rest)
-    if reason := ending or widening or _should_give_up(view):
+    widening = None if ending else _reason_to_widen(view, rest)
+    if reason := ending or widening or _reason_to_give_up(view):
         if move := _grow(view, *_repeats(view)):
             return move
         next_width = _next_width(view)
@@ -160,7 +155,7 @@ def _decide(view: View) -> Move:
         return move
     if not best:
         return _close(view, ALL_WALLED, ends=_next_width(view) is None)
-    return _close(view, _out_of_budget(state), ends=True)
+    return _close(view, _out_of_budget(state), ends=True, out_of_budget=True)
 
 
 def _finer(view: View, stage: Stage) -> Grid:
@@ -235,8 +230,8 @@ def _wants_wider(view: View) -> str:
     return ""
 
 
-def _should_widen(view: View, rest: Sequence[PickedPoint]) -> str | None:
-    """Why it is time for the next width, or None."""
+def _reason_to_widen(view: View, rest: Sequence[PickedPoint]) -> str | None:
+    """Say why it is time for the next width, or None."""
     stage = view.stage
     if _next_width(view) is None:
         return None
@@ -363,8 +358,8 @@ def _best_points(state: State, stage: Stage) -> list[Point]:
     return sorted(losses, key=lambda point: (mean_loss(losses[point]), point.axes))
 
 
-def _is_good_enough(view: View) -> str | None:
-    """Why the answer for the target is good enough, or None."""
+def _reason_to_end(view: View) -> str | None:
+    """Say why the answer for the target is good enough, or None."""
     only_width = len(view.spec.widths) == 1
     bound = view.bound(view.target)
     if bound > view.tolerance or not (len(view.surface.data.seen) > 1 or only_width):
@@ -378,8 +373,8 @@ def _is_good_enough(view: View) -> str | None:
     )
 
 
-def _should_give_up(view: View) -> str | None:
-    """Why another round at the last width would change nothing, or None."""
+def _reason_to_give_up(view: View) -> str | None:
+    """Say why another round at the last width would change nothing, or None."""
     stage, state = view.stage, view.state
     if len(state.stages) < len(view.spec.widths):
         return None
@@ -396,7 +391,7 @@ def _should_give_up(view: View) -> str | None:
     )
 
 
-def _close(view: View, reason: str, *, ends: bool) -> Move:
+def _close(view: View, reason: str, *, ends: bool, out_of_budget: bool = False) -> Move:
     """The stage's choice; where the ladder ends, the widths that it leaves out."""
     state, stage = view.state, view.stage
     optimum = view.optimum(stage.width)
@@ -414,6 +409,7 @@ def _close(view: View, reason: str, *, ends: bool) -> Move:
         at_edge=tuple(edges),
         reason="; ".join([*parts, reason]),
         counts=Counter(result.status for result in results),
+        out_of_budget=out_of_budget,
     )
     rest = state.spec.widths[len(state.stages) :] if ends else ()
     return Move(choice=choice, skipped=tuple(Skipped(width, reason) for width in rest))
@@ -464,7 +460,7 @@ def _affordable(state: State, width: int) -> int:
 
 
 def _out_of_budget(state: State) -> str:
-    return f"{BUDGET_SPENT}: {state.spent / (state.spec.budget or math.inf):.0%} of it"
+    return f"the budget is spent: {state.spent / (state.spec.budget or math.inf):.0%} of it"
 
 
 def _too_many_failures(state: State, stage: Stage) -> str | None:

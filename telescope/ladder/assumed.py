@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-USABLE = 5.0
-"""Tolerances that an answer may cost at most and be called usable without a proof."""
 FIND_THE_RULE = "run `telescope check`, and see optimizer.rule"
 """Advice on an optimum that keeps moving, where telescope trains the model itself."""
 ALIKE = ("depth", "batch size", "steps", "data", "schedule")

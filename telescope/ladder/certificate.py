@@ -14,27 +14,26 @@ from dataclasses import replace
 
 import numpy as np
 
-from telescope.ladder.assumed import FIND_THE_RULE, USABLE, assumed_alike
+from telescope.ladder.assumed import FIND_THE_RULE, assumed_alike
 from telescope.ladder.fit.data import Data
 from telescope.ladder.fit.laws import LAWS
 from telescope.ladder.fit.model import Array
 from telescope.ladder.fit.priors import DRIFT_OCTAVES, MISFIT
 from telescope.ladder.fit.surface import Surface
 from telescope.ladder.state import State
-from telescope.ladder.view import BUDGET_SPENT, SURE, View
+from telescope.ladder.thresholds import (
+    CONTRADICTION,
+    FAIL_EXCESS,
+    MERE_PRIOR,
+    NOTICEABLE_DRIFT,
+    RIVAL_ABOVE,
+    RIVAL_WITHIN,
+    SURE,
+    USABLE,
+)
+from telescope.ladder.view import View
 from telescope.records import Certificate, Skipped, Status
 
-FAIL_EXCESS = 0.02
-"""Predicted excess loss, as a share of the loss, from which an answer is no answer."""
-CONTRADICTION = 3.0
-"""Standard errors by which the last width may miss what those before it predicted."""
-MERE_PRIOR = 0.1
-"""Change of a law's probability by the results below which it is said to be the prior still."""
-NOTICEABLE_DRIFT = 0.1
-"""Octaves per doubling below which a drift that does not settle is not held against a rule."""
-RIVAL_WITHIN, RIVAL_ABOVE = 3.0, 6.0
-"""Two minima: losses alike within so many standard deviations of the noise, and a loss between
-them that lies so many above both."""
 ASSUMPTIONS = (
     f"before any result, an optimum is taken to move by {DRIFT_OCTAVES:g} octaves or less over the "
     "first doubling, and to settle as 1/width (60 %), as 1/√width (30 %) or not at all (10 %)",
@@ -131,7 +130,7 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
             "a drift that never settles, as under a wrong width rule, is not ruled out and would "
             f"cost {_percent(view.unsettled_excess)}; {wider} and run again"
         )
-    if any(BUDGET_SPENT in choice.reason for choice in state.choices):
+    if any(choice.out_of_budget for choice in state.choices):
         problems.append("the budget ended the ladder; raise budget.max_over_target")
     return [*problems, *_problems_of_axes(view)]
 

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 from telescope.records import Result, Stage
 
-FAILED_SHARE = 0.1
-"""A stage closes with failures up to this share of its trials. An assumption."""
-
 
 def failures_reason(stage: Stage, failed: Sequence[Result]) -> str:
     """The message for a stage with more failures than may be."""

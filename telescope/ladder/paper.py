@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from telescope.ladder.failures import FAILED_SHARE, all_diverged, failures_reason, first_line
+from telescope.ladder.failures import all_diverged, failures_reason, first_line
 from telescope.ladder.grid import paper_stage
 from telescope.ladder.state import Move, State
+from telescope.ladder.thresholds import FAILED_SHARE
 from telescope.records import Choice, Point, Result, Stage, Status
 
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from telescope.ladder.adaptive import REPEATS
 from telescope.ladder.grid import points_at
 from telescope.ladder.ladder import Ladder
+from telescope.ladder.thresholds import MOST_TRIALS, REPEATS
 from telescope.ladder.truths import Truth, draw_truths
-from telescope.ladder.view import MOST_TRIALS, round_size
+from telescope.ladder.view import round_size
 from telescope.ladder.window import star
 from telescope.records import LadderSpec
 

@@ -16,34 +16,20 @@ from telescope.ladder.fit.optimum import Optimum
 from telescope.ladder.fit.surface import Surface
 from telescope.ladder.observe import frame_of, observe
 from telescope.ladder.state import State
+from telescope.ladder.thresholds import (
+    AT_BORDER,
+    CHECKED_ODDS,
+    DRAWN_AHEAD,
+    KEPT_WITHIN,
+    LEAST_BENDS,
+    MOST_FOR_KEEPING,
+    MOST_TRIALS,
+    RULED_OUT,
+    SURE,
+    UNIDENTIFIED,
+)
 from telescope.ladder.window import Grid, cells, middle, octaves, place_of, point_at
 from telescope.records import LadderSpec, Point, Stage
-
-DRAWN_AHEAD = 1.5
-"""Steps beyond what was measured where a further trial may still find the optimum."""
-UNIDENTIFIED = 0.5
-"""An axis whose 90 % interval is longer than this share of its prior range is unidentified."""
-BUDGET_SPENT = "the budget is spent"
-"""How the reason of a choice says so."""
-MOST_TRIALS = 30
-"""Trials of one stage, for each of the spec's seeds, after which it closes as it is."""
-CHECKED_ODDS = 0.2
-"""Factor by which a passed coordinate check multiplies the odds of a wrong rule. Of 16 variants of
-the quickstart's optimizer, 0 of 7 wrong ones passed and 8 of 9 right ones: 0.14 by the rule of
-succession, taken a little more carefully."""
-RULED_OUT = 0.03
-"""Probability below which a drift that never settles is ruled out."""
-LEAST_BENDS = 0.99
-"""Probability that the loss curves upwards along an axis without which it is unidentified."""
-KEPT_WITHIN = 1.0
-"""Standard deviations of what keeping an unidentified axis costs by the fit: above, it is believed
-that the axis matters."""
-MOST_FOR_KEEPING = 1.0
-"""Tolerances that keeping an unidentified axis may cost by the fit; above, the fit is believed."""
-SURE = 0.9
-"""Probability with which an answer that passes costs no more than the tolerance."""
-AT_BORDER = 0.25
-"""An optimum within so many steps of the outermost value measured counts as lying at the border."""
 
 
 def round_size(spec: LadderSpec) -> int:

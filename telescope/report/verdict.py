@@ -6,7 +6,7 @@ import math
 import shlex
 from typing import TYPE_CHECKING
 
-from telescope.ladder.assumed import USABLE
+from telescope.ladder.thresholds import USABLE
 from telescope.records import Certificate
 
 if TYPE_CHECKING:
