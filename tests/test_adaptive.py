@@ -276,7 +276,7 @@ def test_a_flat_axis_is_unidentified_and_keeps_its_value() -> None:
     axes = (ESSENTIAL.axes[0], Axis("weight_decay", 0.01, 1.0, 5))
     spec = replace(ESSENTIAL, axes=axes, tolerance=0.003)  # a quarter of the fits at 0.001
     kept = []
-    for seed in range(6):
+    for seed in range(12):
         flat = Surface(
             spec,
             {"lr": -4.0, "weight_decay": -3.0},

@@ -72,8 +72,8 @@ def test_the_certificate_says_what_it_knows() -> None:
 def test_without_a_coordinate_check_two_widths_do_not_prove_the_rule() -> None:
     """A drift is seen, and that it never settles would cost more than the tolerance."""
     curvature = {"lr": 0.01, "weight_decay": 0.003}
-    truth = surface(2, noise=0.002, drift=0.4, curvature=curvature)
-    spec = replace(ESSENTIAL, target_width=1024, tolerance=0.003)
+    truth = surface(2, noise=0.003, drift=0.4, curvature=curvature)
+    spec = replace(ESSENTIAL, target_width=1024, tolerance=0.002)
     ladder = run(truth, spec)
     assert len(ladder.stages) == 2
     certificate = certify(ladder, rule_checked=False)
