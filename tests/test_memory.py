@@ -116,7 +116,7 @@ def test_the_code_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fresh = code_of.__wrapped__
     before = fresh("ladder", libraries=("numpy",))
     assert before == fresh("ladder", libraries=("numpy",))
-    fit = package / "ladder" / "surface.py"
+    fit = package / "ladder" / "fit" / "surface.py"
     fit.write_text(fit.read_text().replace("1", "2", 1))
     assert fresh("ladder", libraries=("numpy",)) not in (before, "")
     assert fresh("nowhere", libraries=()) == fresh("ladder", libraries=("no-such",)) == ""
