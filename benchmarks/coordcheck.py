@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 
 from telescope.spec.spec import Spec
-from telescope.sweep.checking import run_check
-from telescope.sweep.prepare import prepare
+from telescope.sweep.builtin import BuiltIn
+from telescope.sweep.modelcheck import run_check
 
 VARIANTS = (
     "",
@@ -41,7 +41,7 @@ def main() -> None:
     for variant in VARIANTS:
         spec = Spec.load("quickstart", variant.split())
         start = time.perf_counter()
-        check = run_check(prepare(spec), say=print)
+        check = run_check(BuiltIn.of(spec), say=print)
         columns = [
             f"{check.slopes[name]:+.2f} ± {check.errors[name]:.2f}"
             for name in ("hidden update", "blocks.1 change", "output")

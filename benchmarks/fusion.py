@@ -43,7 +43,7 @@ from telescope.packs.fused import Pack
 from telescope.packs.trainer import PackedTrainer
 from telescope.records import Point, Trial
 from telescope.spec.spec import Spec
-from telescope.sweep.prepare import prepare
+from telescope.sweep.builtin import BuiltIn
 from telescope.train.loop import (
     reads_every,
     resolve_device,
@@ -336,7 +336,7 @@ def main() -> None:
     device = resolve_device(options.device)
     if device == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cpus])
-    config = prepare(Spec.load("quickstart", options.overrides)).trial_config
+    config = BuiltIn.of(Spec.load("quickstart", options.overrides)).trial_config
     options.trial_steps = config.train.steps
     config = replace(
         config,

@@ -28,8 +28,8 @@ from width_rules import COLUMNS, EVALS, FOLDER, Table
 from telescope.files import write_atomic, write_json
 from telescope.ladder.grid import round_value
 from telescope.records import Point, Result, Trial
+from telescope.sweep.builtin import BuiltIn
 from telescope.sweep.finished import Finished, open_result
-from telescope.sweep.prepare import prepare
 from telescope.train.loop import TelescopeTrainer
 
 OUT = FOLDER.parent / "neighbours"
@@ -194,7 +194,7 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     finished = open_result(args.results, args.results.parent)
     claim = claim_of(finished, OUT / f"{args.name}.json")
-    config = prepare(finished.spec).trial_config
+    config = BuiltIn.of(finished.spec).trial_config
     arm = finished.spec.optimizer.name, finished.spec.optimizer.rule
     table = Table(OUT / f"{args.name}.csv", finished.spec.base_width, COLUMNS[:-EVALS])
     known = dict(table.results(*arm, hidden_alone=False))

@@ -23,7 +23,7 @@ from scipy.interpolate import RBFInterpolator
 from width_rules import EVALS, FOLDER, load_spec
 
 from telescope.records import LadderSpec, Result, Status, Trial
-from telescope.sweep.prepare import count_costs
+from telescope.sweep.counting import count_costs
 
 CURVE = [f"held_out_{i + 1}" for i in range(EVALS)]
 
@@ -42,7 +42,8 @@ def ladder_spec(rule: str, *, widths: tuple[int, ...], target: int) -> LadderSpe
     overrides = {"ladder.widths": list(widths), "target.width": target}
     spec = load_spec("muon", rule, *(f"{key}={value}" for key, value in overrides.items()))
     counted = count_costs(spec)
-    costs = {w: cost / counted.target_flops for w, cost in counted.cost_per_trial.items()}
+    whole = counted.of_target(spec)
+    costs = {w: cost / whole for w, cost in counted.per_trial(spec).items()}
     axes = spec.ladder_spec.axes
     return LadderSpec(axes, widths, target_width=target, costs={**costs, target: 1.0})
 

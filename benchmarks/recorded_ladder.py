@@ -26,7 +26,7 @@ from telescope.dispatch.ray.tune import run_ray
 from telescope.ladder.grid import grid_trials, values_at
 from telescope.records import Axis, Result, Trial
 from telescope.spec.spec import Spec
-from telescope.sweep.prepare import prepare
+from telescope.sweep.builtin import BuiltIn
 from telescope.train.loop import TelescopeTrainer
 
 LADDER_FOLDER = FOLDER.parent / "ladder"
@@ -147,7 +147,7 @@ def record_quickstart(workers: int) -> None:
     """Train what the quickstart's table misses, in plain processes of one thread each."""
     QUICKSTART_FOLDER.mkdir(parents=True, exist_ok=True)
     spec = Spec.load("quickstart")
-    prepared = prepare(spec)
+    prepared = BuiltIn.of(spec)
     fields = spec.strict_fields(prepared.trial_config.corpus_digest)
     check_comparable("quickstart", fields, QUICKSTART_FOLDER)
     source = Quickstart(spec, QUICKSTART_FOLDER)
@@ -167,7 +167,7 @@ def record_width_rules(workers: int) -> None:
     """Train what the tables of the evidence on width rules miss."""
     LADDER_FOLDER.mkdir(parents=True, exist_ok=True)
     spec = load_spec("muon", "mup")
-    prepared = prepare(spec)
+    prepared = BuiltIn.of(spec)
     fields = spec.strict_fields(prepared.trial_config.corpus_digest)
     check_comparable("muon mup", fields)
     run_ray(DenseGrid(spec), TelescopeTrainer(prepared.trial_config), workers=workers)

@@ -45,7 +45,7 @@ from telescope.dispatch.ray.tune import run_ray
 from telescope.packs.trainer import PackedTrainer
 from telescope.records import Point, Result, Trial
 from telescope.spec.spec import Spec
-from telescope.sweep.prepare import prepare
+from telescope.sweep.builtin import BuiltIn
 from telescope.train.loop import resolve_device
 
 Precision = Literal["fp32", "bf16"]
@@ -256,7 +256,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Run the stage both ways and print the ratios."""
     options = parsed()
-    prepared = prepare(Spec.load("quickstart", options.overrides))
+    prepared = BuiltIn.of(Spec.load("quickstart", options.overrides))
     config = replace(prepared.trial_config, threads=1, threads_at={})
     device = resolve_device(config.device)
     on_gpu = device.startswith("cuda")

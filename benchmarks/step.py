@@ -28,7 +28,7 @@ from telescope.config import TrialConfig
 from telescope.records import Point, Trial
 from telescope.rules.groups import parameter_groups
 from telescope.spec.spec import Spec
-from telescope.sweep.prepare import prepare
+from telescope.sweep.builtin import BuiltIn
 from telescope.train.loop import moved, resolve_device, set_up, take_step
 from telescope.train.model import build_meta
 
@@ -102,7 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = resolve_device(arguments.device)
-    config = replace(prepare(Spec.load("quickstart")).trial_config, device=device)
+    config = replace(BuiltIn.of(Spec.load("quickstart")).trial_config, device=device)
     print(describe(device))
     for width in arguments.widths:
         program = program_step(config, width)

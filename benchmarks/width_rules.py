@@ -29,7 +29,7 @@ from telescope.files import write_json
 from telescope.ladder.grid import grid_trials, values_at
 from telescope.records import Point, Result, Status, Trial, as_json
 from telescope.spec.spec import Spec
-from telescope.sweep.prepare import prepare
+from telescope.sweep.builtin import BuiltIn
 from telescope.train.loop import TelescopeTrainer
 
 HERE = Path(__file__).parent
@@ -210,7 +210,7 @@ def run(file: str, arms: Sequence[tuple[str, str]], workers: int, *, hidden_alon
     FOLDER.mkdir(parents=True, exist_ok=True)
     for optimizer, rule in arms:
         spec = load_spec(optimizer, rule)
-        prepared = prepare(spec)
+        prepared = BuiltIn.of(spec)
         fields = spec.strict_fields(prepared.trial_config.corpus_digest)
         check_comparable(f"{optimizer} {rule}", fields)
         grid = Grid(spec, Table(FOLDER / file, spec.base_width), hidden_alone=hidden_alone)

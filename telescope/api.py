@@ -425,6 +425,7 @@ def _with_costs(spec: Spec) -> LadderSpec:
         squares = {width: float(width) ** 2 for width in spec.ladder.widths}
         longer = spec.target.steps / spec.steps if spec.target.steps and spec.steps else 1.0
         return spec.ladder_spec_with(squares, float(spec.target.width) ** 2 * longer)
-    from telescope.sweep.prepare import count_costs
+    from telescope.sweep.counting import count_costs
 
-    return count_costs(spec).ladder_spec
+    costs = count_costs(spec)
+    return spec.ladder_spec_with(costs.per_trial(spec), costs.of_target(spec))

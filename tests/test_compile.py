@@ -14,7 +14,7 @@ from conftest import tiny_spec, trial_config
 from telescope.errors import SpecError
 from telescope.records import Point, Trial
 from telescope.spec.spec import Spec
-from telescope.sweep.prepare import check_compiler
+from telescope.sweep.machine import check_compiler
 from telescope.train.loop import compiled_token_loss, set_up, train
 
 

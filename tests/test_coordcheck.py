@@ -44,8 +44,8 @@ from telescope.rules import groups, parametrization
 from telescope.rules import scaling as rules
 from telescope.rules.scaling import Role, Scaling
 from telescope.spec.spec import Spec
-from telescope.sweep.checking import check_point, expected_seconds, seconds_at_most
-from telescope.sweep.prepare import prepare
+from telescope.sweep.builtin import BuiltIn
+from telescope.sweep.modelcheck import check_point, expected_seconds, seconds_at_most
 
 POINT = Point.of(lr=0.004, weight_decay=0.1)
 MUP = OptimizerConfig()
@@ -525,7 +525,7 @@ def test_a_clusters_flop_rate_is_not_this_machines(corpus_file: Path) -> None:
     def seconds(rate: float | None) -> float:
         compute = {"device": "cpu", **({"flop_rate": rate} if rate else {})}
         spec = Spec.from_dict(tiny_spec(corpus_file, compute=compute))
-        return expected_seconds(prepare(spec), SHORT)
+        return expected_seconds(BuiltIn.of(spec), SHORT)
 
     assert seconds(3.2e15) == seconds(None)
     assert seconds(1e9) == pytest.approx(20 * seconds(None))  # ASSUMED_FLOP_RATE is 2e10
@@ -543,7 +543,7 @@ def test_a_short_check_is_known_to_be_short_without_counting(
         optimizer={"name": name},
         target={"width": 256},
     )
-    prepared = prepare(Spec.from_dict(data))
+    prepared = BuiltIn.of(Spec.from_dict(data))
     for extent in (SHORT, Extent()):
         counted = expected_seconds(prepared, extent)
         assert counted <= seconds_at_most(prepared, extent) <= 25 * counted

@@ -24,9 +24,9 @@ from telescope.report.live import PlainScreen, Screen, make_screen
 from telescope.report.terminal import show_as_json
 from telescope.store.folder import Folder
 from telescope.sweep.answer import transfer
+from telescope.sweep.builtin import BuiltIn
 from telescope.sweep.checking import write_check
 from telescope.sweep.finished import open_result
-from telescope.sweep.prepare import prepare
 from telescope.sweep.run import Options, Recorder, run
 from telescope.train import loop
 
@@ -254,7 +254,7 @@ def test_results_in_a_storage_elsewhere(
 
 def test_compute_reaches_the_trainer(tmp_path: Path, corpus_file: Path) -> None:
     data = tiny_spec(corpus_file, compute={"device": "cpu:0", "cpus": 2})
-    config = prepare(Spec.from_dict(data)).trial_config
+    config = BuiltIn.of(Spec.from_dict(data)).trial_config
     assert (config.device, config.threads) == ("cpu:0", 2)
 
 
@@ -331,7 +331,7 @@ def test_time_left_is_what_remains_at_the_pace_so_far(tmp_path: Path, corpus_fil
 def test_the_target_run_counts_with_its_own_steps_and_batch(corpus_file: Path) -> None:
     def target_flops(**target: int) -> float:
         data = tiny_spec(corpus_file, target={"width": 64, **target}, optimizer={"name": "adamw"})
-        return prepare(Spec.from_dict(data)).target_flops
+        return BuiltIn.of(Spec.from_dict(data)).target_flops
 
     assert target_flops(steps=40, batch_size=8) == pytest.approx(20 * target_flops())
 
@@ -424,7 +424,7 @@ def full_check(results: Path, data: dict[str, Any], verdict: str) -> dict[str, A
     """Put a verdict of the full check on this training where `telescope check` does."""
     folder = Folder(results / "tiny")
     folder.create()
-    record = {"verdict": verdict, "fingerprint": prepare(Spec.from_dict(data)).fingerprint}
+    record = {"verdict": verdict, "fingerprint": BuiltIn.of(Spec.from_dict(data)).fingerprint}
     folder.write_check(record)
     return record
 
@@ -433,7 +433,7 @@ def test_a_verdict_of_the_full_check_stands(
     tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The short form, which sees less, is neither made nor put in its place."""
-    monkeypatch.setattr("telescope.sweep.checking.coordinate_check", None)
+    monkeypatch.setattr("telescope.sweep.modelcheck.coordinate_check", None)
     data = tiny_spec(corpus_file, ladder={"widths": [16]})
     failed = full_check(tmp_path, data, "FAIL")
     with pytest.raises(RefusedError, match=r"FAIL: as kept in .*tiny; .*--no-check"):
@@ -456,7 +456,7 @@ def test_a_check_of_other_training_does_not_replace_a_sweeps_verdict(
     folder, _ = sweep(tmp_path, data)
     before = folder.read_check()
     mine, other = (
-        prepare(Spec.from_dict(tiny_spec(corpus_file, optimizer={"rule": rule})))
+        BuiltIn.of(Spec.from_dict(tiny_spec(corpus_file, optimizer={"rule": rule})))
         for rule in ("mup", "paper")
     )
     one = Extent(width_factors=(1, 2), steps=(1,), seeds=(0,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,72 +9,14 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from telescope.check.coordcheck import (
-    SHORT,
-    Extent,
-    check_config,
-    coordinate_check,
-)
 from telescope.check.verdict import CoordCheck
-from telescope.dispatch.device import free_memory
-from telescope.errors import RefusedError, SpecError
-from telescope.records import Point
+from telescope.errors import RefusedError
 from telescope.report.live import describe_seconds
 from telescope.spec.spec import Spec
-from telescope.spec.tables import AxisTable
 from telescope.store.folder import CHECK_FIGURE_FILE, Folder
-from telescope.sweep.foreign import Told
-from telescope.sweep.prepare import ASSUMED_FLOP_RATE, Prepared, check_corpus, check_usable, prepare
-from telescope.train.flops import step_cost
-from telescope.train.loop import resolve_device
-
-CHECK_LR = 0.004
-"""The check's lr, whatever the grid. Above it even the right rule's logits shrink with the width,
-by up to a slope of -0.37 (measured at lr 0.02). Below it three steps do not leave the start, where
-a tied readout's logits shrink as 1/√width by right (-0.40 at lr 1e-4, -0.28 at 1e-3, -0.03 at
-0.004): together they must be of the order of the tied embedding's standard deviation, 0.02."""
-CHECK_INIT_SCALE = 1.0
-"""The check's init_scale, whatever the axis: a factor that is the same at every width changes no
-rule, and with a large one three steps at CHECK_LR do not leave a tied readout's start (measured at
-4, tied: the logits' change has a slope of -0.35 under Muon, -0.29 under AdamW)."""
-NO_MODEL = "another trainer's sweep, so there is no model to check"
-ANNOUNCED_SECONDS = 300.0
-"""A check that is expected to take longer says so first."""
-
-
-def run_check(
-    prepared: Prepared,
-    say: Callable[[str], None],
-    extent: Extent | None = None,
-    progress: Callable[[float, float], None] | None = None,
-) -> CoordCheck:
-    """Measure the model and the optimizer that the spec names.
-
-    Args:
-        prepared: the sweep.
-        say: takes a line when the check will be long.
-        extent: how much to measure; left out, everything.
-        progress: see `coordinate_check`.
-
-    Raises:
-        ModelError: the model file cannot be built, or fails, at one of the widths.
-        SpecError: this machine has not the device that the spec names.
-        DataError: the corpus is too short for the check's small batches.
-    """
-    extent = extent or Extent()
-    check_usable(prepared.spec.compute.device)
-    config, point = prepared.trial_config, check_point(prepared.spec)
-    check_corpus(check_config(config, extent))
-    is_long = seconds_at_most(prepared, extent) > ANNOUNCED_SECONDS
-    if is_long and (seconds := expected_seconds(prepared, extent)) > ANNOUNCED_SECONDS:
-        widths = ", ".join(map(str, extent.widths(config.base_width)))
-        say(
-            f"{prepared.spec.name}: coordinate check at widths {widths}: about "
-            f"{describe_seconds(seconds)} expected; `run --no-check` leaves it out"
-        )
-    check = coordinate_check(config, point, extent, progress)
-    free_memory()  # which the workers need
-    return check
+from telescope.sweep.builtin import BuiltIn
+from telescope.sweep.modelcheck import run_check
+from telescope.sweep.runnable import Runnable
 
 
 def check_in_full(
@@ -99,10 +40,10 @@ def check_in_full(
         ResumeError: the folder's files cannot be read.
         TelescopeError: the sweep cannot be checked; see `run_check` and `prepare`.
     """
-    prepared = prepare(spec)
-    check = run_check(prepared, say, progress=progress)
+    sweep = BuiltIn.of(spec)
+    check = run_check(sweep, say, progress=progress)
     folder.create()
-    is_kept = write_check(folder, check, prepared)
+    is_kept = write_check(folder, check, sweep)
     if is_kept:
         draw_kept_check(folder, spec)
     else:
@@ -113,74 +54,20 @@ def check_in_full(
     return check, is_kept
 
 
-def check_point(spec: Spec) -> Point:
-    """The check's own lr and init_scale; the middle of every other axis."""
-    own = {"lr": CHECK_LR, "init_scale": CHECK_INIT_SCALE}
-    return Point.of({name: own.get(name, _middle(axis)) for name, axis in spec.axes.items()})
-
-
-def _middle(axis: AxisTable) -> float:
-    """The geometric middle of a range, or the fixed value."""
-    if axis.value is not None:
-        return axis.value
-    assert axis.low is not None
-    assert axis.high is not None
-    return math.sqrt(axis.low * axis.high)
-
-
-def expected_seconds(prepared: Prepared, extent: Extent) -> float:
-    """How long the check takes on this machine, by counted FLOPs at the spec's or assumed rate."""
-    config = check_config(prepared.trial_config, extent)
-    flops_per_step = sum(
-        step_cost(
-            config.model, config.train, config.optimizer, width=width, base_width=config.base_width
-        ).total
-        for width in extent.widths(config.base_width)
-    )
-    return _seconds_of(prepared, extent, flops_per_step)
-
-
-def seconds_at_most(prepared: Prepared, extent: Extent) -> float:
-    """A bound of `expected_seconds` from what is counted already: to count takes a second.
-
-    The check's batches are no larger than the sweep's, and a step's cost grows with the width at
-    most as its cube, which that of Newton-Schulz does.
-    """
-    costs = prepared.costs
-
-    def at_most(width: int) -> float:
-        counted = min((other for other in costs if other >= width), default=max(costs))
-        return costs[counted].total * max(1.0, width / counted) ** 3
-
-    widths = extent.widths(prepared.spec.base_width)
-    return _seconds_of(prepared, extent, sum(map(at_most, widths)))
-
-
-def _seconds_of(prepared: Prepared, extent: Extent, flops_per_step: float) -> float:
-    """How long a check takes whose steps at all widths cost so much together."""
-    compute = prepared.spec.compute
-    assumed = ASSUMED_FLOP_RATE * min(map(compute.cpus_at, prepared.spec.ladder.widths))
-    rate = compute.flop_rate or assumed
-    if resolve_device(compute.device) == "cpu":
-        # The spec's rate is a worker's, and the worker may be a GPU of a cluster.
-        rate = min(rate, assumed)
-    return flops_per_step * max(extent.steps) * len(extent.seeds) / rate
-
-
-def write_check(folder: Folder, check: CoordCheck, prepared: Prepared) -> bool:
+def write_check(folder: Folder, check: CoordCheck, sweep: Runnable) -> bool:
     """Keep the verdict, and whose it is, in the results folder; `draw_kept_check` draws it.
 
     Args:
         folder: the sweep's.
         check: the verdict.
-        prepared: the sweep.
+        sweep: the sweep.
 
     Returns:
         Whether it was kept: not where the folder holds a sweep of other training.
     """
-    if folder.exists and folder.read_spec()["fingerprint"] != prepared.fingerprint:
+    if folder.exists and folder.read_spec()["fingerprint"] != sweep.fingerprint:
         return False
-    folder.write_check({**check.as_dict(), "fingerprint": prepared.fingerprint})
+    folder.write_check({**check.as_dict(), "fingerprint": sweep.fingerprint})
     (folder.path / CHECK_FIGURE_FILE).unlink(missing_ok=True)  # an earlier one's
     return True
 
@@ -223,7 +110,7 @@ def _nothing() -> None:
 
 @contextmanager
 def check_before_run(
-    prepared: Prepared | Told,
+    sweep: Runnable,
     folder: Folder,
     *,
     wanted: bool,
@@ -236,7 +123,7 @@ def check_before_run(
     is made in a thread of its own, and given up when the context is left before it is done.
 
     Args:
-        prepared: the sweep.
+        sweep: the sweep.
         folder: its results folder; a verdict on the same training is not measured again.
         wanted: False for `--no-check`.
         say: takes what there is to say, a line each.
@@ -249,24 +136,23 @@ def check_before_run(
     if folder.exists:
         yield Verdict(lambda: _nothing)
         return
-    spec, known = prepared.spec, folder.read_check() or {}
-    is_known = known.get("fingerprint") == prepared.fingerprint and known["verdict"]
-    reason = NO_MODEL if isinstance(prepared, Told) else _why_not(spec, wanted)
-    if isinstance(prepared, Told) or reason:
+    spec, known = sweep.spec, folder.read_check() or {}
+    is_known = known.get("fingerprint") == sweep.fingerprint and known["verdict"]
+    make_check, reason = sweep.model_check(wanted=wanted)
+    if make_check is None:
         say(f"{spec.name}: no coordinate check: {reason}")
-        record = {"verdict": None, "reason": reason, "fingerprint": prepared.fingerprint}
+        record = {"verdict": None, "reason": reason, "fingerprint": sweep.fingerprint}
         yield Verdict(lambda: _nothing if is_known else (lambda: folder.write_check(record)))
         return
     if is_known:
         _settle(spec, known["verdict"] == "PASS", f": as kept in {folder.path}", say)
         yield Verdict(lambda: _nothing)
         return
-    ours = prepared
 
     def make(progress: Callable[[float, float], None]) -> _Timed:
         start = time.monotonic()
         with phase("checking the model"):
-            check = run_check(ours, say, SHORT, progress=progress)
+            check = make_check(say, progress)
         return check, time.monotonic() - start
 
     with _beside(make) as outcome:
@@ -275,7 +161,7 @@ def check_before_run(
             check, seconds = outcome.result()
             took = f" in {describe_seconds(seconds)}" if check.passed else ""
             _settle(spec, check.passed, f"{took}: {describe_verdict(check)}", say)
-            return lambda: write_check(folder, check, ours)
+            return lambda: write_check(folder, check, sweep)
 
         yield Verdict(settle, outcome.done)
 
@@ -311,20 +197,6 @@ def _beside(
     finally:
         ending.set()
         thread.join()
-
-
-def _why_not(spec: Spec, wanted: bool) -> str | None:
-    """Why the check before a run is left out; None where it can be made."""
-    if not wanted:
-        return "--no-check"
-    try:
-        check_usable(spec.compute.device)
-    except SpecError:  # a cluster's machines have it: a run in place would have been refused
-        return (
-            f"this machine has no device {spec.compute.device!r}; `telescope check` makes it on a "
-            "machine that has one"
-        )
-    return None
 
 
 def _settle(spec: Spec, is_passed: bool, finding: str, say: Callable[[str], None]) -> None:

@@ -15,8 +15,7 @@ from telescope.config import ADDED_KEYS
 from telescope.errors import RefusedError, ResumeError
 from telescope.foreign.program import ProgramText
 from telescope.store.folder import Folder
-from telescope.sweep.foreign import Foreign, Told
-from telescope.sweep.prepare import Prepared
+from telescope.sweep.runnable import Runnable
 
 DATA_HASH = "data (hash)"
 """Key of what was measured on; empty or missing where telescope did not see it."""
@@ -26,7 +25,7 @@ TEXTS = "trainer_texts"
 
 def check_comparable(
     folder: Folder,
-    prepared: Prepared | Told,
+    sweep: Runnable,
     *,
     accept_trainer: bool = False,
     say: Callable[[str], None],
@@ -35,7 +34,7 @@ def check_comparable(
 
     Args:
         folder: the sweep's, which may not have been started.
-        prepared: what would be trained.
+        sweep: what would be trained.
         accept_trainer: take an edited trainer for the same.
         say: told of each file that is taken so.
 
@@ -45,10 +44,10 @@ def check_comparable(
     Raises:
         ResumeError: naming the fields that differ, then and now.
     """
-    sources = prepared.sources if isinstance(prepared, Foreign) else {}
+    sources = sweep.program_texts
     record = folder.read_spec() if folder.exists else {}
-    kept = record.get("comparable_if_equal", prepared.comparable)
-    before, now = ADDED_KEYS | kept, ADDED_KEYS | prepared.comparable
+    kept = record.get("comparable_if_equal", sweep.comparable)
+    before, now = ADDED_KEYS | kept, ADDED_KEYS | sweep.comparable
     texts = {key: _texts(record, key, kept.get(key), sources[key]) for key in sources}
     edited = {
         key for key, source in sources.items() if key in kept and not _has(texts[key], source)
@@ -71,7 +70,7 @@ def check_comparable(
         say(f"{key} was {kept[key]}, now {now[key]}: accepted as the same (--accept-trainer)")
     if not sources:
         return {}
-    fingerprint = record.get("fingerprint", prepared.fingerprint)
+    fingerprint = record.get("fingerprint", sweep.fingerprint)
     return {TEXTS: texts, "comparable_if_equal": kept, "fingerprint": fingerprint}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +27,15 @@ from telescope.foreign.trainers import (
 )
 from telescope.spec.placeholders import OWN, names_in
 from telescope.spec.spec import Spec
-from telescope.spec.tables import CostTable, TrainerTable
+from telescope.spec.tables import TrainerTable
 from telescope.store.folder import Folder
-from telescope.sweep.prepare import Priced
+from telescope.sweep.answer import UNCONFIRMED, rule_problem
+from telescope.sweep.runnable import (
+    Trainable,
+    WithCosts,
+    describe_workers,
+    estimate_seconds,
+)
 
 LARGEST_PROGRAM = 1 << 20
 """Bytes of the program that a command names by a relative path up to which it counts as the user's
@@ -38,29 +45,7 @@ SCRIPT_SUFFIXES = {".py", ".sh", ".bash", ".zsh", ".jl", ".r", ".pl", ".rb", ".l
 
 
 @dataclass(frozen=True)
-class Told(Priced):
-    """A spec with [cost], whose trials somebody else's loop trains."""
-
-    cost: CostTable
-
-    @property
-    def cost_per_trial(self) -> dict[int, float]:
-        """Width → FLOPs of a trial where [cost] gives them, or parameters."""
-        return self.spec.costs
-
-    @property
-    def target_flops(self) -> float:
-        """Cost of the target run in the same unit."""
-        return self.spec.target_cost
-
-    @property
-    def comparable(self) -> dict[str, Any]:
-        """Dotted key → value of what is known of the training: the base width."""
-        return {"ladder.widths[0]": self.spec.base_width}
-
-
-@dataclass(frozen=True)
-class Foreign(Told):
+class Foreign(WithCosts, Trainable):
     """A spec with [cost] and [trainer]."""
 
     trainer: TrainerTable
@@ -71,6 +56,27 @@ class Foreign(Told):
         assert spec.trainer is not None
         assert spec.cost is not None
         return cls(spec, spec.cost, spec.trainer)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why the answer will not be confirmed, where that is known."""
+        problem = rule_problem(self.spec)
+        return (UNCONFIRMED.format(problem),) if problem else ()
+
+    @property
+    def prints_steps(self) -> bool:
+        """True: a trial's log may have its steps."""
+        return True
+
+    @property
+    def worker_prints(self) -> bool:
+        """Whether it is a function: a command's output has files of its own."""
+        return self.trainer.function is not None
+
+    @property
+    def timeout(self) -> float:
+        """The table's for a function; a command's trainer ends it itself, with what it started."""
+        return self.trainer.timeout if self.trainer.function else 0.0
 
     @property
     def folder(self) -> Path:
@@ -93,7 +99,7 @@ class Foreign(Told):
         return {**self.spec.strict_fields(""), **hashes}
 
     @property
-    def sources(self) -> dict[str, ProgramText]:
+    def program_texts(self) -> dict[str, ProgramText]:
         """Key in `comparable` → digests of a file whose text is part of the trainer."""
         return {key: source for key, _, source in self._sources}
 
@@ -148,7 +154,7 @@ class Foreign(Told):
             sources=sources,
         )
 
-    def check(self, *, is_cluster: bool) -> None:
+    def check_inputs(self, *, is_cluster: bool) -> None:
         """Check what the trials will need of this machine; a cluster's machines may differ.
 
         Raises:
@@ -158,6 +164,29 @@ class Foreign(Told):
             self._check_function(self.trainer.function)
         elif not is_cluster:
             self._check_command()
+
+    def as_plan(self, at_once: Mapping[int, int], *, probe: bool) -> dict[str, Any]:
+        """The plan in the keys of `telescope plan --json`; see `Trainable.as_plan`."""
+        if probe:
+            raise SpecError(
+                "--probe: times the built-in trainer; with [trainer] give compute.flop_rate, and "
+                "flops in [cost]"
+            )
+        rate = self.spec.compute.flop_rate
+        if rate and self.cost.flops:
+            seconds = {width: cost / rate for width, cost in self.cost_per_trial.items()}
+            timed = {
+                "estimate": estimate_seconds(self, seconds, at_once),
+                "basis": f"{rate:.3g} FLOP/s per worker (compute.flop_rate); "
+                f"{describe_workers(at_once)}, start-up not counted",
+            }
+        else:
+            timed = {
+                "estimate": None,
+                "basis": "needs flops in [cost] and compute.flop_rate; `run` says when trials are "
+                "done",
+            }
+        return {**_as_json(self), "seconds": timed, "notes": list(self.notes)}
 
     def _check_command(self) -> None:
         command = self.trainer.command
@@ -207,7 +236,7 @@ def _is_script(path: Path) -> bool:
         return False
 
 
-def plan_foreign(foreign: Foreign) -> dict[str, Any]:
+def _as_json(foreign: Foreign) -> dict[str, Any]:
     """The plan in the keys of `telescope plan --json`; null what only the trainer knows."""
     spec, plan = foreign.spec, foreign.plan
     is_flops = foreign.cost.flops is not None

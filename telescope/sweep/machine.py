@@ -1,4 +1,4 @@
-"""What a sweep's workers get of this machine: how many there are, and what each one reserves."""
+"""This machine: whether it has what trials need, how many workers there are, and what each gets."""
 
 from __future__ import annotations
 
@@ -140,3 +140,62 @@ def _room(cpus: int, gpus: float, devices: int) -> int:
     if gpus:
         return max(1, math.floor(torch.cuda.device_count() / gpus))
     return devices or max(1, len(os.sched_getaffinity(0)) // cpus)
+
+
+def check_device(device: str) -> None:
+    """Check that torch knows the device's name; whether a worker has it, it finds out itself."""
+    try:
+        torch.device(resolve_device(device))
+    except RuntimeError as error:
+        raise SpecError(
+            f"compute.device: got {device!r}, must be a torch device such as cpu, cuda, or auto"
+        ) from error
+
+
+def check_this_machine(spec: Spec) -> None:
+    """Check that this machine has what a trial asks for; a cluster's machines may differ.
+
+    Raises:
+        SpecError: naming the key and what there is.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    most = max(map(spec.compute.cpus_at, spec.ladder.widths))
+    if most > cpus:
+        raise SpecError(f"compute.cpus: got {most}, this machine has {cpus}; lower it")
+    if spec.trainer is None:
+        check_usable(spec.compute.device)
+
+
+def check_usable(device: str) -> None:
+    """Check that this machine can compute on a device.
+
+    Raises:
+        SpecError: it cannot.
+    """
+    try:
+        torch.empty(0, device=torch.device(resolve_device(device)))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError(
+            f"compute.device: got {device!r}, which this machine cannot use ({reason}); use auto "
+            "or cpu"
+        ) from error
+
+
+def check_compiler(spec: Spec) -> None:
+    """Check that torch can compile on this machine, where the spec wants it; takes seconds.
+
+    Raises:
+        SpecError: it cannot.
+    """
+    if spec.train is None or not spec.train.compile:
+        return
+    number = torch.zeros(1, device=torch.device(resolve_device(spec.compute.device)))
+    try:
+        torch.compile(lambda x: x + 1)(number)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError(
+            f"train.compile: got true, but torch.compile fails on this machine ({reason}); install "
+            "a C++ compiler, or leave it false"
+        ) from error

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,6 @@ from statistics import fmean
 from typing import Any
 
 from telescope.dispatch.packs import Packs
-from telescope.dispatch.queue import Trainer
 from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
 from telescope.foreign.outcome import latest_row
 from telescope.ladder.ladder import Ladder, replay
@@ -30,21 +29,20 @@ from telescope.records import Result, Status, Trial
 from telescope.report.live import Progress, QuietScreen, Screen
 from telescope.spec.spec import Spec
 from telescope.store.folder import Folder
-from telescope.sweep.answer import UNCONFIRMED, rule_problem
 from telescope.sweep.checking import Verdict, check_before_run, draw_kept_check
 from telescope.sweep.comparing import check_comparable
 from telescope.sweep.finished import Kept, given_trials, ladder_memory
-from telescope.sweep.foreign import Foreign, Told
-from telescope.sweep.machine import check_numbered_device, gpus, pack_size, takes_any_gpu, workers
-from telescope.sweep.memory import code_of
-from telescope.sweep.prepare import (
-    Prepared,
+from telescope.sweep.machine import (
     check_compiler,
-    check_corpus,
+    check_numbered_device,
     check_this_machine,
-    over_budget,
-    prepare,
+    gpus,
+    takes_any_gpu,
+    workers,
 )
+from telescope.sweep.memory import code_of
+from telescope.sweep.prepare import prepare
+from telescope.sweep.runnable import Outside, Runnable, Trainable
 
 PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
 
@@ -293,8 +291,9 @@ def run(spec: Spec, options: Options, make_screen: Callable[[], Screen]) -> tupl
         raise SpecError(
             "--accept-trainer: is for the script or function of [trainer]; this spec has none"
         )
-    prepared = _prepare(spec, is_cluster=is_cluster)
-    if refusal := over_budget(prepared):
+    sweep = prepare(spec)
+    sweep.check_inputs(is_cluster=is_cluster)
+    if refusal := sweep.over_budget:
         raise RefusedError(f"{spec.name}: {refusal}")
     at_once = workers(spec, options.workers, is_cluster=is_cluster)
     if not is_cluster:
@@ -306,24 +305,13 @@ def run(spec: Spec, options: Options, make_screen: Callable[[], Screen]) -> tupl
         _told_what_to_mend(folder),
         folder.held(),
         make_screen() as screen,
-        _checked(prepared, folder, options, screen, at_once) as start,
+        _checked(sweep, folder, options, screen, at_once) as start,
         ExitStack() as stack,
     ):
         late = _Late(start, stack)
-        _dispatch(late, prepared, folder, options, at_once, screen)
+        _dispatch(late, sweep, folder, options, at_once, screen)
         _draw(late.recorder, spec)
         return folder, late.recorder.ladder
-
-
-def _prepare(spec: Spec, *, is_cluster: bool) -> Prepared | Foreign:
-    """Check what the trials need, and price them."""
-    if spec.trainer:
-        foreign = Foreign.of(spec)
-        foreign.check(is_cluster=is_cluster)
-        return foreign
-    prepared = prepare(spec)
-    check_corpus(prepared.trial_config)
-    return prepared
 
 
 @contextmanager
@@ -341,8 +329,8 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
         RefusedError, ResumeError, StoreError: as `run`.
     """
     assert spec.cost is not None
-    told, folder = Told(spec, spec.cost), Folder(results / spec.name)
-    if refusal := over_budget(told):
+    told, folder = Outside(spec, spec.cost), Folder(results / spec.name)
+    if refusal := told.over_budget:
         raise RefusedError(f"{spec.name}: {refusal}")
     at_once = dict.fromkeys(spec.ladder.widths, 1)
     with (
@@ -394,35 +382,33 @@ def _told_what_to_mend(folder: Folder) -> Iterator[None]:
 
 @contextmanager
 def _checked(
-    prepared: Prepared | Told,
+    sweep: Runnable,
     folder: Folder,
     options: Options,
     screen: Screen,
     at_once: Mapping[int, int],
 ) -> Iterator[_Start]:
     """Check that the sweep can be run or gone on with; its model is checked in another thread."""
-    spec = prepared.spec
+    spec = sweep.spec
     trainer = check_comparable(
-        folder, prepared, accept_trainer=options.accept_trainer, say=screen.note
+        folder, sweep, accept_trainer=options.accept_trainer, say=screen.note
     )
     storage = _chosen_storage(folder, options.storage)
     before = folder.read_spec() if folder.exists else {}
-    record = _spec_record(prepared, storage) | trainer
+    record = _spec_record(sweep, storage) | trainer
     axes, fingerprint, memory = spec.ladder_spec.axes, record["fingerprint"], ladder_memory(folder)
     kept = Kept(folder, storage, spec.name, axes, fingerprint, memory)
     with closing(kept):
         if storage or folder.exists:  # what is wrong with it is said before the check takes time
             kept.results()
-    if spec.trainer and (problem := rule_problem(spec)):
-        screen.note(f"{spec.name}: {UNCONFIRMED.format(problem)}")
-    if prepared.repeated_data:
-        screen.note(f"{spec.name}: {prepared.repeated_data}")
+    for note in sweep.notes:
+        screen.note(f"{spec.name}: {note}")
     one_by_one = options.dispatcher == "inline"
     with check_before_run(
-        prepared, folder, wanted=options.check, say=screen.note, phase=screen.phase
+        sweep, folder, wanted=options.check, say=screen.note, phase=screen.phase
     ) as verdict:
         yield _Start(
-            prepared=prepared,
+            sweep=sweep,
             folder=folder,
             screen=screen,
             workers=dict.fromkeys(at_once, 1) if one_by_one else at_once,
@@ -437,7 +423,7 @@ def _checked(
 class _Start:
     """A sweep that begins, or goes on, as soon as its verdict is there."""
 
-    prepared: Prepared | Told
+    sweep: Runnable
     folder: Folder
     screen: Screen
     workers: Mapping[int, int]
@@ -460,7 +446,7 @@ class _Start:
         with closing(self.kept) as store:
             recorder = self._replayed(store, write_verdict)
             try:
-                if isinstance(self.prepared, Foreign):
+                if self.sweep.prints_steps:
                     self.screen.watch(recorder.latest)
                 self.screen.start(recorder.beat("running"))
                 yield recorder
@@ -473,7 +459,7 @@ class _Start:
 
     def _replayed(self, store: Kept, write_verdict: Callable[[], object]) -> Recorder:
         """The ladder with all that is stored, and the folder as the sweep's."""
-        prepared, folder = self.prepared, self.folder
+        sweep, folder = self.sweep, self.folder
         known = store.results()
         for result in folder.unstored():
             if result not in known:
@@ -482,26 +468,25 @@ class _Start:
         folder.remove_unstored()
         write_verdict()  # first: with its spec the folder counts as a sweep that has its verdict
         folder.tidy(_ended(known))
-        ours = prepared.trial_config if isinstance(prepared, Prepared) else None
         ladder = replay(
-            prepared.ladder_spec,
+            sweep.ladder_spec,
             known,
             given=given_trials(self.before),
             retry_failures=True,
             memory=store.memory,
         )
         self.record["given"] = _given_record(ladder)
-        folder.write_spec(self.record, ours.model.text if ours else None)
+        folder.write_spec(self.record, sweep.model_text)
         return Recorder(
             ladder=ladder,
             store=store,
             folder=folder,
             screen=self.screen,
-            name=prepared.spec.name,
+            name=sweep.spec.name,
             workers=self.workers,
-            planned={stage.width: stage.trials for stage in prepared.plan.stages},
+            planned={stage.width: stage.trials for stage in sweep.plan.stages},
             known=known,
-            costs=(prepared.plan.best, prepared.plan.worst),
+            costs=(sweep.plan.best, sweep.plan.worst),
         )
 
 
@@ -560,7 +545,7 @@ def _ended(results: Iterable[Result]) -> list[Trial]:
 
 def _dispatch(
     late: _Late,
-    prepared: Prepared | Foreign,
+    sweep: Trainable,
     folder: Folder,
     options: Options,
     at_once: Mapping[int, int],
@@ -575,9 +560,8 @@ def _dispatch(
     starts_ahead = options.dispatcher != "inline" and not is_cluster and not late.is_due()
     if not starts_ahead and not late.ask():
         return
-    trainer, timeout = _trainer(prepared, folder)
-    size = 1 if prepared.spec.trainer else pack_size(prepared.spec, is_cluster=is_cluster)
-    packs = Packs(size, lines=folder.packs(), note=late.note_pack)
+    trainer, timeout = sweep.make_trainer(folder), sweep.timeout
+    packs = Packs(sweep.pack_size(is_cluster=is_cluster), lines=folder.packs(), note=late.note_pack)
     if options.dispatcher == "inline":
         from telescope.dispatch.inline import run_inline
 
@@ -590,7 +574,7 @@ def _dispatch(
             on_release=late.on_release,
         )
         return
-    spec, owner = prepared.spec, str(folder.path.resolve())
+    spec, owner = sweep.spec, str(folder.path.resolve())
     with ExitStack() as stack:
         with screen.phase("starting Ray"):
             from telescope.dispatch.ray.tune import Size, opened, run_ray
@@ -621,41 +605,23 @@ def _dispatch(
             owner=owner,
             on_start=late.on_start,
             on_release=late.on_release,
-            logs=folder.logs if _prints(prepared) else None,
+            logs=folder.logs if sweep.worker_prints else None,
             takes_any_gpu=is_cluster and takes_any_gpu(spec),
             session=session,
             is_due=late.is_due,
         )
 
 
-def _prints(prepared: Prepared | Foreign) -> bool:
-    """Whether a worker's own output is the log of its trial: a user's function prints there."""
-    return isinstance(prepared, Foreign) and prepared.trainer.function is not None
-
-
-def _trainer(prepared: Prepared | Foreign, folder: Folder) -> tuple[Trainer, float]:
-    """What trains a trial, and after how many seconds a dispatcher is to end it; 0: never."""
-    if isinstance(prepared, Foreign):
-        trainer = prepared.make_trainer(folder)
-        # A command's trainer ends it itself, with all that it has started.
-        return trainer, prepared.trainer.timeout if prepared.trainer.function else 0.0
-    from telescope.packs.trainer import PackedTrainer
-
-    kept = str(folder.checkpoints.absolute())
-    config = replace(prepared.trial_config, checkpoint_folder=kept)
-    return PackedTrainer(config), config.train.timeout
-
-
-def _spec_record(prepared: Prepared | Told, storage: str | None) -> dict[str, Any]:
+def _spec_record(sweep: Runnable, storage: str | None) -> dict[str, Any]:
     """What `spec.json` holds."""
     return {
-        "spec": prepared.spec.as_dict(),
-        "fingerprint": prepared.fingerprint,
-        "comparable_if_equal": prepared.comparable,
+        "spec": sweep.spec.as_dict(),
+        "fingerprint": sweep.fingerprint,
+        "comparable_if_equal": sweep.comparable,
         "storage": storage and _without_password(storage),
-        "target_flops": prepared.target_flops,
-        "costs": {str(width): cost for width, cost in prepared.cost_per_trial.items()},
-        "planned": prepared.planned,
+        "target_flops": sweep.target_flops,
+        "costs": {str(width): cost for width, cost in sweep.cost_per_trial.items()},
+        "planned": sweep.planned,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
     }
