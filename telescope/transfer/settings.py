@@ -36,7 +36,7 @@ BATCH_NOTE = (
 )
 CONVENTION_NOTE = (
     "rule {rule}; a step decays by lr · weight_decay of its own group, as torch.optim does; lr is "
-    "the schedule's peak; what other libraries call these rules is in the README's table"
+    "the schedule's peak; what other libraries call these rules is in docs/width-rules.md"
 )
 
 AS_BUILT = (Role.VECTOR, Role.FINITE)
