@@ -1,11 +1,13 @@
-"""Policy `adaptive`: few trials in rounds, a fitted optimum with an interval, and an end.
+"""Policy `adaptive`: small rounds of trials, a fitted optimum with an interval, a stopping rule.
 
-At each width, rounds of a few trials, each chosen from all answered results as those that say most
-about the optimum *at the target* (`design`). Before each round the fit forecasts the rest of the
-ladder: the trials, of this width and of wider ones, that would bring the answer within the
-tolerance at least cost; the stage goes on while some of them are its own. The ladder ends when its
-answer costs no more than the tolerance at the target with 90 % probability, when another round
-would hardly lower that, or with the budget.
+At each width the policy asks for rounds of a few trials. Each round takes the trials that say most
+about the optimum *at the target*, given all results so far (`fit/acquisition.py`). Before a round,
+the fit forecasts the rest of the ladder: the cheapest set of trials, of this width and of wider
+ones, that would bring the answer within the tolerance. The stage goes on while that set has trials
+of its own width.
+
+The ladder ends when its answer costs no more than the tolerance at the target with 90 %
+probability, when another round would hardly lower that cost, or when the budget is spent.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def next_move(state: State) -> Move | None:
 
 
 def _open_first(state: State) -> Move:
-    """The base width's first round. It is asked for whatever the budget: `run` has checked."""
+    """Return the base width's first round, whatever the budget: `run` has checked that it fits."""
     spec = state.spec
     stage = Stage(spec.widths[0], base_grid(spec), ())
     if state.given_at(stage.width):
@@ -88,7 +90,7 @@ def _open_first(state: State) -> Move:
 
 
 def _open_next(state: State) -> Move:
-    """The next width's first round, around where the fit says that its optimum is."""
+    """Return the next width's first round, around the optimum that the fit predicts there."""
     view = View(state, state.spec.target)
     width = state.spec.widths[len(state.choices)]
     place = view.optimum(width).place
@@ -108,7 +110,7 @@ def _open_next(state: State) -> Move:
 
 
 def _taking_over(state: State, stage: Stage) -> Stage:
-    """A new stage with the trials given at its width, and the spec's seeds of the best of them."""
+    """Begin a stage with the trials given at its width; add the seeds that the best points lack."""
     given = state.given_at(stage.width)
     stage = replace(
         stage, trials=given, rounds=(f"{len(given)} trials stored before the spec changed",)
@@ -123,7 +125,7 @@ def _taking_over(state: State, stage: Stage) -> Stage:
 
 
 def _says_as_much_as_a_first_round(state: State) -> bool:
-    """Tell whether the given trials are a first round: as many losses, three values per axis."""
+    """Tell whether the given trials replace a first round: as many losses, 3 values per axis."""
     results = [state.known[trial] for trial in state.given_at(state.spec.widths[0])]
     points = {r.trial.point for r in results if r.loss is not None} - lost_points(state, results)
     values = [{point[axis.name] for point in points} for axis in state.spec.swept]
@@ -131,7 +133,7 @@ def _says_as_much_as_a_first_round(state: State) -> bool:
 
 
 def _decide(view: View) -> Move:
-    """Another round at this width, or the choice; and whether the ladder goes on."""
+    """Decide between another round at this width and its choice; end the ladder where it is due."""
     state, stage = view.state, view.stage
     if stage.width not in view.surface.data.seen:
         return _without_a_loss(view)
@@ -159,14 +161,14 @@ def _decide(view: View) -> Move:
 
 
 def _finer(view: View, stage: Stage) -> Grid:
-    """The stage's grid, at base width with the marks near the optimum; a wider one has them."""
+    """Add the marks near the optimum to the base width's grid; a wider stage has them already."""
     if len(view.state.stages) > 1:
         return stage.grid
     return refined(view.spec, stage.grid, view.surface.optimum(stage.width).place)
 
 
 def _with(stage: Stage, points: Sequence[Point]) -> Stage:
-    """The stage, its grid with the values of some points."""
+    """Return the stage with the values of `points` added to its grid."""
     grid = {
         name: tuple(sorted({*values, *(point[name] for point in points)}))
         for name, values in stage.grid.items()
@@ -175,7 +177,7 @@ def _with(stage: Stage, points: Sequence[Point]) -> Stage:
 
 
 def _without_a_loss(view: View) -> Move:
-    """No trial of this width has a loss: another round, or the ladder ends at the width before."""
+    """Decide for a width without a loss: another round, or end the ladder at the width before."""
     stage, rest = view.stage, view.spec.widths[len(view.state.choices) :]
     points = [] if _is_full(view.state, stage) else view.candidates(stage.width, stage.grid)
     best = _best(view, stage, points, round_size(view.spec))
@@ -186,31 +188,31 @@ def _without_a_loss(view: View) -> Move:
 
 
 def _grow(view: View, stage: Stage, points: Sequence[Point], reason: str) -> Move | None:
-    """A round more, where there are points for it and room for them."""
+    """Return one more round of `points`; None without points, or without budget for them."""
     grown = _grown(view.state, stage, points, reason) if points else None
     return Move(stage=grown) if grown else None
 
 
 def _is_full(state: State, stage: Stage) -> bool:
-    """Tell whether a stage has asked for as many trials as it may, those given not counted."""
+    """Tell whether a stage has asked for `MOST_TRIALS` per seed; given trials do not count."""
     asked = len(stage.trials) - len(state.given_at(stage.width))
     return asked >= MOST_TRIALS * len(state.spec.seeds)
 
 
 def _best(view: View, stage: Stage, points: Sequence[Point], count: int) -> list[Point]:
-    """Those of a stage's points that say most about the target."""
+    """Return the `count` points that say most about the optimum at the target."""
     return [picked.point for picked in view.picks({stage.width: points}, count)]
 
 
 def _next_round(view: View, rest: Sequence[PickedPoint]) -> list[Point]:
-    """The points of this width among the rest of the ladder's, or those that say most."""
+    """Return the forecast's points of this width; without any, those that say most."""
     most, stage = round_size(view.spec), view.stage
     ahead = [picked.point for picked in rest if picked.width == stage.width]
     return ahead[:most] or _best(view, stage, view.candidates(stage.width, stage.grid), most)
 
 
 def _next_width(view: View) -> int | None:
-    """The next width, if the budget has room for a trial of it or some of it are given."""
+    """Return the next width, if the budget has room for one trial there or some are given."""
     rest = view.spec.widths[len(view.state.stages) :]
     if rest and (_affordable(view.state, rest[0]) >= 1 or view.state.given_at(rest[0])):
         return rest[0]
@@ -218,7 +220,7 @@ def _next_width(view: View) -> int | None:
 
 
 def _wants_wider(view: View) -> str:
-    """Say what only a wider model can show, however small the predicted excess; empty: nothing."""
+    """Say what only a wider model can show, however small the predicted excess; "" if nothing."""
     if view.is_far:
         widest = view.surface.data.seen[-1]
         return f"it is {view.target / widest:.3g} times as wide as the widest model measured"
@@ -250,10 +252,10 @@ def _reason_to_widen(view: View, rest: Sequence[PickedPoint]) -> str | None:
 
 
 def _rest_of_the_ladder(view: View) -> list[PickedPoint]:
-    """The trials that bring the answer within the tolerance at least cost, by the fit's forecast.
+    """Forecast the cheapest trials that bring the answer within the tolerance.
 
-    Of this width and of all wider ones: the shape is common to all widths, and nowhere as cheap to
-    learn as here; the drift shows at wider ones alone.
+    They are of this width and of all wider ones. All widths share one shape, which is cheapest to
+    learn at the narrowest; the drift shows only at wider ones.
     """
     spec, stage = view.spec, view.stage
     options = {stage.width: view.candidates(stage.width, _finer(view, stage))}
@@ -275,7 +277,10 @@ def _rest_of_the_ladder(view: View) -> list[PickedPoint]:
 
 
 def _beyond_the_border(view: View) -> tuple[Stage, Sequence[Point], str]:
-    """A trial next to what was measured, where the optimum lies at or beyond it, and the best."""
+    """Return a round that looks beyond a border at which the optimum lies.
+
+    One trial lies just outside the measured values; the others are those that say most.
+    """
     for number, upward in view.open_sides if not _is_full(view.state, view.stage) else ():
         axis = view.spec.swept[number]
         sign, border = (1 if upward else -1), view.measured(number)[upward]
@@ -302,7 +307,7 @@ def _beyond_the_border(view: View) -> tuple[Stage, Sequence[Point], str]:
 
 
 def _out_of_reach(view: View) -> str | None:
-    """Say that the base width's optimum lies beyond all that may be tried, where that matters."""
+    """Say that the base width's optimum lies beyond all values that may be tried, if it matters."""
     stage = view.stage
     if stage.width != view.spec.widths[0] or view.excess(stage.width) <= view.tolerance:
         return None
@@ -315,7 +320,7 @@ def _out_of_reach(view: View) -> str | None:
 
 
 def _extended(spec: LadderSpec, stage: Stage, axis: Axis, *, upward: bool) -> Stage | None:
-    """The stage with a wider window, or None where it has grown as often as it may."""
+    """Return the stage with a wider window; None once it has grown as often as allowed."""
     values, window = stage.grid[axis.name], WINDOW.get(len(spec.swept), WINDOW_OF_MANY)
     if stage.width != spec.widths[0]:
         if len(values) >= len(window) + MOST_EXTENSIONS * EXTENSION_CELLS:
@@ -325,13 +330,13 @@ def _extended(spec: LadderSpec, stage: Stage, axis: Axis, *, upward: bool) -> St
     below = sum(value < axis.low * 0.999 for value in values)
     if above + below >= MOST_BEYOND:
         return None
-    # Further each time: a range that misses by far is left in few rounds.
+    # Each step is longer than the last, so that few rounds leave a range that misses by far.
     spacing = marks_per_step(axis) * 2 ** (above if upward else below)
     return replace(stage, grid=extended(stage.grid, axis, spacing, upward=upward, growing=True))
 
 
 def _repeats(view: View) -> tuple[Stage, Sequence[Point], str]:
-    """A further seed for the base width's best cells, once: how large is the noise?"""
+    """Return a further seed for the base width's best cells, once, to measure the noise."""
     stage = view.stage
     seeds = {trial.seed for trial in stage.trials}
     if len(view.state.stages) > 1 or len(seeds) > 1:
@@ -348,7 +353,7 @@ def _repeats(view: View) -> tuple[Stage, Sequence[Point], str]:
 
 
 def _best_points(state: State, stage: Stage) -> list[Point]:
-    """A stage's points by the mean of their losses, those beyond a wall left out."""
+    """Return a stage's points, lowest mean loss first; without points that diverged."""
     results = state.results(stage)
     diverged = lost_points(state, results)
     losses: dict[Point, list[float]] = {}
@@ -392,7 +397,7 @@ def _reason_to_give_up(view: View) -> str | None:
 
 
 def _close(view: View, reason: str, *, ends: bool, out_of_budget: bool = False) -> Move:
-    """The stage's choice; where the ladder ends, the widths that it leaves out."""
+    """Close the stage with its choice; where the ladder ends, name the widths it leaves out."""
     state, stage = view.state, view.stage
     optimum = view.optimum(stage.width)
     results = state.results(stage)
@@ -416,7 +421,7 @@ def _close(view: View, reason: str, *, ends: bool, out_of_budget: bool = False) 
 
 
 def _say_axes(view: View) -> list[str]:
-    """Per swept axis its interval, or that it is unidentified."""
+    """Describe each swept axis: its interval, or that it is unidentified."""
     said = []
     for name, interval in view.intervals(view.stage.width).items():
         if interval:
@@ -427,7 +432,7 @@ def _say_axes(view: View) -> list[str]:
 
 
 def _trials_of(spec: LadderSpec, stage: Stage, point: Point) -> list[Trial]:
-    """A point's trials: those of the spec's seeds that it has not, or one further seed."""
+    """Return a point's trials: of the spec's seeds that it lacks; if none, of one further seed."""
     # A budget may have cut a round in the middle of a point.
     if missing := _missing_seeds(spec, stage, point):
         return missing
@@ -436,13 +441,13 @@ def _trials_of(spec: LadderSpec, stage: Stage, point: Point) -> list[Trial]:
 
 
 def _missing_seeds(spec: LadderSpec, stage: Stage, point: Point) -> list[Trial]:
-    """A point's trials of those of the spec's seeds that the stage has not asked for."""
+    """Return a point's trials for the spec's seeds that the stage has not asked for yet."""
     used = {trial.seed for trial in stage.trials if trial.point == point}
     return [Trial(stage.width, point, seed) for seed in spec.seeds if seed not in used]
 
 
 def _grown(state: State, stage: Stage, points: Sequence[Point], reason: str) -> Stage | None:
-    """The stage with a round more, as much of it as the budget has room for; None for none."""
+    """Add a round to the stage, cut where the budget ends; None if it has no room for a trial."""
     trials = [trial for point in points for trial in _trials_of(state.spec, stage, point)]
     trials = trials[: _affordable(state, stage.width)]
     if not trials:
@@ -451,7 +456,7 @@ def _grown(state: State, stage: Stage, points: Sequence[Point], reason: str) -> 
 
 
 def _affordable(state: State, width: int) -> int:
-    """How many trials of a width the budget still has room for."""
+    """Count the trials of a width that the budget still has room for."""
     if state.spec.budget is None or math.isinf(state.spec.budget):
         return 10**9
     # A hair of room, so that a budget of exactly n trials is one of n.
@@ -464,7 +469,7 @@ def _out_of_budget(state: State) -> str:
 
 
 def _too_many_failures(state: State, stage: Stage) -> str | None:
-    """Why the stage cannot go on: one failure is missing information, many are a fault."""
+    """Say why failures stop the stage, or None: one failed trial is tolerated, many are a fault."""
     results = state.results(stage)
     failed = [result for result in results if result.status is Status.FAILED]
     if len(failed) <= max(1.0, FAILED_SHARE * len(stage.trials)):
@@ -473,7 +478,7 @@ def _too_many_failures(state: State, stage: Stage) -> str | None:
 
 
 def _search_lower(state: State, stage: Stage) -> Move:
-    """Too few losses to fit: ask for lower learning rates where trials diverged, else for more."""
+    """Ask for more losses before the first fit: lower learning rates where trials diverged."""
     spec, results = state.spec, state.results(stage)
     lr = next((axis for axis in spec.swept if axis.name == "lr"), None)
     if lr is None or not lost_points(state, results):
@@ -490,7 +495,7 @@ def _search_lower(state: State, stage: Stage) -> Move:
 
 
 def _ask_for_more(state: State, stage: Stage) -> Move:
-    """Other cells of the lattice, then further seeds of those with a loss; or say why not."""
+    """Ask for other cells of the lattice, else for further seeds of cells with a loss, or stop."""
     spec, results = state.spec, state.results(stage)
     tried = {trial.point for trial in stage.trials}
     middle = place_of(spec, star(spec)[0])

@@ -1,8 +1,8 @@
-"""What a ladder says of a width that it did not train, and whether that is proven.
+"""The certificate: a ladder's prediction for a width that it did not train, with a verdict.
 
 PASS: the answer costs no more than the tolerance with 90 % probability, several widths agree, and
-nothing that would make the prediction worthless was seen. WARN: something is missing; each problem
-says what would mend it. FAIL: the results contradict the prediction, or the width rule.
+no result makes the prediction worthless. WARN: some evidence is missing; each problem says what
+would supply it. FAIL: the results contradict the prediction or the width rule.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def certify(
         state: a ladder with a choice or more.
         skipped: the widths that it left out.
         width: the width to predict.
-        rule_checked: a coordinate check of the model has passed. It changes the verdict alone,
+        rule_checked: a coordinate check of the model has passed. This changes only the verdict,
             never a decision of the ladder.
     """
     closed = replace(state, stages=state.stages[: len(state.choices)])
@@ -95,7 +95,7 @@ def _advice(view: View, verdict: str, width: int) -> str:
 
 
 def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> list[str]:
-    """What is missing for PASS."""
+    """List the evidence that is missing for PASS, each with what would supply it."""
     spec, state = view.spec, view.state
     problems = [_say_border(view, number, upward=up) for number, up in view.open_sides]
     if len(view.surface.data.seen) == 1 and view.target != spec.widths[0] and not problems:
@@ -136,7 +136,7 @@ def _problems(view: View, skipped: Sequence[Skipped], *, rule_checked: bool) -> 
 
 
 def _problems_of_axes(view: View) -> list[str]:
-    """What is wrong with the axes: an optimum that is nowhere, outside, or in two places."""
+    """List axes whose optimum is unidentified, next to a divergence, or in two places."""
     last, problems = view.state.choices[-1], []
     for axis in view.unidentified:
         problems.append(
@@ -149,8 +149,8 @@ def _problems_of_axes(view: View) -> list[str]:
             f"{axis} is as near to a divergence as it may be: the optimum may lie at the wall or "
             "beyond it; lengthen the warm-up, or add points between"
         )
-    # Not the fit's noise: two minima are what the fit takes for noise. Few repeats may agree by
-    # chance.
+    # Not the fit's noise: the fit mistakes two minima for noise. The least is there because few
+    # repeats may agree by chance.
     least = view.surface.frame.expected_noise / 3
     noise = max(view.surface.data.noise_of_repeats, least)
     if rivals := two_minima(view.surface.data, noise, view.surface):
@@ -161,7 +161,7 @@ def _problems_of_axes(view: View) -> list[str]:
 
 
 def _say_border(view: View, number: int, *, upward: bool) -> str:
-    """Say that an optimum lies at or beyond all that was tried, and what to change."""
+    """Say that an optimum lies at or beyond the last value tried, and what to change."""
     name, border = view.spec.swept[number].name, 2 ** view.measured(number)[upward]
     low, side, key = ("low", "above", "high") if upward else ("high", "below", "low")
     return (
@@ -171,7 +171,7 @@ def _say_border(view: View, number: int, *, upward: bool) -> str:
 
 
 def _contradictions(view: View) -> list[str]:
-    """What the results say against the prediction or the width rule."""
+    """List the results that contradict the prediction or the width rule."""
     found = []
     excess = view.excess(view.target)
     if excess > FAIL_EXCESS:
@@ -189,7 +189,7 @@ def _contradictions(view: View) -> list[str]:
 
 
 def unsettled_axes(view: View) -> list[tuple[str, float]]:
-    """(axis, octaves per doubling) of optima that move by the same at every doubling."""
+    """(axis, octaves per doubling) of each optimum that moves alike at every doubling."""
     if view.surface.law_weights[-1] < 0.5:
         return []
     base, last = view.spec.widths[0], view.stage.width
@@ -221,7 +221,7 @@ def _prediction(view: View) -> tuple[Array, Array, Array] | None:
 
 
 def _missed_prediction(view: View) -> str | None:
-    """Where the last width lies far from what the ones before it predicted, and it matters."""
+    """Say that the last width contradicts the earlier widths' prediction noticeably; or None."""
     if (prediction := _prediction(view)) is None:
         return None
     predicted, found, error = prediction
@@ -238,7 +238,7 @@ def _missed_prediction(view: View) -> str | None:
 
 
 def _evidence(view: View, *, rule_checked: bool) -> list[str]:
-    """What was measured, in words."""
+    """Describe what was measured, one sentence each."""
     state, surface = view.state, view.surface
     trials = " + ".join(str(len(stage.trials)) for stage in state.stages)
     widths = ", ".join(str(stage.width) for stage in state.stages)
@@ -286,15 +286,19 @@ def _evidence(view: View, *, rule_checked: bool) -> list[str]:
 
 
 def two_minima(data: Data, noise: float, surface: Surface | None = None) -> int | None:
-    """The width at which two points are about as good as each other and one between them is not.
+    """Return a width at which two points are about equally good and one between them is worse.
 
-    A valley that is tilted or bent leaves the straight line between its points: where the fitted
-    surface explains all three losses and joins the two points by a low path, they are one minimum.
+    A tilted or bent valley leaves the straight line between two of its points. So where the fitted
+    surface explains all three losses and joins the two points by a low path, they count as one
+    minimum.
 
     Args:
         data: what was measured.
-        noise: nats between seeds.
-        surface: the fit; left out, the straight line decides.
+        noise: standard deviation between seeds, nats.
+        surface: the fit; without one, the straight line alone decides.
+
+    Returns:
+        The narrowest such width, or None.
     """
     for width in data.seen:
         here = data.widths == width
@@ -316,7 +320,14 @@ def two_minima(data: Data, noise: float, surface: Surface | None = None) -> int 
 
 
 def _is_one_valley(surface: Surface, width: int, places: Array, losses: Array) -> bool:
-    """Tell whether the fit explains best, other and middle, and joins the first two low down."""
+    """Tell whether the fit explains the three losses and joins the first two by a low path.
+
+    Args:
+        surface: the fit.
+        width: the width of the three points.
+        places: (3, k) octaves: the best point, its rival, and the one between them.
+        losses: (3,) nats.
+    """
     expected = np.array([surface.loss_at(width, place) for place in places])
     error = RIVAL_WITHIN * surface.noise + MISFIT[-1] * (losses - losses[0])
     if np.any(np.abs(expected - losses) > error):
@@ -326,7 +337,7 @@ def _is_one_valley(surface: Surface, width: int, places: Array, losses: Array) -
 
 
 def _percent(share: float) -> str:
-    """A share of the loss as people read it.
+    """Format a share of the loss as a percentage.
 
     >>> _percent(0.00123), _percent(0.0000123)
     ('0.12 %', '0.0012 %')

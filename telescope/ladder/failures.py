@@ -1,4 +1,4 @@
-"""When a stage cannot go on, and what to say: the same words under every policy."""
+"""Messages for a stage that cannot go on, the same under every policy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from telescope.records import Result, Stage
 
 
 def failures_reason(stage: Stage, failed: Sequence[Result]) -> str:
-    """The message for a stage with more failures than may be."""
+    """Return the message for a stage with too many failed trials."""
     return (
         f"width {stage.width}: {len(failed)} of {len(stage.trials)} trials failed, at most a "
         f"tenth may; last reason: {first_line(failed[-1].reason)}; run again to retry them"
@@ -16,12 +16,12 @@ def failures_reason(stage: Stage, failed: Sequence[Result]) -> str:
 
 
 def first_line(reason: str) -> str:
-    """The first line of a reason, for a message of one line."""
+    """Return the first line of a reason, for a message of one line."""
     return reason.splitlines()[0] if reason else "none given"
 
 
 def all_diverged(stage: Stage, failed: int) -> str:
-    """The message for a stage without a single loss, naming the axis to change."""
+    """Return the message for a stage without a single loss; it names the axis to change."""
     but = f" or failed ({failed})" if failed else ""
     what = f"width {stage.width}: every point diverged{but}"
     if "lr" not in stage.grid:

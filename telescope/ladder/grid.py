@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from telescope.records import Axis, LadderSpec, Point, Stage, Trial
 
 SIGNIFICANT_DIGITS = 6
-"""Grid values are rounded, so that a point is the same on every machine and after a resume."""
+"""Digits that grid values are rounded to, so that a point is the same on every machine."""
 
 
 def round_value(value: float) -> float:
@@ -25,21 +25,21 @@ def round_value(value: float) -> float:
 
 
 def round_up_to_odd(x: float) -> int:
-    """The smallest odd integer that is at least `x`, so that a grid has its centre as a point.
+    """Return the smallest odd integer that is at least `x`, so that a grid has a centre.
 
     >>> [round_up_to_odd(x) for x in (8, 4, 2, 1, 0.5)]
     [9, 5, 3, 1, 1]
     """
-    # Powers such as (1/8)^(2/3) come out a hair above the integer that they are.
+    # Rounding leaves powers such as (1/8)^(2/3) slightly above the exact integer.
     return 2 * math.ceil((x - 1) / 2 - 1e-9) + 1 if x > 1 else 1
 
 
 def points_at(axis: Axis, *, width: int, base_width: int, swept: int) -> int:
-    """How many values an axis has at `width`.
+    """Count the values that an axis has at `width`.
 
-    The base width keeps the spec's points m; a wider stage has m · (base/width)^(2/k) of them,
-    rounded up to an odd number, always from the unrounded m. So a doubling, which costs 4x, has a
-    quarter of the points.
+    The base width has the spec's m points; a wider stage has m · (base/width)^(2/k), rounded up to
+    an odd number, always from the unrounded m. So doubling the width, which costs 4 times as much
+    per trial, leaves a quarter of the points.
 
     Args:
         axis: the axis, m = axis.points.
@@ -59,10 +59,10 @@ def points_at(axis: Axis, *, width: int, base_width: int, swept: int) -> int:
 def values_at(
     axis: Axis, *, width: int, base_width: int, swept: int, centre: float
 ) -> tuple[float, ...]:
-    """The values of one axis at `width`: the whole range at base width, then around `centre`.
+    """Return an axis's values at `width`: its whole range at base width, else around `centre`.
 
-    Spacing in log(value) shrinks as base_width/width: the drift of the optimum between n and 2n
-    halves with every doubling, so a window that shrinks alike keeps it.
+    The spacing in log(value) shrinks as base_width/width. The optimum's drift between n and 2n
+    halves with every doubling, so a window that shrinks at the same rate still contains it.
     """
     if axis.is_fixed:
         return (axis.low,)
@@ -76,12 +76,12 @@ def values_at(
 
 
 def paper_stage(spec: LadderSpec, width: int, centre: Mapping[str, float]) -> Stage:
-    """The stage of Algorithm 1 at `width`.
+    """Return the stage of Algorithm 1 at `width`.
 
     Args:
         spec: the ladder.
         width: one of its widths.
-        centre: axis → the optimum of the stage before; not looked at for the first width.
+        centre: axis → the optimum of the stage before; ignored for the first width.
     """
     swept = sum(not axis.is_fixed for axis in spec.axes)
     grid = {
@@ -100,7 +100,7 @@ def paper_stage(spec: LadderSpec, width: int, centre: Mapping[str, float]) -> St
 def grid_trials(
     width: int, grid: Mapping[str, Sequence[float]], seeds: Sequence[int]
 ) -> tuple[Trial, ...]:
-    """Every combination of the grid's values with every seed, in a fixed order."""
+    """Return every combination of the grid's values with every seed, in a fixed order."""
     points = (
         Point.of(dict(zip(grid, values, strict=True)))
         for values in itertools.product(*grid.values())

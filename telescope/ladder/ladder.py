@@ -1,12 +1,13 @@
 """The ladder: asks for trials stage by stage, is told their results, and decides.
 
-Its state is (spec, results given at its start, results told since) and nothing else: a fresh run, a
-resume, a dry run and `status` are the same replay, and the order in which a round's results arrive
-never changes a decision. What it decides is a policy's: `adaptive` or `paper`, each a function from
-a `State` to the next `Move`.
+Its state is the spec, the results given at its start and the results told since, nothing else. So a
+fresh run, a resume, a dry run and `status` are the same replay, and the order in which a round's
+results arrive never changes a decision. The decisions are made by a policy, `adaptive` or `paper`:
+a function from a `State` to the next `Move`.
 
-Results are given where the spec has changed since they were made: other widths, seeds, ranges,
-points, another policy, tolerance, target or budget. Each is evidence, and none is trained again.
+Results are given at the start where the spec has changed since they were made: its widths, seeds,
+ranges, points, policy, tolerance, target or budget. They count as evidence, and none is trained
+again.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ if TYPE_CHECKING:
 
 
 def _policy(name: str) -> Callable[[State], Move | None]:
-    """A policy by its name, imported when it has to decide: a replay may remember all of it."""
+    """Return a policy by its name, imported only now: a replay from memory never needs it."""
     from telescope.ladder import adaptive, paper
 
     return {"adaptive": adaptive.next_move, "paper": paper.next_move}[name]
 
 
 class Ladder:
-    """A telescoping sweep as ask and tell.
+    """A telescoping sweep with the interface ask and tell.
 
     Attributes:
         given: the results that counted from the start, of any width.
-        stages: the stages opened so far, the last of them open unless the ladder is finished.
+        stages: the stages opened so far; the last one is open unless the ladder is finished.
         choices: one per closed stage.
         skipped: the widths left out, each with the reason.
-        stuck: why no choice can be made, or None.
+        stuck: the reason that no choice can be made, or None.
     """
 
     def __init__(
@@ -58,10 +59,9 @@ class Ladder:
 
         Args:
             spec: the ladder's spec.
-            given: results made before, in any order; of one trial's, the first counts. Failed ones
-                say nothing, nor do those of other axes or of another value of a fixed axis: they
-                are left aside.
-            memory: remembers decisions and certificates; left out, each is made anew.
+            given: results made before, in any order; the first result of a trial counts. Ignored
+                are failed ones, and those of other axes or of another value of a fixed axis.
+            memory: remembers decisions and certificates; without one, each is computed again.
         """
         self.spec = spec
         self.memory = memory
@@ -76,17 +76,17 @@ class Ladder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every width has its choice, or was left out."""
+        """True once every width has its choice or was left out."""
         return len(self.choices) + len(self.skipped) == len(self.spec.widths)
 
     def ask(self) -> Sequence[Trial]:
-        """The open stage's trials without a result; empty when finished or stuck."""
+        """Return the open stage's trials without a result; none when finished or stuck."""
         if self.is_finished or self.stuck:
             return []
         return [trial for trial in self.stages[-1].trials if trial not in self._known]
 
     def tell(self, result: Result) -> None:
-        """Take a trial's final result; decides when it was the last one missing.
+        """Take a trial's final result; decide if it was the last one missing.
 
         The first result of a trial counts; telling the same again changes nothing.
 
@@ -107,31 +107,31 @@ class Ladder:
 
     @property
     def known(self) -> list[Result]:
-        """Every result so far: the stages' in the order of their trials, then what was given."""
+        """Every result so far: the stages' in the order of their trials, then the given ones."""
         ours = [result for stage in self.stages for result in self.results(stage)]
         return ours + [result for result in self.given if result.trial not in self._asked]
 
     @property
     def content(self) -> tuple[object, ...]:
-        """All that its decisions, certificates and figures depend on."""
+        """Everything that its decisions, certificates and figures depend on."""
         return self._state().content
 
     def results(self, stage: Stage) -> list[Result]:
-        """The results of a stage so far, in the order of its trials."""
+        """Return the results of a stage so far, in the order of its trials."""
         return self._state().results(stage)
 
     def certificate(
         self, width: int | None = None, *, rule_checked: bool = False
     ) -> Certificate | None:
-        """What the closed stages say of a width.
+        """Judge the answer for a width from the closed stages.
 
         Args:
             width: the width to predict; left out, the spec's target.
             rule_checked: a coordinate check of the model has passed.
 
         Returns:
-            None under policy `paper`, which says nothing of how sure it is, and before the first
-            choice.
+            None before the first choice, without a swept axis, and under policy `paper`, which
+            gives no measure of certainty.
         """
         if self.spec.policy == "paper" or not self.choices or not self.spec.swept:
             return None
@@ -152,7 +152,7 @@ class Ladder:
         return self.memory.recall(kind, of, make) if self.memory else make()
 
     def portrait(self, width: int | None = None) -> Portrait:
-        """The data of the ladder's figures, at any time; see `portrait.portrait`.
+        """Return the data of the ladder's figures, at any time; see `portrait.portrait`.
 
         Args:
             width: the width to predict; left out, the spec's target.
@@ -167,7 +167,7 @@ class Ladder:
         return State(self.spec, tuple(self.stages), tuple(self.choices), self._known, given)
 
     def _advance(self) -> None:
-        """Make the policy's moves until it waits for results, is finished or stuck."""
+        """Make the policy's moves until the ladder waits for results, is finished or is stuck."""
         while not self.is_finished and not self.stuck and (move := self._next_move()):
             self.stuck = move.stuck
             if move.choice:
@@ -188,16 +188,17 @@ def replay(
     retry_failures: bool = False,
     memory: Memory | None = None,
 ) -> Ladder:
-    """Rebuild a ladder from what is known; no result is left aside.
+    """Rebuild a ladder from all known results.
 
-    The given ones count from the start. The others are told as the ladder asks for them. Where it
-    does not ask for one of them, because its spec has changed since, all are given.
+    The results of `given` count from the start; the others are told when the ladder asks for their
+    trials. If it never asks for one of them, because its spec has changed since, then all results
+    count from the start.
 
     Args:
         spec: the ladder's spec, which may have changed since the results were made.
-        results: results in any order; of one trial's, the first that did not fail counts.
-        given: the trials among them whose results were given when the spec changed last.
-        retry_failures: if failed trials leave the ladder stuck, ask for those again.
+        results: results in any order; the first one of a trial that did not fail counts.
+        given: the trials whose results counted from the start since the last change of the spec.
+        retry_failures: if failed trials leave the ladder stuck, ask for them again.
         memory: see `Ladder`.
     """
     known: dict[Trial, Result] = {}
@@ -217,7 +218,7 @@ def _told(
     retry_failures: bool,
     memory: Memory | None,
 ) -> Ladder:
-    """A ladder that is given some of the known results, and told those that it asks for."""
+    """Build a ladder with some known results given; tell it the others when it asks for them."""
     ladder = Ladder(spec, [known[trial] for trial in given if trial in known], memory=memory)
     while answered := [known[trial] for trial in ladder.ask() if trial in known]:
         for result in answered:
@@ -232,7 +233,7 @@ def _told(
 
 
 def _usable(spec: LadderSpec, results: Iterable[Result]) -> list[Result]:
-    """The results that say something of the spec's axes, one per trial, its axes in order."""
+    """Return one result per trial that fits the spec's axes, with the axes in the spec's order."""
     names = [axis.name for axis in spec.axes]
     usable: dict[Trial, Result] = {}
     for result in results:

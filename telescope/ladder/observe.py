@@ -1,4 +1,4 @@
-"""From a ladder's state to what the surface is fitted to."""
+"""Conversion of a ladder's state into the fit's input."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from telescope.ladder.window import octaves, place_of
 from telescope.records import Point, Result, Status
 
 WALL = 30.0
-"""Multiples of the scale of good losses by which a loss may lie above the best and still be a
-number to fit; above, it says as little of the optimum as a divergence, and is a wall too."""
+"""Most that a loss may lie above the best and still be fitted, in multiples of the scale of good
+losses. A higher loss says as little about the optimum as a divergence, and is a wall too."""
 
 
 def frame_of(state: State, target: int) -> Frame:
-    """Widths, lattice and scale; the base width has a complete result.
+    """Return the fit's frame: widths, lattice and scale.
 
     Args:
-        state: the ladder.
+        state: the ladder; its base width has a complete result.
         target: the width to predict, one of the ladder's or not.
     """
     spec = state.spec
@@ -39,9 +39,9 @@ def frame_of(state: State, target: int) -> Frame:
 
 
 def reference_loss(state: State) -> float:
-    """The first loss at base width that is no wall, in the order of asking; never 0.
+    """Return the first loss at base width that is no wall, in the order of asking; never 0.
 
-    It is a scale that stays: nothing that is learnt at wider widths changes it.
+    This scale stays the same, whatever wider widths show.
     """
     base = _base_losses(state)
     wall = highest_loss(state)
@@ -50,7 +50,7 @@ def reference_loss(state: State) -> float:
 
 
 def unit_of(state: State) -> float:
-    """The power of two by which losses are divided for the fit, so that no square overflows."""
+    """Return the power of two that the fit divides losses by, so that no square overflows."""
     wall = highest_loss(state)
     losses = [r.loss for r in state.evidence if r.loss is not None]
     largest = max((abs(loss) for loss in losses if loss <= wall), default=0.0) or 1.0
@@ -58,11 +58,11 @@ def unit_of(state: State) -> float:
 
 
 def highest_loss(state: State) -> float:
-    """The highest loss that is a number to fit: one above it is a wall, at any width.
+    """Return the highest loss that is fitted; a higher one counts as a wall, at any width.
 
-    It lies `WALL` scales above the best of the base width. The scale is the best loss itself or,
-    where that is more (losses near 0), the median excess over it. Losses are taken in from the
-    best upwards, so that no number of huge ones moves it.
+    It lies `WALL` scales above the best loss of the base width. The scale is the best loss itself
+    or, where that is more (losses near 0), the median excess over it. Losses enter from the best
+    upwards, so that huge ones cannot move the limit, however many there are.
 
     Returns:
         Infinite while the base width has no loss.
@@ -80,18 +80,18 @@ def highest_loss(state: State) -> float:
 
 
 def _base_losses(state: State) -> list[float]:
-    """The losses of the base width, in the order of asking."""
+    """Return the losses of the base width, in the order of asking."""
     base = (r.loss for r in state.evidence if r.trial.width == state.spec.widths[0])
     return [loss for loss in base if loss is not None]
 
 
 def _most_above(least: float, above: list[float]) -> float:
-    """The excess up to which a loss is a number, once those with a lower one are taken in."""
+    """Return the excess up to which a loss is fitted, given the excesses below it."""
     return WALL * max(least, median(above)) if above else math.inf
 
 
 def lost_points(state: State, results: Iterable[Result]) -> set[Point]:
-    """Points with a seed that diverged or lies beyond the wall: the whole point counts as lost."""
+    """Return points with a seed that diverged or lies beyond the wall: the whole point is lost."""
     wall = highest_loss(state)
     return {
         r.trial.point
@@ -101,7 +101,7 @@ def lost_points(state: State, results: Iterable[Result]) -> set[Point]:
 
 
 def observe(state: State, *, widths: Iterable[int] | None = None) -> Data:
-    """All that was measured, or what was at some widths; failed trials say nothing.
+    """Return all measurements, or those of some widths, without failed trials.
 
     Losses are in the unit of `unit_of`.
     """
@@ -116,7 +116,7 @@ def observe(state: State, *, widths: Iterable[int] | None = None) -> Data:
         diverged = lost_points(state, results)
         walls += sorted(diverged, key=lambda point: point.axes)
         complete += [r for r in results if r.loss is not None and r.trial.point not in diverged]
-    # By loss: an order that neither the order of asking nor a reflection of an axis changes.
+    # Sorted by loss, so that neither the order of asking nor a reflected axis changes the order.
     complete.sort(key=lambda r: (r.trial.width, r.loss, r.trial.seed))
     k = len(spec.swept)
     unit = unit_of(state) if complete else 1.0

@@ -1,4 +1,4 @@
-"""Policy `paper`: Algorithm 1 of arXiv 2505.02222 as printed. Whole grids, the argmin of each."""
+"""Policy `paper`: Algorithm 1 of arXiv 2505.02222 as printed: whole grids, each with its argmin."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _ranked(results: Sequence[Result]) -> list[tuple[float, Point]]:
 
 
 def mean_loss(losses: Sequence[float]) -> float:
-    """The mean of a point's losses, the same in any order; of huge ones too.
+    """Return the mean of a point's losses, the same in any order and without overflow.
 
     >>> mean_loss([1e308, 1.5e308]), mean_loss([1, 2])
     (1.25e+308, 1.5)
@@ -79,7 +79,7 @@ def mean_loss(losses: Sequence[float]) -> float:
 
 
 def _at_edge(stage: Stage, point: Point) -> tuple[str, ...]:
-    """The axes with several values on whose first or last one the point lies."""
+    """Return the axes (of several values) on whose first or last value the point lies."""
     borders = {
         axis: (values[0], values[-1]) for axis, values in stage.grid.items() if len(values) > 1
     }
@@ -87,7 +87,7 @@ def _at_edge(stage: Stage, point: Point) -> tuple[str, ...]:
 
 
 def _reason(ranked: Sequence[tuple[float, Point]], at_edge: Sequence[str]) -> str:
-    """Why this point, in words."""
+    """Say why this point was chosen."""
     loss, _ = ranked[0]
     if len(ranked) == 1:
         return "the only point with a loss"
@@ -99,7 +99,7 @@ def _reason(ranked: Sequence[tuple[float, Point]], at_edge: Sequence[str]) -> st
 
 
 def stuck_reason(stage: Stage, results: Sequence[Result]) -> str | None:
-    """Why the stage cannot be decided, whatever its missing results will be; None if it can.
+    """Say why the stage cannot be decided, whatever its missing results will be; None if it can.
 
     Failures are the machine's fault: a few may be missing, but not many and not beside the optimum.
     """
@@ -121,7 +121,7 @@ def stuck_reason(stage: Stage, results: Sequence[Result]) -> str | None:
 
 
 def _is_beside(stage: Stage, point: Point, other: Point) -> bool:
-    """Whether two points of the grid are at most one value apart on every axis."""
+    """Tell whether two points of the grid are at most one value apart on every axis."""
     return all(
         abs(values.index(point[axis]) - values.index(other[axis])) <= 1
         for axis, values in stage.grid.items()

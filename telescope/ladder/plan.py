@@ -1,4 +1,4 @@
-"""What a sweep will cost before anything trains, and what would fit a budget."""
+"""The cost of a sweep before anything trains, and changes that would bring it into its budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from telescope.ladder.window import star
 from telescope.records import LadderSpec
 
 SIMULATED = 3
-"""Ladders that are climbed for a plan: the middle one is what is expected."""
+"""Number of ladders simulated for a plan; the one of median cost is the expected one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,29 +24,30 @@ class StagePlan:
 
     width: int
     points: Mapping[str, int]
-    """Axis → how many values it has, of which an adaptive stage takes few combinations."""
+    """Axis → its number of values; an adaptive stage takes few of their combinations."""
     trials: int
-    """How many trials are expected."""
+    """Expected number of trials."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a ladder will ask for; costs are in the unit of the spec's."""
+    """The trials that a ladder is expected to ask for; costs are in the unit of the spec's."""
 
     stages: tuple[StagePlan, ...]
-    """One per width; of a width that is expected to be left out, no trials."""
+    """One per width; with 0 trials for a width that is expected to be left out."""
     best: float
-    """The least that any results can lead to."""
+    """Lowest cost that any results can lead to."""
     expected: float
     worst: float
-    """The most, and never more than an adaptive ladder's budget."""
+    """Highest cost that any results can lead to; at most an adaptive ladder's budget."""
 
 
 def plan_ladder(spec: LadderSpec) -> Plan:
     """Plan a ladder before anything trains.
 
-    Algorithm 1 asks for the same trials whatever their results are. What the adaptive policy is
-    expected to ask for is the middle of what it asks for on truths drawn from its own prior.
+    Algorithm 1 asks for the same trials whatever their results are. For the adaptive policy, the
+    plan runs the ladder on a few simulated loss surfaces, drawn from its own prior, and takes the
+    run of median cost.
     """
     if spec.policy == "paper" or not spec.swept:
         stages = plan_stages(spec)
@@ -63,7 +64,7 @@ def plan_ladder(spec: LadderSpec) -> Plan:
 
 
 def _climb(truth: Truth) -> list[StagePlan]:
-    """The trials per width of a ladder on one truth."""
+    """Run a ladder on one simulated loss surface and count its trials per width."""
     spec, ladder = truth.spec, Ladder(truth.spec)
     while trials := ladder.ask():
         for trial in trials:
@@ -74,7 +75,7 @@ def _climb(truth: Truth) -> list[StagePlan]:
 
 
 def _fewest(spec: LadderSpec) -> float:
-    """Cost of the first rounds alone: of the base width, its repeats, and the next width's."""
+    """Return the least cost: the first rounds of two widths, and the base width's repeats."""
     seeds = len(spec.seeds)
     first = len(star(spec))
     base = first * seeds + (min(REPEATS, first) if seeds == 1 else 0)
@@ -86,7 +87,7 @@ def _fewest(spec: LadderSpec) -> float:
 
 
 def _most(spec: LadderSpec) -> dict[int, int]:
-    """Width → trials when every stage takes all rounds that it may."""
+    """Map each width to its trials if every stage takes all rounds that it may."""
     repeats = REPEATS if len(spec.seeds) == 1 else 0
     each = (MOST_TRIALS + round_size(spec)) * len(spec.seeds)
     return {width: each + repeats * (width == spec.widths[0]) for width in spec.widths}
@@ -101,7 +102,7 @@ def _cost(spec: LadderSpec, stages: Iterable[StagePlan]) -> float:
 
 
 def plan_stages(spec: LadderSpec) -> list[StagePlan]:
-    """The stages of Algorithm 1, which do not depend on any result."""
+    """Plan the stages of Algorithm 1, which depend on no result."""
     base, swept = spec.widths[0], len(spec.swept)
     plans = []
     for width in spec.widths:
@@ -114,14 +115,14 @@ def plan_stages(spec: LadderSpec) -> list[StagePlan]:
 
 
 def least_cost(spec: LadderSpec) -> float:
-    """The least that a ladder can cost: a budget under it is refused."""
+    """Return the least that a ladder can cost; a smaller budget is refused."""
     if spec.policy == "paper" or not spec.swept:
         return _cost(spec, plan_stages(spec))
     return _fewest(spec)
 
 
 def over_budget(spec: LadderSpec, limit: float) -> str | None:
-    """Why a ladder is refused, with what would fit; None when it is within its budget.
+    """Say why a ladder is refused and which changes would fit; None if it is within its budget.
 
     Args:
         spec: a ladder with a budget, or without one.
@@ -139,13 +140,13 @@ def over_budget(spec: LadderSpec, limit: float) -> str | None:
 
 
 def what_fits(spec: LadderSpec) -> list[str]:
-    """Changes to the spec, each enough alone, that bring the ladder's least cost under its budget.
+    """List changes to the spec that each bring the ladder's least cost under its budget.
 
     Args:
         spec: a ladder with a budget that it exceeds.
 
     Returns:
-        Ends of sentences such as ``ladder.widths = [32, 64]``; empty when nothing fits.
+        Settings such as ``ladder.widths = [32, 64]``; empty when nothing fits.
     """
 
     def fits(changed: LadderSpec) -> bool:
@@ -173,7 +174,7 @@ def what_fits(spec: LadderSpec) -> list[str]:
 
 
 def _thinner(spec: LadderSpec) -> Iterator[LadderSpec]:
-    """The same ladder with fewer points on all axes alike, densest first; never under 3 points."""
+    """Yield the ladder with fewer points on all axes, densest first; never under 3 points."""
     most = max(axis.points for axis in spec.axes)
     for left in range(most - 1, 2, -1):
         counts = (max(min(axis.points, 3), axis.points * left // most) for axis in spec.axes)

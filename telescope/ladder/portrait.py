@@ -1,9 +1,9 @@
-"""The data of a ladder's figures, from its own fit: drawn elsewhere, decided nowhere.
+"""The data of a ladder's figures, from its own fit; `report.figures` draws them.
 
-Everything is a function of a state, as the certificate is, and of the same closed stages, so a
-figure never shows another optimum than the certificate states. Excess is what a loss lies above the
-fit's lowest at the same width. Policy `paper` fits nothing: its portrait has the trials and the
-choices alone.
+Like the certificate, everything is a function of a state and of its closed stages, so a figure
+never shows another optimum than the certificate states. The excess of a loss is its height above
+the fit's lowest loss at the same width. Policy `paper` fits nothing: its portrait has only the
+trials and the choices.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from telescope.records import Axis, Choice, Point, Result, Status
 CURVE_POINTS = 61
 CONTOUR_POINTS = 41
 NEAR_ZERO = 0.05
-"""A loss below this share of its width's median excess is too near to 0 to be divided by."""
+"""Share of a width's median excess below which a loss is too near to 0 to divide by it."""
 LEAST_LOSS = 1e-300
-"""Smaller losses have no share that a float can hold."""
+"""Loss below which a share of it may overflow a float."""
 MOST_EXCESS = 1e290
-"""So that no sum or multiple of an excess overflows."""
+"""Largest excess kept, so that no sum or multiple of it overflows."""
 ROOM = 1.4
-"""Height of a figure of excess, in multiples of what the fit has one lattice step off."""
+"""Height of a figure, in multiples of the highest excess that it has to show; see `_ceiling`."""
 LEAST_SHOWN = 2
-"""Trials of a width that its figure shows at least, without being cut off."""
+"""Least number of a width's trials that fit into its figure."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,21 @@ class Spot:
     width: int
     value: float
     interval: tuple[float, float] | None
-    """The range that holds the optimum with 90 %; None where there is none."""
+    """The range that holds the optimum with 90 % probability; None without a fit, or for an
+    unidentified axis."""
     is_measured: bool
-    """A loss of this width is in the fit; else it is predicted."""
+    """True if a loss of this width is in the fit; else the answer is predicted."""
 
 
 @dataclass(frozen=True)
 class Track:
-    """One axis against the width."""
+    """The answers of one axis over the widths."""
 
     axis: str
     spots: tuple[Spot, ...]
-    """By width, the last of them the target."""
+    """By width; the last one is the target."""
     is_identified: bool
-    """False where the fit keeps the prior value, because the loss does not bend measurably."""
+    """False where the fit keeps the prior value because the loss has no measurable curvature."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,19 @@ class Dot:
     status: Status
     loss: float | None
     excess: float | None
-    """Above the width's lowest; None where there is no loss."""
+    """Excess over the width's lowest loss; None without a loss."""
     far: tuple[str, ...]
     """The axes along which it lies more than a lattice step from the width's answer."""
 
     def __str__(self) -> str:
-        """The trial in words, for people who point at it."""
+        """Describe the trial, for people who point at it."""
         end = f"loss {self.loss:.4f}" if self.loss is not None else str(self.status)
         return f"{self.point}, seed {self.seed}: {end}"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The lowest fitted excess at each value of an axis, whatever the other axes are."""
+    """The lowest fitted excess at each value of an axis, over all values of the other axes."""
 
     values: tuple[float, ...]
     excess: tuple[float, ...]
@@ -102,9 +103,9 @@ class WidthPortrait:
     chosen: Point | None
     """None while the stage is open, and for results of a width without a stage."""
     chosen_excess: float
-    """Of the chosen point, by the fit or as measured."""
+    """Excess of the chosen point by the fit; 0 without a fit."""
     curves: Mapping[str, Curve]
-    """Axis → the fit; empty where the width has none."""
+    """Axis → its fitted curve; empty where the width has no fit."""
 
     @property
     def is_fitted(self) -> bool:
@@ -127,22 +128,22 @@ class Contours:
 
 @dataclass(frozen=True)
 class Portrait:
-    """All that a ladder's figures show."""
+    """Everything that a ladder's figures show."""
 
     axes: tuple[str, ...]
-    """The swept ones."""
+    """Names of the swept axes."""
     target: int
     tracks: tuple[Track, ...]
     widths: tuple[WidthPortrait, ...]
-    """Those with a result, narrow first."""
+    """The widths with a result, narrow first."""
     contours: tuple[Contours, ...]
     """One per pair of swept axes; empty without a fit."""
     ceilings: Mapping[str, float]
-    """Axis → the excess up to which a figure along it shows its bottom well."""
+    """Axis → the height of a figure along it that shows the bottom of the valley well."""
     is_share: bool
-    """Excess is in per cent of the loss; else, where the loss is about 0, in its own unit."""
+    """True: excess is in per cent of the loss. False, for losses near 0: in the loss's own unit."""
     unfitted: str
-    """The reason for having no fit; "" where there is one."""
+    """The reason that there is no fit; "" where there is one."""
 
     @property
     def is_fitted(self) -> bool:
@@ -150,7 +151,7 @@ class Portrait:
         return not self.unfitted
 
     def describe_excess(self, excess: float) -> str:
-        """An excess in words.
+        """Format an excess with its unit.
 
         >>> Portrait((), 8, (), (), (), {}, True, "").describe_excess(0.123)
         '+0.12 %'
@@ -159,14 +160,14 @@ class Portrait:
 
 
 def portrait(state: State, target: int) -> Portrait:
-    """Read off the fit what the figures show.
+    """Compute the data of a ladder's figures.
 
     Args:
         state: the ladder, at any time.
         target: the width to predict.
 
     Returns:
-        Losses of the whole state, and the fit of its closed stages, as the certificate's is.
+        The losses of the whole state, and the fit of its closed stages, as in the certificate.
     """
     closed = replace(state, stages=state.stages[: len(state.choices)])
     unfitted = _unfitted(closed)
@@ -204,13 +205,13 @@ class _Excess:
     """Figures' units per nat."""
 
     def __call__(self, loss: float) -> float:
-        """The excess of a loss; of one that is too large for a number the largest drawn."""
+        """Return the excess of a loss, at most `MOST_EXCESS`."""
         return min(max((loss - self.lowest) * self.scale, -MOST_EXCESS), MOST_EXCESS)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """A view, whose losses are in units of their own, as nats."""
+    """A view with its losses converted to nats."""
 
     view: View
     unit: float
@@ -231,16 +232,16 @@ class _Fit:
         return losses
 
     def lowest(self, width: int) -> float:
-        """Nats: the lowest expected loss of a width."""
+        """Return the lowest expected loss of a width, nats."""
         return float(self.losses(width, self.surface.optimum(width).place[None])[0])
 
     def box(self) -> tuple[Array, Array]:
-        """(low, high), each (k,) octaves, in which the fit is believed."""
+        """Return the box in which the fit is believed: (low, high), each (k,) octaves."""
         return self.surface.support()
 
 
 def _unfitted(closed: State) -> str:
-    """The reason for which closed stages have no fit."""
+    """Say why the closed stages have no fit; "" where they have one."""
     if not closed.spec.swept:
         return "no axis is swept: there is nothing to fit"
     if closed.spec.policy == "paper":
@@ -249,7 +250,7 @@ def _unfitted(closed: State) -> str:
 
 
 def _by_width(state: State) -> dict[int, list[Result]]:
-    """The results of each width that has one, narrow first."""
+    """Group the results by width, narrow first."""
     found: dict[int, list[Result]] = {}
     for result in sorted(state.evidence, key=lambda r: r.trial.width):
         found.setdefault(result.trial.width, []).append(result)
@@ -259,7 +260,10 @@ def _by_width(state: State) -> dict[int, list[Result]]:
 def _lowest(
     fit: _Fit | None, width: int, results: Sequence[Result], choice: Choice | None
 ) -> float:
-    """The loss that a width's excess is counted from: the fit's lowest, the choice's, or any."""
+    """Return the loss that a width's excess is counted from.
+
+    It is the fit's lowest loss; without a fit, the choice's; without a choice, the lowest measured.
+    """
     if fit and fit.has(width):
         return fit.lowest(width)
     losses = [r.loss for r in results if r.loss is not None]
@@ -281,7 +285,7 @@ def _width(
     choice: Choice | None,
     above: _Excess,
 ) -> WidthPortrait:
-    """The portrait of one width."""
+    """Draw up the portrait of one width."""
     width = results[0].trial.width
     mine = fit if fit and fit.has(width) else None
     chosen, chosen_excess = choice.point if choice else None, 0.0
@@ -306,7 +310,7 @@ def _width(
 
 
 def _dot(state: State, result: Result, centre: Point | None, above: _Excess, wall: float) -> Dot:
-    """One result; a loss beyond the wall is to the figures the divergence that it is to the fit."""
+    """Turn a result into a dot; a loss beyond the wall counts as diverged, as in the fit."""
     loss, point = result.loss, result.trial.point
     far = tuple(
         axis.name
@@ -320,16 +324,16 @@ def _dot(state: State, result: Result, centre: Point | None, above: _Excess, wal
 
 
 def _near(axis: Axis) -> float:
-    """Octaves within which a trial lies near: a step of the lattice, its rounding aside."""
+    """Return the octaves within which a trial is near: a lattice step, with room for rounding."""
     return octaves(axis)[0] * 1.01
 
 
 def _curve(fit: _Fit, width: int, number: int, above: _Excess) -> Curve:
-    """The lower edge of the fit of one width, as one axis sees it."""
+    """Return the lowest fitted excess of one width at each value of one axis."""
     low, high = fit.box()
     count = GRID.get(len(low), 5)
     along = np.linspace(low[number], high[number], CURVE_POINTS)
-    # The answer's own place on each axis: a grid alone would miss the bottom of the valley.
+    # The grid has the answer's own place too; without it, it would miss the valley's bottom.
     best = fit.surface.optimum(width).place
     others = [
         along if axis == number else np.union1d(np.linspace(a, b, count), best[axis])
@@ -346,8 +350,8 @@ def _curve(fit: _Fit, width: int, number: int, above: _Excess) -> Curve:
 
 
 def _track(state: State, fit: _Fit | None, axis: Axis, target: int) -> Track:
-    """One axis against the width."""
-    if fit is None:  # the choices, the last of which is taken to hold at the target
+    """Collect the answers of one axis over the widths."""
+    if fit is None:  # the choices; the last one is assumed to hold at the target
         spots = [Spot(c.width, c.point[axis.name], None, True) for c in state.choices]
         if spots and target > spots[-1].width:
             spots.append(Spot(target, spots[-1].value, None, False))
@@ -369,7 +373,7 @@ def _track(state: State, fit: _Fit | None, axis: Axis, target: int) -> Track:
 
 
 def _contours(fit: _Fit, widths: Sequence[WidthPortrait]) -> Iterator[Contours]:
-    """Slices of the widest fitted width's surface through its optimum, one per pair of axes."""
+    """Yield slices through the optimum of the widest fitted width, one per pair of axes."""
     widest = max((w for w in widths if w.is_fitted), key=lambda w: w.width)
     swept, surface = fit.view.spec.swept, fit.surface
     (low, high), best = fit.box(), surface.optimum(widest.width).place
@@ -391,10 +395,10 @@ def _contours(fit: _Fit, widths: Sequence[WidthPortrait]) -> Iterator[Contours]:
 
 
 def _ceiling(fit: _Fit | None, widths: Sequence[WidthPortrait], axis: Axis) -> float:
-    """The excess up to which the bottom along an axis is seen well.
+    """Return the height of a figure along an axis that shows the bottom of the valley well.
 
-    What the fit has one lattice step off the bottom, the noise three times and a few trials of each
-    width fit below it.
+    Below it lie, for each width: the fitted curve within one lattice step of its bottom, three
+    times the noise, and the best trials.
     """
     step, heights = octaves(axis)[0], [0.0]
     for width in widths:

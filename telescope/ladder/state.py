@@ -1,4 +1,4 @@
-"""What a policy looks at and what it may answer: a ladder's state, and its next move."""
+"""Input and output of a policy: a ladder's state, and its next move."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Made = TypeVar("Made")
 
 
 class Memory(Protocol):
-    """Remembers what was made of a state, so that a replay need not make it again."""
+    """A cache of values computed from a state, so that a replay need not compute them again."""
 
     def recall(self, kind: object, of: object, make: Callable[[], Made]) -> Made:
-        """The value of the type `kind` that `make` makes of the content of `of`."""
+        """Return the value of type `kind` computed from `of`; call `make` if it is new."""
         ...
 
     def keep(self) -> None:
-        """Keep what is new for another process."""
+        """Store the new values for other processes."""
         ...
 
 
@@ -33,7 +33,7 @@ class State:
     """One per closed stage."""
     known: Mapping[Trial, Result]
     given: tuple[Trial, ...] = ()
-    """Those of `known` that counted before the first stage was opened: all are fitted from the
+    """The trials of `known` that counted before the first stage opened. All are fitted from the
     start, and a stage of an adaptive ladder begins with those of its width."""
 
     @property
@@ -42,27 +42,27 @@ class State:
         return self.stages[-1] if len(self.stages) > len(self.choices) else None
 
     def results(self, stage: Stage) -> list[Result]:
-        """The results of a stage so far, in the order of its trials."""
+        """Return the results of a stage so far, in the order of its trials."""
         return [self.known[trial] for trial in stage.trials if trial in self.known]
 
     def given_at(self, width: int) -> tuple[Trial, ...]:
-        """The given trials of one width."""
+        """Return the given trials of one width."""
         return tuple(trial for trial in self.given if trial.width == width)
 
     @property
     def given_ahead(self) -> list[Result]:
-        """Given results of widths for which no stage has been opened, or ever will be."""
+        """Given results of widths without a stage so far; some may never have one."""
         opened = {stage.width for stage in self.stages}
         return [self.known[trial] for trial in self.given if trial.width not in opened]
 
     @property
     def evidence(self) -> list[Result]:
-        """All that the fit is made of: the results of the stages, and those given ahead of them."""
+        """Every result that the fit uses: those of the stages, and those given ahead of them."""
         return [r for stage in self.stages for r in self.results(stage)] + self.given_ahead
 
     @property
     def content(self) -> tuple[object, ...]:
-        """All that a decision can depend on, the same in whatever order results came in."""
+        """Everything that a decision can depend on, the same in whatever order results came in."""
         results = sorted(
             (r.trial.width, r.trial.point.axes, r.trial.seed, r.status, r.loss, r.reason)
             for r in self.known.values()
@@ -70,7 +70,7 @@ class State:
         return self.spec, self.stages, self.choices, self.given, results
 
     def is_answered(self, stage: Stage) -> bool:
-        """Whether all that a stage has asked for has a result."""
+        """Tell whether every trial that a stage has asked for has a result."""
         return all(trial in self.known for trial in stage.trials)
 
     @property
@@ -82,13 +82,13 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What happens next: a stage opens, grows or closes with a choice, or nothing can be done."""
+    """A policy's decision: a stage opens, grows or closes with a choice, or the ladder is stuck."""
 
     stage: Stage | None = None
     """The open stage with another round, or a new one."""
     choice: Choice | None = None
     """Closes the open stage."""
     skipped: tuple[Skipped, ...] = ()
-    """All widths that are left out, beside a choice or without; the ladder is then finished."""
+    """All widths that are left out, with or without a choice; the ladder is then finished."""
     stuck: str | None = None
-    """Why no choice can be made, whatever further results say."""
+    """The reason that no choice can be made, whatever further results say."""

@@ -1,8 +1,8 @@
-"""Truths drawn from what the ladder takes to be probable before any result, for plans.
+"""Simulated loss surfaces ("truths"), drawn from the ladder's priors, for plans.
 
-A sweep's cost is a random thing: it depends on the noise, on where the optimum lies and on how it
-drifts, none of which is known before. A plan climbs the ladder on several truths and tells the
-middle one.
+The cost of a sweep is random: it depends on the noise, the place of the optimum and its drift, none
+of which is known in advance. A plan runs the ladder on several truths and reports the one of median
+cost.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from telescope.ladder.window import middle, octaves
 from telescope.records import LadderSpec, Result, Status, Trial
 
 CURVATURE = 0.006
-"""Share of the loss per square octave, in the middle: 0.004 for the learning rate in 1,911 public
-runs (arXiv 2503.04715 by way of 2601.05049), 0.02 for small models here. An assumption."""
+"""Median curvature, as a share of the loss per square octave. Assumption; measured are 0.004 for
+the learning rate in 1,911 public runs (arXiv 2503.04715 by way of 2601.05049), and 0.02 for small
+models here."""
 CURVATURE_SPREAD = 0.8
-"""Standard deviation of its logarithm. An assumption."""
+"""Standard deviation of the curvature's logarithm. Assumption."""
 NOISE_SPREAD = 0.7
-"""Standard deviation of the logarithm of the noise around the spec's expected one. An assumption;
-less than the fit's own, which has to be ready for anything."""
+"""Standard deviation of the logarithm of the noise around the spec's expected one. Assumption;
+smaller than the fit's own prior, which must allow for more."""
 OFFSET = 1.0
-"""Lattice steps, standard deviation, between the middle of an axis and its optimum."""
+"""Standard deviation of the distance between an axis's middle and its optimum, lattice steps."""
 MOST_OFFSET = 0.35
-"""Share of an axis's range by which an optimum lies off its middle, at most."""
+"""Most that an optimum lies off the middle of an axis, as a share of the axis's range."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """A loss surface over the swept axes and the width; answers trials as training would."""
+    """A simulated loss surface over axes and width, which answers trials like training."""
 
     spec: LadderSpec
     seed: int
@@ -53,11 +54,11 @@ class Truth:
     """(k,) share of the curvature, per octave."""
 
     def __call__(self, trial: Trial) -> Result:
-        """Answer a trial; its noise depends on its content alone."""
+        """Answer a trial; the noise is a function of the trial and the truth's seed."""
         gone = self.law.progress(trial.width, self.spec.widths[0])
         places = np.log2([trial.point[axis.name] for axis in self.spec.swept])
         x = places - self.optimum - gone * self.drift
-        # As the fit's own skew, but never more than the bowl: one minimum.
+        # Like the fit's skew, but always smaller than the bowl, so that there is one minimum.
         bent = x**2 * (1 + np.clip(self.skew * x / (1 + (x / SKEW_REACH) ** 2), -0.8, None))
         share = (zlib.crc32(f"{self.seed} {trial}".encode()) + 0.5) / 2**32
         noise = self.noise * NormalDist().inv_cdf(share)
@@ -69,7 +70,7 @@ def draw_truths(spec: LadderSpec, count: int) -> list[Truth]:
 
     Args:
         spec: the ladder.
-        count: how many; their noise is evenly spread over what is expected, from quiet to loud.
+        count: number of truths; their noise covers its distribution evenly, from low to high.
     """
     generator, k = np.random.default_rng(0), len(spec.swept)
     evenly = (np.arange(count) + 0.5) / count

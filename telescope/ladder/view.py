@@ -1,4 +1,4 @@
-"""The fit of everything measured so far, as the adaptive policy's decisions look at it."""
+"""The quantities that the adaptive policy decides by, from the fit of all results so far."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from telescope.records import LadderSpec, Point, Stage
 
 
 def round_size(spec: LadderSpec) -> int:
-    """Points per round: the spec's, or four, or two more than there are swept axes."""
+    """Return the points per round: the spec's, else the swept axes plus 2, at least 4."""
     return spec.round or max(4, len(spec.swept) + 2)
 
 
@@ -44,7 +44,7 @@ class PickedPoint:
     width: int
     point: Point
     gain: float
-    """What the predicted excess loss at the target would fall by, as a share of the loss."""
+    """Expected fall of the predicted excess loss at the target, as a share of the loss."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class View:
 
     @property
     def spec(self) -> LadderSpec:
-        """The ladder's."""
+        """The ladder's spec."""
         return self.state.spec
 
     @property
@@ -72,15 +72,16 @@ class View:
 
     @cached_property
     def loss(self) -> float:
-        """Nats: the lowest loss measured at the widest width that has one."""
+        """Lowest loss measured at the widest width that has one; its absolute value, never 0."""
         data = self.surface.data
         return max(abs(float(data.losses[data.widths == data.seen[-1]].min())), 1e-12)
 
     @cached_property
     def held(self) -> dict[int, float]:
-        """Unidentified axis → the octaves that it keeps: the last choice's, or the middle.
+        """Unidentified axis → the octaves that it keeps: the last choice's value, or the middle.
 
-        Its curvature is not measurable or its interval is long, and keeping its value costs little.
+        An axis is unidentified if its curvature cannot be measured or its interval is long, and
+        keeping its value costs little.
         """
         width, free = self.stage.width, self.surface.optimum(self.stage.width)
         prior = self.state.choices[-1].point if self.state.choices else None
@@ -98,22 +99,22 @@ class View:
         return held
 
     def _falls(self, free: Optimum, number: int) -> bool:
-        """Whether the loss surely falls along an axis, up to one border of what was measured."""
+        """Tell whether the loss surely falls along an axis towards a measured border."""
         low, high = free.interval(number)
         first, last = (float(side[number]) for side in self.surface.support())
         step = float(self.surface.frame.step[number])
         return high < first + step or low > last - step
 
     def optimum(self, width: int) -> Optimum:
-        """The answer at a width; unidentified axes keep their prior value."""
+        """Return the answer at a width; unidentified axes keep their prior value."""
         return self.surface.optimum(width, held=self.held)
 
     def excess(self, width: int) -> float:
-        """Expected excess loss of the answer at a width, as a share of the loss."""
+        """Return the expected excess loss of the answer at a width, as a share of the loss."""
         return float(self.optimum(width).excess.mean()) / self.loss
 
     def bound(self, width: int) -> float:
-        """The most that the answer at a width costs with 90 % probability, a share of the loss."""
+        """Return the 90 % bound on the answer's excess loss at a width, as a share of the loss."""
         return float(np.percentile(self.optimum(width).excess, 100 * SURE)) / self.loss
 
     @property
@@ -123,19 +124,19 @@ class View:
 
     @property
     def floor(self) -> float:
-        """What the noise can show: the standard error of a mean of all trials a width may have."""
+        """Least difference that the noise can show: the standard error of `MOST_TRIALS` losses."""
         return self.noise / math.sqrt(MOST_TRIALS)
 
     @property
     def tolerance(self) -> float:
-        """Excess loss that is good enough: the spec's, but never under what the noise can show."""
+        """Excess loss that is good enough: the spec's tolerance, but at least `floor`."""
         return max(self.spec.tolerance, self.floor)
 
     def never_settles(self, *, rule_checked: bool = False) -> float:
-        """Probability that the optimum never settles, as under a wrong width rule.
+        """Return the probability that the optimum never settles, as under a wrong width rule.
 
         Args:
-            rule_checked: a coordinate check has passed, which makes that less probable.
+            rule_checked: a coordinate check has passed, which makes this less probable.
         """
         weight = float(self.surface.law_weights[-1])
         odds = weight * CHECKED_ODDS if rule_checked else weight
@@ -150,27 +151,27 @@ class View:
         return float(self.optimum(self.target).excess[unsettled].mean()) / self.loss
 
     def is_settled(self, *, rule_checked: bool = False) -> bool:
-        """Whether a drift that never settles is ruled out, or would cost no more than tolerated."""
+        """Tell whether a drift that never settles is ruled out, or costs no more than tolerated."""
         ruled_out = self.never_settles(rule_checked=rule_checked) < RULED_OUT
         return ruled_out or self.unsettled_excess <= self.tolerance
 
     @property
     def is_far(self) -> bool:
-        """Tell whether the target lies further beyond the widths measured than these span.
+        """Tell whether the target is further from the widest width measured than the widths span.
 
-        Nothing measured speaks for a law of drift so far out. Found with the quickstart: after
-        widths 32 and 64 its answer for 256 was wrong, lr begins to drift at 128
+        So far out, no measurement supports a law of drift. The quickstart showed it: after widths
+        32 and 64 its answer for 256 was wrong, because lr begins to drift at 128
         (results/reference/neighbours).
         """
         base, widest = self.surface.data.seen[0], self.surface.data.seen[-1]
         return self.target / widest > max(1.0, widest / base)
 
     def point(self, width: int) -> Point:
-        """The answer at a width, rounded as the lattice's values are."""
+        """Return the answer at a width, rounded like the lattice's values."""
         return point_at(self.spec, self.optimum(width).place)
 
     def intervals(self, width: int) -> dict[str, tuple[float, float] | None]:
-        """Axis → where its optimum lies with 90 %; None for fixed and unidentified axes."""
+        """Map each axis to the 90 % interval of its optimum; None if fixed or unidentified."""
         optimum = self.optimum(width)
         intervals: dict[str, tuple[float, float] | None] = dict.fromkeys(
             axis.name for axis in self.spec.axes
@@ -187,11 +188,11 @@ class View:
         return [self.spec.swept[number].name for number in self.held]
 
     def picks(self, options: Mapping[int, Sequence[Point]], count: int) -> list[PickedPoint]:
-        """The trials that say most about the target per cost, best first.
+        """Return the trials that say most about the target per cost, best first.
 
         Args:
             options: width → points that may be asked for.
-            count: how many.
+            count: number of trials.
         """
         given = {width: points for width, points in options.items() if points}
         if not given:
@@ -216,7 +217,7 @@ class View:
 
     @cached_property
     def _wanted(self) -> Array:
-        """(draws, k) from the answer to each draw's optimum, as long as the root of its cost."""
+        """(draws, k) vectors from the answer to each draw's optimum; length² is its excess loss."""
         optimum = self.surface.optimum(self.target, margin=DRAWN_AHEAD)
         way = (optimum.draws - optimum.place) * np.sqrt(self.surface.curvature)
         length = np.sqrt((way**2).sum(axis=1))
@@ -224,21 +225,24 @@ class View:
         return wanted
 
     def candidates(self, width: int, grid: Grid) -> list[Point]:
-        """The cells of a grid that do not lie beyond a wall."""
+        """Return the cells of a grid that do not lie beyond a wall."""
         points = cells(self.spec, grid, self.surface.optimum(width).place)
         places = np.array([place_of(self.spec, point) for point in points])
         out = self.surface.is_walled(places)
         return [point for point, beyond in zip(points, out, strict=True) if not beyond]
 
     def measured(self, number: int) -> tuple[float, float]:
-        """The lowest and highest place of an axis with a loss at this stage's width, octaves."""
+        """Return an axis's lowest and highest place with a loss at this stage's width, octaves."""
         data = self.surface.data
         places = data.places[data.widths == self.stage.width][:, number]
         return float(places.min()), float(places.max())
 
     @cached_property
     def open_sides(self) -> list[tuple[int, bool]]:
-        """(axis, upward) where the optimum lies at or beyond all that was measured, and no wall."""
+        """(axis, upward) of each side where the optimum lies at or beyond the measured range.
+
+        Sides with a wall of divergence ahead, and unidentified axes, do not count.
+        """
         place, step = self.optimum(self.stage.width).place, self.surface.frame.step
         sides = []
         for number in range(len(place)):

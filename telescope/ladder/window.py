@@ -1,9 +1,9 @@
-"""Where an adaptive stage may look: cells of a lattice, in a window that can grow.
+"""The cells in which an adaptive stage may place trials: a lattice, in a window that can grow.
 
-The lattice is the spec's: `points` values from `low` to `high`. Between them an adaptive ladder may
-ask at half a step, or at a quarter where a step is long: at base width near the optimum, at wider
-ones anywhere in the window. All these *marks* are fixed by the spec and counted from `low`, so that
-the same spec and results ask for the same values, to the last digit, wherever they are replayed.
+The lattice is the spec's: `points` values from `low` to `high`. An adaptive ladder may also ask
+between them, at half a step, or at a quarter where a step is long: at base width near the optimum,
+at wider widths anywhere in the window. These *marks* are fixed by the spec and counted from `low`.
+So a replay of the same spec and results asks for the same values on every machine.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from telescope.ladder.grid import round_value
 from telescope.records import Axis, LadderSpec, Point
 
 WINDOW = {1: range(-4, 5), 2: range(-4, 5), 3: range(-4, 5, 2), 4: range(-4, 5, 2)}
-"""Swept axes → a wider stage's window around its predicted optimum, in marks."""
+"""Number of swept axes → a wider stage's window around its predicted optimum, in marks."""
 WINDOW_OF_MANY = range(-3, 4, 3)
 EXTENSION_CELLS = 2
 """Cells, of the stage's own spacing, that a window grows by at a border."""
 LONG_STEP = 1.5
-"""Octaves beyond which a step of the lattice has three marks inside, not one."""
+"""Length of a lattice step, in octaves, above which it has three marks inside, not one."""
 MAX_CELLS = 800
-"""Above this, only the cells nearest to the optimum are weighed."""
+"""Most cells that are considered; of more, those nearest to the optimum."""
 
 Grid = Mapping[str, tuple[float, ...]]
 
@@ -41,7 +41,7 @@ def marks_per_step(axis: Axis) -> int:
 
 
 def value_at(axis: Axis, marks: int) -> float:
-    """The axis's value so many marks above `low`; those of whole steps are the spec's own values.
+    """Return the value that lies `marks` marks above `low`; whole steps give the spec's values.
 
     >>> [value_at(Axis("lr", 0.01, 1.0, 7), i) for i in (0, 1, 2, 12)]
     [0.01, 0.014678, 0.0215443, 1.0]
@@ -51,23 +51,23 @@ def value_at(axis: Axis, marks: int) -> float:
 
 
 def octaves(axis: Axis) -> tuple[float, float]:
-    """The lattice's step and the prior range, in octaves."""
+    """Return the lattice's step and the prior range, in octaves."""
     span = math.log2(axis.high / axis.low)
     return span / (axis.points - 1), span
 
 
 def nearest(axis: Axis, place: float) -> int:
-    """The mark nearest to a place in octaves."""
+    """Return the mark nearest to a place in octaves."""
     return round(marks_per_step(axis) * (place - math.log2(axis.low)) / octaves(axis)[0])
 
 
 def middle(axis: Axis) -> float:
-    """The value in the middle of the lattice, the lower one of two: the prior value of an axis."""
+    """Return the prior value of an axis: the lattice's middle value, the lower one of two."""
     return value_at(axis, marks_per_step(axis) * ((axis.points - 1) // 2))
 
 
 def base_grid(spec: LadderSpec) -> dict[str, tuple[float, ...]]:
-    """The whole lattice: what the base width may ask for."""
+    """Return the whole lattice, the grid of the base width."""
     return {
         axis.name: (axis.low,)
         if axis.is_fixed
@@ -77,13 +77,13 @@ def base_grid(spec: LadderSpec) -> dict[str, tuple[float, ...]]:
 
 
 def grid_around(spec: LadderSpec, place: Array, within: Grid) -> dict[str, tuple[float, ...]]:
-    """The window of a wider stage around a place.
+    """Return the window of a wider stage around a place.
 
     Args:
         spec: the ladder.
         place: octaves per swept axis.
-        within: the base width's grid, which the window does not leave: what is worth looking for
-            beyond has been looked for there.
+        within: the base width's grid, which the window does not leave: the base width has already
+            grown it wherever its optimum lay at a border.
     """
     offsets = WINDOW.get(len(spec.swept), WINDOW_OF_MANY)
     grid: dict[str, tuple[float, ...]] = {axis.name: (axis.low,) for axis in spec.axes}
@@ -97,7 +97,7 @@ def grid_around(spec: LadderSpec, place: Array, within: Grid) -> dict[str, tuple
 
 
 def refined(spec: LadderSpec, grid: Grid, place: Array) -> dict[str, tuple[float, ...]]:
-    """A grid with the marks within a step of a place (octaves per swept axis), inside its range."""
+    """Add the marks within a step of a place (octaves per swept axis), inside the grid's range."""
     finer = dict(grid)
     for axis, at in zip(spec.swept, place, strict=True):
         low, high = grid[axis.name][0], grid[axis.name][-1]
@@ -111,14 +111,14 @@ def refined(spec: LadderSpec, grid: Grid, place: Array) -> dict[str, tuple[float
 def extended(
     grid: Grid, axis: Axis, spacing: int, *, upward: bool, growing: bool = False
 ) -> dict[str, tuple[float, ...]]:
-    """The same grid with `EXTENSION_CELLS` more values on one side.
+    """Return the grid with `EXTENSION_CELLS` more values on one side of an axis.
 
     Args:
         grid: the grid.
-        axis: the one that grows.
+        axis: the axis that grows.
         spacing: marks from the border to the first new value, and between new ones.
-        upward: the side.
-        growing: each new value lies twice as far from the one before as that from its own.
+        upward: grow at the high end.
+        growing: double the spacing from each new value to the next.
     """
     values = grid[axis.name]
     start = nearest(axis, math.log2(values[-1 if upward else 0]))
@@ -130,7 +130,7 @@ def extended(
 
 
 def star(spec: LadderSpec) -> list[Point]:
-    """The first points: the middle of the lattice, and a third of the range up and down each axis.
+    """Return the first points: the lattice's middle, and a third of the range off it on each axis.
 
     >>> lr, decay = Axis("lr", 1, 64, 7), Axis("weight_decay", 1, 4, 3)
     >>> [tuple(point.values()) for point in star(LadderSpec((lr, decay), (32,)))]
@@ -150,12 +150,12 @@ def star(spec: LadderSpec) -> list[Point]:
 
 
 def place_of(spec: LadderSpec, point: Mapping[str, float]) -> Array:
-    """(k,) octaves of a point's swept axes."""
+    """Return a point's place: (k,) octaves of its swept axes."""
     return np.log2([point[axis.name] for axis in spec.swept])
 
 
 def point_at(spec: LadderSpec, place: Sequence[float] | Array) -> Point:
-    """The point at a place (octaves per swept axis), its values rounded as the lattice's are."""
+    """Return the point at a place (octaves per swept axis), rounded like the lattice's values."""
     swept = {
         axis.name: min(round_value(2 ** float(at)), axis.most)
         for axis, at in zip(spec.swept, place, strict=True)
@@ -164,7 +164,7 @@ def point_at(spec: LadderSpec, place: Sequence[float] | Array) -> Point:
 
 
 def cells(spec: LadderSpec, grid: Grid, near: Array) -> list[Point]:
-    """Every point of a grid; of a large one, those nearest to `near` (octaves) on each axis."""
+    """Return a grid's points; of a large grid, those nearest to `near` (octaves) on each axis."""
     most = int(MAX_CELLS ** (1 / max(1, len(spec.swept))))
     kept = dict(grid)
     for axis, at in zip(spec.swept, near, strict=True):

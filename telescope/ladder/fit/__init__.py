@@ -1,1 +1,1 @@
-"""The fit: what is believed before any result, the model, its posterior, and its optimum."""
+"""The fit: priors, the model, its posterior, and its optimum."""

@@ -1,7 +1,7 @@
-"""Which trials to ask for next: those that say most about the optimum at the target, per cost.
+"""Choice of the next trials: those that say most about the optimum at the target, per cost.
 
-Everything is read off the surface's draws. A trial's worth is how much its loss, once known, would
-narrow what is wanted: the place of the target's optimum, counted as excess loss.
+Everything is computed from the surface's draws. A trial is worth the expected excess loss at the
+target that knowing its loss would remove.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Candidates:
     places: Array
     """(n, k) octaves."""
     repeats: Array
-    """(n,) 1 where a cell was asked for before, so that a trial needs a further seed; else 0."""
+    """(n,) 1 for a cell that was asked for before, whose next trial has a further seed; else 0."""
     cost: float
-    """Of one trial, in any unit that all candidates share."""
+    """Cost of one trial, in any unit that all candidates share."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,20 @@ class Pick:
 
     width: int
     index: int
-    """Of its place among its width's candidates."""
+    """Index of its place among its width's candidates."""
     gain: float
-    """Nats that the predicted excess loss at the target would fall by, picks before it counted."""
+    """Fall of the predicted excess loss at the target, nats, after the picks before it."""
 
 
 def pick(surface: Surface, options: Sequence[Candidates], wanted: Array, count: int) -> list[Pick]:
-    """Choose trials greedily by gain per cost; each counts what those before it will have said.
+    """Choose trials greedily by gain per cost, each given that the picks before it are answered.
 
     Args:
         surface: the fit.
         options: one per width.
-        wanted: (draws, k) what is not known: the square of its length is what it costs, in nats.
-        count: how many to choose; none twice.
+        wanted: (draws, k) error of the answer in each draw, scaled so that its squared length is
+            the excess loss in nats.
+        count: number of trials to choose, all different.
     """
     predicted = [_losses(surface, option) for option in options]
     losses = np.concatenate([values for values, _ in predicted], axis=1)
@@ -63,7 +64,7 @@ def pick(surface: Surface, options: Sequence[Candidates], wanted: Array, count: 
     while len(picks) < count and left.any():
         gain = np.where(left, (says**2).sum(axis=0) / (np.diagonal(together) + error), 0.0)
         worth = np.where(left, gain / cost, -1.0)
-        # Rounded, so that cells which a reflection swaps tie, whatever the order of the sums.
+        # Rounded, so that cells that a reflection swaps tie, whatever the order of the sums.
         scale = worth.max()
         best = int(np.argmax(np.round(worth / scale, 9) if scale > 0 else worth))
         left[best] = False
@@ -76,13 +77,13 @@ def pick(surface: Surface, options: Sequence[Candidates], wanted: Array, count: 
 
 
 def _losses(surface: Surface, option: Candidates) -> tuple[Array, Array]:
-    """(draws, n) losses less their mean, and the (n,) variance with which a trial shows them."""
+    """(draws, n) losses less their mean, and the (n,) variance of a trial's loss around them."""
     losses = surface.polynomials(option.width) @ surface.basis.shapes(option.places).T
     mean = losses.mean(axis=0)
     variance = surface.noise**2 * (1 + SEED_SHIFT**2 * option.repeats)
     variance = variance + (np.mean(MISFIT) * (mean - mean.min())) ** 2
     if option.width in surface.data.seen:
         losses = losses + surface.levels(option.width)[:, None]
-    else:  # its level is not known at all: what the first trials say lies between them
+    else:  # nothing is known of its level: only differences between its trials say anything
         losses = losses - losses.mean(axis=1, keepdims=True)
     return losses - losses.mean(axis=0), variance

@@ -1,4 +1,4 @@
-"""What was measured, as the fit sees it: places and losses of trials, and where trials diverged."""
+"""The fit's input: places and losses of complete trials, and places of diverged ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from telescope.ladder.fit.model import Array
 
 ROUNDING = 1e-4
-"""Octaves within which places are the same: values on the lattice are rounded."""
+"""Octaves within which two places count as the same, because lattice values are rounded."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """What was measured: one row per complete trial, and where trials diverged."""
+    """Measurements: one row per complete trial, and the places of diverged ones."""
 
     places: Array
     """(n, k) octaves: log2 of the axes' values."""
@@ -24,7 +24,7 @@ class Data:
     seeds: NDArray[np.int64]
     losses: Array
     walls: Array
-    """(m, k) octaves of diverged points, of any width: none of them is looked beyond."""
+    """(m, k) octaves of diverged points, of any width; no trial is asked for beyond one."""
 
     @cached_property
     def above_best(self) -> Array:
@@ -35,7 +35,7 @@ class Data:
 
     @property
     def noise_of_repeats(self) -> float:
-        """Nats between seeds at the cells that have several, whatever any fit says; 0 for none."""
+        """Standard deviation between seeds of repeated cells, nats, without any fit; 0 for none."""
         cells: dict[tuple[float, ...], list[float]] = {}
         for width, place, loss in zip(self.widths, self.places, self.losses, strict=True):
             cells.setdefault((float(width), *place.tolist()), []).append(float(loss))
@@ -49,7 +49,7 @@ class Data:
 
     @cached_property
     def same_shift(self) -> Array:
-        """(n, n): 1 where two trials share a width and a further seed, so also its shift."""
+        """(n, n): 1 where two trials share a width and a further seed, and so the seed's shift."""
         first = {w: self.seeds[self.widths == w].min() for w in self.seen}
         further = self.seeds != np.array([first[w] for w in self.widths])
         alike = (self.widths[:, None] == self.widths) & (self.seeds[:, None] == self.seeds)
@@ -57,7 +57,7 @@ class Data:
         return same
 
     def between_walls(self) -> tuple[Array, Array]:
-        """(low, high) per axis: half way from what survived to the nearest divergence beyond it."""
+        """(low, high) per axis: half way from the outermost loss to the next divergence beyond."""
         places, walls = self.places, self.walls
         low, high = np.full(places.shape[1], -np.inf), np.full(places.shape[1], np.inf)
         for axis in range(places.shape[1]):
@@ -72,11 +72,11 @@ class Data:
 
 
 def walled(places: Array, walls: Array, origin: Array) -> NDArray[np.bool_]:
-    """(n,) whether a place lies at or beyond a diverged point, as seen from a good one.
+    """(n,) True for a place at or beyond a diverged point, as seen from `origin`, a good point.
 
-    Beyond means at least as far as the diverged point in every axis in which that differs from
-    the origin, and in the same direction. So a wall bounds from one side, and says nothing of
-    losses.
+    A place is beyond if it lies in the same direction as the diverged point and at least as far, in
+    every axis in which that point differs from the origin. So a wall bounds one side only, and
+    says nothing about losses.
 
     >>> places, wall = np.array([[1.0, 0.0], [2.0, 5.0], [3.0, -1.0]]), np.array([[2.0, 0.0]])
     >>> walled(places, wall, np.zeros(2)).tolist()
@@ -88,7 +88,7 @@ def walled(places: Array, walls: Array, origin: Array) -> NDArray[np.bool_]:
     differs = np.abs(direction) > ROUNDING
     # A point that diverged at another width, but is the best here, is no wall.
     direction, differs = direction[differs.any(axis=1)], differs[differs.any(axis=1)]
-    # Along each axis in units of the way to the wall; where the wall does not differ, anything.
+    # Distance along each axis, as a multiple of the wall's; meaningless where that is 0.
     share = (places[:, None] - origin) / np.where(differs, direction, 1.0)
     beyond: NDArray[np.bool_] = np.any(np.all((share >= 1 - ROUNDING) | ~differs, axis=2), axis=1)
     return beyond

@@ -30,21 +30,21 @@ from telescope.ladder.fit.priors import (
 Array = NDArray[np.float64]
 
 FINEST = 2.6
-"""Waves of the bend up to so many radians per `BEND_LENGTH`: the rest has 3 % of the deviation."""
+"""Highest frequency of the bend's waves, radians per `BEND_LENGTH`: the rest has 3 % of its σ."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What is known before any result: widths, lattice and scale."""
+    """The facts known before any result: widths, lattice and scale."""
 
     widths: tuple[int, ...]
-    """Every width that is asked about, the base first: those of the ladder, then the target."""
+    """Every width in question, the base first: the ladder's, given ones, then the target."""
     step: Array
     """The lattice's step per swept axis, in octaves."""
     span: Array
     """Length of the prior range per swept axis, in octaves."""
     expected_noise: float
-    """Standard deviation between seeds that is expected before any repeat, nats."""
+    """Standard deviation between seeds that is expected before any repeat was run, nats."""
 
 
 class Basis:
@@ -74,7 +74,7 @@ class Basis:
             curvature: (k,) nats per square octave, the scale of tilt, skew, bend and drift.
             spread: nats between a middling loss and the best, the scale of the curvature.
             height: nats between the worst loss and the best, the scale of the levels.
-            reach: (k,) octaves from the centre within which the shape is asked for.
+            reach: (k,) octaves from the centre within which the shape is evaluated.
         """
         self.frame, self.centre, self._spread = frame, centre, spread
         k, others = len(centre), len(frame.widths) - 1
@@ -107,22 +107,22 @@ class Basis:
         self.odd = self._odd()
 
     def misfit(self, above: Array, share: Array) -> Array:
-        """Standard deviation of the model's error at losses so far above the best, nats.
+        """Return the standard deviation of the model's error at some losses, nats.
 
         Args:
-            above: nats.
-            share: the error as a share of the loss above the best, near the best; it grows further
-                up, where a loss says less and less of where the optimum is.
+            above: loss above the best, nats.
+            share: the error as a share of `above`, close to the best loss. The share grows with
+                the loss, because a high loss says little about the optimum.
         """
         error: Array = np.minimum(share * (1 + above / (FAR * self._spread)), MOST_MISFIT) * above
         return error
 
     @cached_property
     def _waves(self) -> NDArray[np.int64]:
-        """(waves, k) half waves per axis across the box; 0 where an axis has no part in it."""
+        """(waves, k) half waves per axis across the box; 0 for a wave that does not vary there."""
         finest = FINEST / BEND_LENGTH
         counts = [max(1, int(2 * box * finest / math.pi)) for box in self._box]
-        if self.axes > 2:  # along one axis at a time: the rest would be too many
+        if self.axes > 2:  # only waves along one axis: all combinations would be too many
             rows = [
                 [j if a == axis else 0 for a in range(self.axes)]
                 for axis, count in enumerate(counts)
@@ -145,7 +145,7 @@ class Basis:
         return deviations
 
     def _odd(self) -> NDArray[np.bool_]:
-        """(k, columns): which columns change sign when an axis is reflected."""
+        """(k, columns): True for a column that changes sign when the axis is reflected."""
         k = self.axes
         odd = np.zeros((k, len(self.deviations)), dtype=bool)
         start = self.shape.start
@@ -173,13 +173,13 @@ class Basis:
         return np.concatenate([u, u**2, *cross, skew, bend], axis=1)
 
     def polynomial(self, width: int, law: Law) -> Array:
-        """(shape, columns): takes all coefficients to those of the shape at one width."""
+        """(shape, columns): the map from all coefficients to those of the shape at one width."""
         k, number = self.axes, self.frame.widths.index(width)
         to_shape = np.zeros((self.shape_size, len(self.deviations)))
         to_shape[:, self.shape] = np.eye(self.shape_size)
         gradient = np.arange(k)
         base = self.frame.widths[0]
-        # A faster law has the same prior, and goes further.
+        # The drift has one prior under all laws; a faster law multiplies it.
         to_shape[gradient, np.arange(k) + self.drift.start] = law.pace * law.progress(width, base)
         if number > 0:
             own = np.arange(k) + (number - 1) * k

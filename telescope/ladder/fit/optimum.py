@@ -1,4 +1,4 @@
-"""Where a drawn surface is lowest: downhill over a grid, then to the vertex of a parabola."""
+"""The minimum of a drawn surface: downhill over a grid, then to the vertex of a parabola."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from telescope.ladder.fit.model import Array, Basis
 
 ZOOMS = 3
 STRIDES = (0, -1, 1, -2, 2)
-"""Cells that a step downhill takes along an axis: what lies behind a ripple is still seen."""
+"""Cells that a step downhill may take along an axis; two, so that a ripple does not stop it."""
 SIGNS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 PATH = {1: 101, 2: 41, 3: 15, 4: 9}
-"""Swept axes → points per axis of the grid on which two places are joined."""
+"""Swept axes → points per axis of the grid on which a path between two places is looked for."""
 GRID = {1: 61, 2: 25, 3: 13, 4: 9}
 """Swept axes → points per axis of the grid on which a draw's minimum is first looked for."""
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """Where the loss of one width is lowest, as far as is known."""
+    """The place of one width's lowest loss, with its uncertainty."""
 
     place: Array
-    """(k,) octaves: the lowest expected loss."""
+    """(k,) octaves: the place of the lowest expected loss."""
     draws: Array
     """(draws, k) octaves: each draw's own minimum."""
     excess: Array
-    """(draws,) nats: what `place` costs in each draw above its own minimum; 0 or more."""
+    """(draws,) nats, 0 or more: loss of `place` in each draw above that draw's own minimum."""
 
     def interval(self, axis: int, share: float = 0.9) -> tuple[float, float]:
-        """The central interval that holds `share` of the draws, octaves."""
+        """Return the central interval that holds `share` of the draws and `place`, octaves."""
         tail = 50 * (1 - share)
         low, high = np.percentile(self.draws[:, axis], [tail, 100 - tail])
         at = float(self.place[axis])
@@ -43,22 +43,22 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Landscape:
-    """The shape of the loss around a centre, and what of it lies behind a wall."""
+    """The shape of the loss around a centre, and the walls in it."""
 
     basis: Basis
     centre: Array
-    """(k,) octaves; the way downhill begins there."""
+    """(k,) octaves; the descent begins there."""
     origin: Array
     """(k,) octaves; walls are seen from there."""
     walls: Array
     """(m, k) octaves of diverged points."""
 
     def downhill(self, polynomials: Array, low: Array, high: Array) -> Array:
-        """(draws, k) octaves, where each draw leads downhill from the centre in a box.
+        """(draws, k) octaves: the minimum that each draw reaches downhill from the centre in a box.
 
-        The way leads over the cells of a grid, then to the vertex of the parabola through the last
-        one and its neighbours. So a draw's optimum is that of the basin that was found: the shape
-        of draws in corners that nobody measured says nothing of it.
+        The descent goes over the cells of a grid, then to the vertex of the parabola through the
+        last cell and its neighbours. So a draw's optimum lies in the basin that was measured, and
+        the draw's shape in unmeasured corners does not matter.
         """
         count = GRID.get(len(low), 5)
         values = [np.linspace(a, b, count if b > a else 1) for a, b in zip(low, high, strict=True)]
@@ -71,7 +71,7 @@ class Landscape:
         away = (((grid - self.centre) / spacing) ** 2).sum(1) + np.where(out, np.inf, 0.0)
         losses = polynomials @ self.basis.shapes(grid).T
         losses[:, out] = np.inf
-        # Numbers of cells with a border all around, so that every cell has all its neighbours.
+        # Cell numbers, with a border all around so that every cell has all its neighbours.
         bordered = np.pad(np.arange(len(grid)).reshape(sizes), 2, constant_values=len(grid))
         losses = np.concatenate([losses, np.full((len(losses), 1), np.inf)], axis=1)
         shifts = np.array(list(itertools.product(STRIDES, repeat=len(low))))
@@ -96,11 +96,11 @@ class Landscape:
         return lowest
 
     def _vertex(self, beside: Array, shifts: NDArray[np.int64]) -> Array:
-        """(draws, k) cells from the lowest cell to the vertex; none beyond a cell.
+        """(draws, k) offset from the lowest cell to the vertex, in cells, at most 1 per axis.
 
         Args:
-            beside: (draws, 3^k) losses of a cell and its neighbours; infinite outside.
-            shifts: (3^k, k) where they are.
+            beside: (draws, 5^k) losses of a cell and its neighbours; infinite outside.
+            shifts: (5^k, k) offsets of these cells, the cell itself first.
         """
         k = shifts.shape[1]
         number = {tuple(shift): i for i, shift in enumerate(shifts.tolist())}
@@ -127,12 +127,12 @@ class Landscape:
         return vertex
 
     def values(self, polynomials: Array, places: Array) -> Array:
-        """(draws,) of each polynomial at its own place."""
+        """(draws,) nats: each polynomial's value at its own place."""
         values: Array = np.einsum("ds,ds->d", polynomials, self.basis.shapes(places))
         return values
 
     def _grid(self, low: Array, high: Array) -> tuple[Array, Array]:
-        """(points, k) of a grid over a box, less what lies beyond a wall; and its spacing (k,)."""
+        """(points, k) grid over a box without places beyond a wall, and its spacing (k,)."""
         count = GRID.get(len(low), 5)
         values = [np.linspace(a, b, count if b > a else 1) for a, b in zip(low, high, strict=True)]
         grid = np.stack([axis.ravel() for axis in np.meshgrid(*values, indexing="ij")], axis=1)
@@ -140,11 +140,11 @@ class Landscape:
         return (allowed if len(allowed) else self.centre[None]), (high - low) / (count - 1)
 
     def is_walled(self, places: Array) -> NDArray[np.bool_]:
-        """(n,) whether places lie at or beyond a diverged point, as seen from the origin."""
+        """(n,) True for a place at or beyond a diverged point, as seen from the origin."""
         return walled(places, self.walls, self.origin)
 
     def lowest(self, shape: Array, box: tuple[Array, Array]) -> Array:
-        """(k,) the lowest place of one polynomial in a box, by grids that zoom in."""
+        """(k,) place where one polynomial is lowest in a box, found on ever finer grids."""
         low, high = box
         for _ in range(ZOOMS):
             grid, spacing = self._grid(low, high)
@@ -156,14 +156,14 @@ class Landscape:
 def joined(
     losses_at: Callable[[Array], Array], one: Array, other: Array, level: float, margin: Array
 ) -> bool:
-    """Tell whether a path joins two places on which no expected loss is above a level.
+    """Tell whether a path joins two places without an expected loss above `level`.
 
     Args:
-        losses_at: takes (n, k) octaves to (n,) nats.
+        losses_at: maps (n, k) octaves to (n,) nats.
         one: (k,) octaves.
         other: (k,) octaves.
         level: nats.
-        margin: (k,) octaves around both in which paths are looked for.
+        margin: (k,) octaves around both places in which a path may run.
     """
     low, high = np.minimum(one, other), np.maximum(one, other)
     axes = [
@@ -183,7 +183,7 @@ def joined(
     reached[start] = True
     for _ in range(open_cells.size):
         wider = reached.copy()
-        for axis in range(len(sizes)):  # a step along every axis: corners too
+        for axis in range(len(sizes)):  # a step along every axis in turn reaches corners too
             padded = np.pad(wider, [(int(a == axis), int(a == axis)) for a in range(len(sizes))])
             size = sizes[axis]
             wider = wider | padded.take(range(size), axis) | padded.take(range(2, size + 2), axis)

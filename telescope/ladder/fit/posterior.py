@@ -1,8 +1,8 @@
 """The likelihood of what was measured, and draws of the model's coefficients from the posterior.
 
-For each hypothesis on the width (`laws`) and each setting of noise, misfit and bend the model is
-linear with Gaussian priors, so the losses are Gaussian and their evidence is exact. Hypotheses and
-settings are averaged over by their evidence, never chosen.
+For each hypothesis on the width (`laws`) and each setting of noise, misfit and bend, the model is
+linear with Gaussian priors. So the losses are Gaussian and their evidence is exact. The posterior
+averages over hypotheses and settings by their evidence; it never chooses one.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from telescope.ladder.fit.priors import (
 )
 
 DRAWS = 128
-"""Draws before they are reflected in every axis."""
+"""Number of draws before each is reflected in every axis."""
 NEGLIGIBLE = 1e-3
-"""Share of the most probable hypothesis's weight below which a first guess leaves one out."""
+"""Share of the largest weight below which a hypothesis, setting or noise is left out."""
 LEAST_BOWLS = 0.05
-"""Share of draws that curve upwards in every axis below which none is left out."""
+"""Share of draws that curve upwards in every axis; below it, the other draws are kept too."""
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """Findings of the data for each hypothesis with each setting.
+    """The data's verdict on each hypothesis with each setting.
 
-    A hypothesis is one of `drift.HYPOTHESES`; a setting is noise, misfit and share of the bend.
+    A hypothesis is one of `laws.HYPOTHESES`; a setting is noise, misfit and share of the bend.
     """
 
     columns: Array
-    """(hypotheses, n, columns)."""
+    """(hypotheses, n, columns) of the linear model at the measured trials."""
     covariance: Array
-    """(hypotheses, settings, n, n) of the measured losses."""
+    """(hypotheses, settings, n, n) of the measured losses, nats²."""
     weights: Array
-    """(hypotheses, settings), sum 1."""
+    """(hypotheses, settings) probabilities; their sum is 1."""
     noise: Array
-    """(settings,) nats."""
+    """(settings,) standard deviation between seeds, nats."""
     misfit: Array
-    """(settings,)"""
+    """(settings,) the model's error as a share of the loss above the best."""
     variances: Array
-    """(settings, columns) of the coefficients, before any result."""
+    """(settings, columns) prior variances of the coefficients."""
 
     def mean(self, losses: Array) -> Array:
-        """(columns,) expected coefficients over all that is probable."""
+        """(columns,) expected coefficients, averaged over the probable hypotheses and settings."""
         of_law, setting = np.nonzero(self.weights > NEGLIGIBLE * self.weights.max())
         weights = self.weights[of_law, setting]
         solved = np.linalg.solve(self.covariance[of_law, setting], losses[:, None])[..., 0]
@@ -73,7 +73,15 @@ def weigh(
     scales: Array = NOISE_SCALES,
     bends: Sequence[float] = BENDS,
 ) -> Posterior:
-    """Evidence of every hypothesis: how probable the losses are under it."""
+    """Compute the probability of the losses under every hypothesis and setting.
+
+    Args:
+        basis: the model's columns.
+        data: the measured losses.
+        hypotheses: laws of drift and deepening.
+        scales: the noises to consider, as multiples of the expected noise.
+        bends: the bend's standard deviations to consider, as shares of the bowl.
+    """
     noise, misfit, _ = (
         grid.ravel()
         for grid in np.meshgrid(basis.frame.expected_noise * scales, MISFIT, bends, indexing="ij")
@@ -97,7 +105,7 @@ def weigh(
 
 
 def probable_scales(guess: Posterior) -> Array:
-    """Those of `NOISE_SCALES` that a first guess has not ruled out, each with its neighbours."""
+    """Return the `NOISE_SCALES` not ruled out by a first guess, with one more on each side."""
     by_scale = guess.weights.sum(0).reshape(len(NOISE_SCALES), -1).sum(1)
     likely = np.flatnonzero(by_scale > NEGLIGIBLE * by_scale.max())
     kept: Array = NOISE_SCALES[max(0, likely[0] - 1) : likely[-1] + 2]
@@ -105,13 +113,13 @@ def probable_scales(guess: Posterior) -> Array:
 
 
 def _log_evidence(covariance: Array, losses: Array) -> Array:
-    """Log density of the losses, mean 0, under each of many covariances, up to a constant."""
+    """Return the log density of the losses (mean 0) under each covariance, up to a constant."""
     n = len(losses)
-    # One more row: the factor's last row is then the losses, solved by the factor.
+    # With the losses as one more row, the last row of the Cholesky factor is L⁻¹ losses.
     wider = np.empty((*covariance.shape[:-2], n + 1, n + 1))
     wider[..., :n, :n] = covariance
     wider[..., n, :n] = wider[..., :n, n] = losses
-    # Large enough for the last diagonal element, which nobody reads, to exist.
+    # Large enough for the matrix to be positive definite; the element itself is never read.
     wider[..., n, n] = 1 + 2 * (losses**2).sum() / np.diagonal(covariance, 0, -2, -1).min() * 1e6
     lower = np.linalg.cholesky(wider)
     diagonal = np.diagonal(lower, axis1=-2, axis2=-1)[..., :n]
@@ -121,25 +129,25 @@ def _log_evidence(covariance: Array, losses: Array) -> Array:
 
 @dataclass(frozen=True)
 class Draws:
-    """Equally probable truths. Reflected in all axes, as a set, if the data are."""
+    """Equally probable truths. If the data are reflected in an axis, so is the set of draws."""
 
     coefficients: Array
     """(draws, columns) of the model."""
     hypothesis: NDArray[np.int64]
-    """(draws,) number among `laws.HYPOTHESES`."""
+    """(draws,) index in `laws.HYPOTHESES`."""
     shift: Array
-    """(draws, k) octaves by which each draw's own minimum misses the optimum; see `INDISTINCT`."""
+    """(draws, k) octaves by which a draw's minimum misses the true optimum; see `INDISTINCT`."""
     bends: Array
-    """(k,) share of the draws that curve upwards along an axis, before others were left out."""
+    """(k,) share of draws that curve upwards along an axis, counted before any were left out."""
 
 
 def draw(posterior: Posterior, basis: Basis, data: Data, curvature: Array) -> Draws:
-    """Draw from the posterior, each draw with its reflections; less those that are no bowl.
+    """Draw from the posterior, each draw with its reflections; leave out those that are no bowl.
 
     Args:
-        posterior: of the data.
+        posterior: the posterior of `data`.
         basis: the columns that it was made with.
-        data: what was measured.
+        data: the measurements.
         curvature: (k,) nats per square octave, the expected one.
     """
     flat = posterior.weights.ravel()
@@ -176,8 +184,8 @@ def _condition(
 ) -> Array:
     """Turn (draws, reflections, columns) of the prior into draws of the posterior.
 
-    A draw of prior and noise gives losses; its coefficients move by what these miss of the
-    measured ones (Matheron's rule).
+    A draw of prior and noise predicts losses. The difference between these and the measured losses
+    corrects its coefficients (Matheron's rule).
     """
     noise, misfit = posterior.noise[setting], posterior.misfit[setting]
     above, shift = data.above_best, data.same_shift

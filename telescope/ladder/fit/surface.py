@@ -1,10 +1,9 @@
-"""The loss near its optimum as one surface over axes and width, with what is not known about it.
+"""The loss near its optimum as one surface over axes and width, with its uncertainty.
 
-`model` has the surface's formula, `priors` what is believed before any result, `posterior` the
-likelihood of the losses. What comes out is a set of draws: any statement about optimum or loss is a
-share or a mean of these.
+`model` has the surface's formula, `priors` its priors, `posterior` the likelihood of the losses.
+The fit is a set of draws: every statement about an optimum or a loss is a share or a mean of them.
 
-Deterministic, whatever the order of the results. Reflecting an axis reflects the draws.
+The fit is deterministic, whatever the order of the results. Reflecting an axis reflects the draws.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from telescope.ladder.fit.posterior import Posterior, draw, probable_scales, wei
 from telescope.ladder.fit.priors import BENDS, DEEPENINGS, MOST_STEPS
 
 ITERATIONS = 3
-"""First guesses of centre and curvature, each from the one before."""
+"""Number of first guesses of centre and curvature, each from the one before."""
 FIRST_GUESS = tuple(h for h in HYPOTHESES if h.deepening in (0.0, 0.33))
-"""The hypotheses of the first guesses, which look for the centre and the curvature alone."""
+"""The hypotheses of the first guesses, which only look for the centre and the curvature."""
 LEAST_CURVATURE = 1e-3
-"""Of the first guess of the curvature: what a flat axis is taken to have, for the priors alone."""
+"""Least curvature, as a share of its starting value, so that a flat axis still has priors."""
 AT_WALL = 0.1
-"""Lattice steps from the last place that is allowed before a divergence."""
+"""Lattice steps from the outermost place allowed before a divergence that count as lying there."""
 
 
 class Surface:
@@ -44,14 +43,14 @@ class Surface:
         basis: the model's columns around the centre.
         noise: nats between seeds, the root of the expected variance.
         law_weights: probability of each of `laws.LAWS`.
-        deepening: octaves per doubling of the width by which the excess loss grows, expected.
-        laws: (draws,) the law of each draw, its number among `laws.LAWS`.
-        bends: (k,) probability that the loss curves upwards along an axis, before draws of which
-            it does not were left out.
+        deepening: expected growth of the excess loss, octaves per doubling of the width.
+        laws: (draws,) each draw's law, as an index in `laws.LAWS`.
+        bends: (k,) probability that the loss curves upwards along an axis, counted before draws
+            that do not were left out.
     """
 
     def __init__(self, frame: Frame, data: Data) -> None:
-        """Fit; `data` has two losses or more at the base width."""
+        """Fit the surface; `data` has two losses or more at the base width."""
         self.frame, self.data = frame, data
         self._optima: dict[tuple[object, ...], Optimum] = {}
         above = data.above_best
@@ -76,7 +75,7 @@ class Surface:
         self.laws = self._draws.hypothesis // len(DEEPENINGS)
 
     def _guess(self, least: Array) -> Posterior:
-        """Move centre and curvature to what is expected by a few of the hypotheses."""
+        """Move centre and curvature to their expectations under a few of the hypotheses."""
         self.basis = self._basis_here()
         guess = weigh(self.basis, self.data, FIRST_GUESS, bends=BENDS[1:2])
         mean = guess.mean(self.data.above_best)
@@ -89,7 +88,7 @@ class Surface:
         return guess
 
     def _basis_here(self) -> Basis:
-        """The columns around the centre as it is taken to be now."""
+        """Return the model's columns around the present guess of the centre."""
         low, high = self.data.places.min(0), self.data.places.max(0)
         reach = np.maximum(high - self.centre, self.centre - low) + self.frame.step
         return Basis(
@@ -106,7 +105,7 @@ class Surface:
         return Landscape(self.basis, self.centre, self.origin, self.data.walls)
 
     def support(self, margin: float = 0.5) -> tuple[Array, Array]:
-        """The box in which an optimum is believed: what was measured, and `margin` steps beyond.
+        """Return the box in which an optimum is believed: the measured range and `margin` steps.
 
         Returns:
             (low, high), each (k,) octaves; at most `MOST_STEPS` lattice steps from the centre.
@@ -119,13 +118,13 @@ class Surface:
         )
 
     def at_wall(self, place: Array) -> list[int]:
-        """The axes along which a place lies as near to a divergence as it may."""
+        """List the axes along which a place lies as near to a divergence as is allowed."""
         low, high = self.data.between_walls()
         near = AT_WALL * self.frame.step
         return [int(a) for a in np.flatnonzero((place - low < near) | (high - place < near))]
 
     def is_walled(self, places: Array) -> NDArray[np.bool_]:
-        """(n,) whether places lie at or beyond a diverged point, as seen from the origin."""
+        """(n,) True for a place at or beyond a diverged point, as seen from the origin."""
         return self._landscape.is_walled(places)
 
     def polynomials(self, width: int) -> Array:
@@ -155,7 +154,7 @@ class Surface:
         return float(self.losses_at(width, place[None])[0])
 
     def joins(self, width: int, one: Array, other: Array, level: float) -> bool:
-        """Tell whether a path joins two places on which no expected loss is above a level.
+        """Tell whether a path joins two places without an expected loss above `level`.
 
         Args:
             width: one that was measured.
@@ -170,12 +169,12 @@ class Surface:
     def optimum(
         self, width: int, *, margin: float = 0.5, held: Mapping[int, float] | None = None
     ) -> Optimum:
-        """The place where the loss is lowest at one width.
+        """Return the place where the loss is lowest at one width.
 
         Args:
             width: one of the frame's.
-            margin: steps beyond what was measured that are allowed.
-            held: axis → octaves at which the answer, but not the draws, keeps it.
+            margin: lattice steps beyond the measured range within which it may lie.
+            held: axis → octaves at which the answer keeps that axis; the draws do not.
         """
         asked = width, margin, tuple(sorted((held or {}).items()))
         if asked not in self._optima:
