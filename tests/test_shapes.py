@@ -165,12 +165,12 @@ def entry(role: str = "hidden", shape: Any = (64, 64), base: Any = (16, 16)) -> 
 
 
 BAD_FILES = [
-    ("{", "shapes.json: is no JSON"),
+    ("{", "shapes.json: is not JSON"),
     ("[]", "shapes.json: must be a table of parameters, each with role, shape, base_shape"),
     ("{}", "must be a table of parameters"),
     ('{"w": 3}', "w: got int, must be a table of role, shape, base_shape"),
     ('{"w": {"role": "hidden", "shape": [1]}}', "w: got role, shape, must be a table of"),
-    ('{"a": 1, "a": 2}', "shapes.json: a stands there twice"),
+    ('{"a": 1, "a": 2}', "shapes.json: a occurs twice; remove one of the two"),
     ({"w": entry("matrix")}, "w: role: got 'matrix', must be one of hidden, residual, embedding"),
     ({"w": {**entry(), "shape": [64, "64"]}}, r"w: shape: got \[64, '64'\], must be a list of pos"),
     ({"w": {**entry(), "shape": [64, 0]}}, "must be a list of positive integers"),

@@ -1,21 +1,21 @@
-"""The coordinate check: does anything in the model grow or shrink with the width as it trains?
+"""The coordinate check: a few training steps show whether anything grows or shrinks with the width.
 
-Under muP the size of every activation, of its change since initialisation, of every matrix at the
-start and of every update is the same at all widths, and a gradient is as much smaller as the width
-is larger. A few steps at a few widths show it: log2 of each size against log2 of the width is a
-line, and its slope is 0. A wrong width rule, a wrong initialisation or a model file that scales
-something by itself has a slope of a half or more.
+Under muP the following have the same size at all widths: every activation, its change since
+initialisation, every matrix at initialisation, and every update. A gradient shrinks as 1/width. A
+few steps at a few widths show it: log2 of each size against log2 of the width is a line of slope 0.
+A wrong width rule, a wrong initialisation, or a model file that scales something by itself gives a
+slope of a half or more.
 
-A flat check is necessary, not sufficient: it cannot see how decay or AdamW's eps act over a long
-run, nor depth.
+A flat check is necessary, not sufficient: it does not see the effect of weight decay or of AdamW's
+eps over a long run, nor of depth.
 
-The idea is that of arXiv 2203.03466 App. D.1. Readout and residual outputs start at zero here, so
-nothing hidden moves on step 1: the check looks after steps 3, 10 and 20. At a high learning rate or
-on random tokens even the right rule's logits shrink, so the learning rate is low and constant, and
-the batches are real.
+The idea is from arXiv 2203.03466 App. D.1. Readouts and residual outputs start at zero here, so
+nothing hidden moves on step 1; therefore the check measures after steps 3, 10 and 20. At a high
+learning rate or on random tokens, even the right rule's logits shrink; therefore the learning rate
+is low and constant, and the batches are real.
 
-Here is what is trained, and for how long. `measure.py` measures one training,
-`judge.py` judges the sizes, `verdict.py` is what comes of it.
+This module decides what to train. `measure.py` measures one training run, `judge.py` judges the
+sizes, `verdict.py` holds the verdict.
 """
 
 from __future__ import annotations
@@ -33,43 +33,43 @@ from telescope.records import Point, Trial
 from telescope.train.model import build_meta
 
 WIDTH_FACTORS = (1, 2, 4, 8)
-"""Widths as multiples of the base width, whatever the ladder."""
+"""Widths as multiples of the base width, for every ladder."""
 STEPS = (3, 10, 20)
 SEEDS = (0, 1, 2)
 MAX_TOKENS = 2048
-"""Tokens of a step, at most: enough to move, and cheap."""
+"""Most tokens of a step: enough for the weights to move, and cheap."""
 CHECK_EPS = 1e-20
-"""AdamW's eps in the check, at most. Readouts start at zero, so in the first steps every other
-gradient is a multiple of lr / width, far below what it is later. An eps that a real run never feels
-would then damp the wide models' updates more than the narrow ones' and look like a wrong rule
-(measured: 1e-8 gives the hidden update a slope of -0.58 at lr 1e-4). Next to no eps leaves Adam's
-step the sign that the rule is about."""
+"""Largest eps of AdamW in the check. Readouts start at zero, so in the first steps every other
+gradient is proportional to lr / width and far smaller than later. An eps that has no effect in a
+real run would then damp the updates of wide models more than those of narrow ones, which looks like
+a wrong rule (measured: 1e-8 gives the hidden update a slope of -0.58 at lr 1e-4). With almost no
+eps, Adam's step is the sign of the gradient, which the rule assumes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much is measured: the full check of `telescope check`, or the short one before a run."""
+    """The extent of a check: the full one of `telescope check`, or the short one before a run."""
 
     width_factors: tuple[int, ...] = WIDTH_FACTORS
     steps: tuple[int, ...] = STEPS
     seeds: tuple[int, ...] = SEEDS
 
     def widths(self, base_width: int) -> list[int]:
-        """What is trained, narrow first."""
+        """Return the widths to train, narrow first."""
         return [factor * base_width for factor in self.width_factors]
 
 
 SHORT = Extent(steps=(3, 10), seeds=(0, 1))
-"""A third of the full check's cost. All widths are kept: a shorter lever makes slopes noisier."""
+"""A third of the full check's cost. It keeps all widths, because fewer make the slopes noisier."""
 
 
 def check_trials(config: TrialConfig, point: Point, extent: Extent) -> list[Trial]:
-    """What the check trains, narrow widths first.
+    """Return the trials of a check, narrow widths first.
 
     Args:
         config: the sweep's training.
         point: the setting; a swept warm-up is left out, because the check has none.
-        extent: which widths and seeds.
+        extent: the widths and seeds.
     """
     plain = Point.of({axis: value for axis, value in point.items() if axis != "warmup"})
     widths = extent.widths(config.base_width)
@@ -77,7 +77,7 @@ def check_trials(config: TrialConfig, point: Point, extent: Extent) -> list[Tria
 
 
 def check_config(config: TrialConfig, extent: Extent) -> TrialConfig:
-    """The sweep's training as the check runs it: constant lr, small batches, next to no eps."""
+    """Return the sweep's training as the check runs it: constant lr, small batches, tiny eps."""
     length = min(config.train.sequence_length, MAX_TOKENS)
     batch_size = max(1, min(config.train.batch_size, MAX_TOKENS // length))
     train = replace(
@@ -88,7 +88,7 @@ def check_config(config: TrialConfig, extent: Extent) -> TrialConfig:
         schedule="constant",
         warmup=0.0,
         evals=1,
-        compile=False,  # what is measured inside the model is measured by hooks
+        compile=False,  # the check measures through hooks, which a compiled model may skip
     )
     measured = min(config.data.eval_tokens, train.tokens_per_step)
     data = replace(config.data, eval_tokens=measured)
@@ -104,13 +104,13 @@ def coordinate_check(
 ) -> CoordCheck:
     """Train a few steps at a few widths, and judge what grows or shrinks.
 
-    Where that is not certain, as many seeds again are trained.
+    If the verdict is not certain, the check trains as many seeds again.
 
     Args:
         config: the sweep's training; its decay and data are used as they are.
         point: the setting to train; its lr must be low, see above.
-        extent: how much to measure.
-        progress: told before each run how much is done, and of how much; may raise to end it.
+        extent: the widths, steps and seeds to measure.
+        progress: called before each run with (cost done, total cost); may raise to end the check.
 
     Raises:
         ModelError: the model file fails at one of the widths.
@@ -151,7 +151,7 @@ def coordinate_check(
 
 
 def _growing(heads: Sequence[Mapping[str, int]]) -> tuple[str, ...]:
-    """The modules whose heads are larger in the last of these than in the first."""
+    """Return the modules whose heads are larger at the last width than at the first."""
     narrow, wide = heads[0], heads[-1]
     return tuple(name for name, size in wide.items() if size > narrow.get(name, size))
 
@@ -159,7 +159,7 @@ def _growing(heads: Sequence[Mapping[str, int]]) -> tuple[str, ...]:
 def _by_quantity(
     measured: Mapping[int, Sequence[Mapping[int, Mapping[Quantity, float]]]], steps: Sequence[int]
 ) -> dict[Quantity, dict[int, list[list[float]]]]:
-    """Quantity → step → its RMS per width and seed; what is not there every time is left out."""
+    """Map quantity → step → size per width and seed; leave out what some run lacks."""
     everywhere = [seed[step] for seeds in measured.values() for seed in seeds for step in steps]
     found = [each for each in everywhere[0] if all(each in sizes for sizes in everywhere)]
     return {

@@ -1,7 +1,7 @@
 """The coordinate check's judge: from measured sizes to slopes, and from slopes to a verdict. Pure.
 
 log2 of a size against log2 of the width is a line, whose slope is 0 under the right rule. Each
-slope has a standard error, and only what lies beyond the threshold by its errors fails.
+slope has a standard error; it fails only if it exceeds the threshold by several of them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from telescope.check.verdict import SOFTMAX_ADVICE, CoordCheck, Quantity, steepn
 from telescope.records import Point
 
 THRESHOLD = 0.25
-"""Largest slope that passes, up or down. Mistakes come in half powers of the width (a factor of
-√r forgotten or applied twice), and a right model's slopes are near 0: a quarter lies half way."""
+"""Largest slope that passes, up or down. Mistakes are half powers of the width (a factor of √r
+forgotten or applied twice), and a right model's slopes are near 0; a quarter lies half way."""
 STANDARD_ERRORS = 2.0
-"""A slope fails when it lies this many standard errors beyond the threshold, and is flat this many
-within; between them it is uncertain. Dozens of slopes are looked at, and narrow models are noisy:
-without this margin a right model fails now and then (measured: tied, AdamW, +0.32 ± 0.10 on a
-gradient). Where one is uncertain, as many seeds again are trained; what then still is, is said."""
+"""Margin around the threshold, in standard errors. A slope above it fails, one below it is flat,
+one inside it is uncertain. The check judges dozens of slopes, and narrow models are noisy: without
+the margin a right model sometimes fails (measured: tied, AdamW, +0.32 ± 0.10 on a gradient). If a
+slope is uncertain, the check trains as many seeds again, and reports slopes that still are."""
 CLEAR_ERRORS = 5.0
-"""What lies this many standard errors beyond the threshold fails without more seeds. Two seeds make
-a poor estimate of the error: at two errors a right model's -0.57 ± 0.10 fails (tied, AdamW), which
-four more seeds show to be -0.2."""
+"""Standard errors beyond the threshold at which a slope fails without more seeds. Two seeds give a
+poor estimate of the error: at a margin of two, a right model's -0.57 ± 0.10 fails (tied, AdamW),
+while four more seeds show it to be -0.2."""
 
 
 def judge(
@@ -39,13 +39,13 @@ def judge(
     rule: str,
     point: Point,
 ) -> CoordCheck:
-    """Slopes and verdict from measured sizes.
+    """Fit the slopes of measured sizes and judge them.
 
     Args:
         measured: quantity → step → RMS per width and seed.
-        widths: rising.
-        steps: after which it was measured.
-        seeds: one run each.
+        widths: the widths, rising.
+        steps: the steps after which sizes were measured.
+        seeds: the seeds, one run per width each.
         rule: the width rule, for the record.
         point: the setting, for the record.
     """
@@ -83,7 +83,7 @@ def judge(
 
 
 def is_clear(check: CoordCheck) -> bool:
-    """Whether more seeds could not change the verdict: all is flat, or something is far from it."""
+    """Tell whether the verdict needs no more seeds: all slopes are flat, or one is far from it."""
     if check.passed:
         return not check.uncertain
     lines = [(check.slopes[name], check.errors[name]) for name in check.problems]
@@ -99,29 +99,30 @@ class _Slope:
 
     step: int
     value: float | None = None
-    """None where there is no line to fit."""
+    """The slope; None if there are too few sizes for a line."""
     error: float | None = None
+    """Standard error of `value`."""
     certain: float = -math.inf
-    """The least that its steepness can be, by its errors; infinite where sizes make no line."""
+    """Steepness less its margin of error; infinite where the sizes fail without a line."""
     problem: str = ""
-    """Why it fails; empty where it does not."""
+    """The reason that it fails; "" if it passes."""
     is_uncertain: bool = False
-    """Whether it lies on neither side of the threshold by its standard errors."""
+    """True if the threshold lies within its margin of error."""
 
 
 def _slope(
     quantity: Quantity, step: int, widths: Sequence[int], sizes: Sequence[Sequence[float]]
 ) -> _Slope:
-    """The slope of log2 size against log2 width, and what it says.
+    """Fit and judge the slope of log2 size against log2 width.
 
-    An idle expert is exactly 0 at some width or seed: the rest makes the line. The model's output,
-    what starts and what is updated must be there at every width.
+    An idle expert has size 0 at some width or seed; the other sizes make the line. The model's
+    output, a role's initial size and its update must be above 0 at every width.
 
     Args:
-        quantity: of which.
-        step: after which it was measured.
-        widths: rising.
-        sizes: per width, one per seed.
+        quantity: the quantity measured.
+        step: the step after which it was measured.
+        widths: the widths, rising.
+        sizes: per width, one size per seed.
     """
     values = np.asarray(sizes, dtype=float)
     if not np.isfinite(values).all():
@@ -153,10 +154,10 @@ def _slope(
 def _fit(
     log_widths: NDArray[np.float64], sizes: NDArray[np.float64]
 ) -> tuple[float, float] | tuple[None, None]:
-    """Slope and its standard error, of a line for all seeds with an offset for each.
+    """Fit one slope for all seeds, with an offset per seed; return it with its standard error.
 
-    A seed sets the batches, which move all widths together: without the offsets that would count
-    as noise. Two None where too little is above 0 for a line and its error.
+    The offsets are needed because a seed sets the batches, which move all widths together; without
+    them that would count as noise. Returns two None if too few sizes are above 0.
 
     Args:
         log_widths: (widths,), log2.
@@ -174,7 +175,7 @@ def _fit(
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
-    """Exactly 0 where one of them is; NaN where one of them is not finite."""
+    """Return the geometric mean: 0 if any value is 0, NaN if any is not finite."""
     if not all(math.isfinite(value) for value in values):
         return math.nan
     return math.exp(np.mean(np.log(values))) if all(values) else 0.0

@@ -1,8 +1,8 @@
-"""What the coordinate check measures in one training: sizes that could go with the width.
+"""The coordinate check's measurements in one training run: sizes that could depend on the width.
 
-A sum hides what shrinks in it. So of a block its input and what it adds are looked at too, and of
-the matrices that end a branch their output and the gradient that comes back to it, which feels
-every factor between there and the loss; and of attention what goes into its softmax, the logits.
+A sum hides a term that shrinks. So the check also measures each block's input and the term that the
+block adds to it; the output of each matrix that ends a branch, and the gradient there, which every
+factor between it and the loss affects; and the inputs of attention's softmax, the logits.
 
 Nothing is judged here.
 """
@@ -30,26 +30,26 @@ from telescope.train.loop import Setup, set_up, take_step
 from telescope.train.model import blamed_on, module_file
 
 DRAWN = (Role.HIDDEN, Role.EMBEDDING, Role.TIED)
-"""Roles that start at random; the others start at zero, or as the model file has them."""
+"""Roles initialised at random; the others start at zero or as the model file has them."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One training, measured."""
+    """The measurements of one training run."""
 
     sizes: Mapping[int, Mapping[Quantity, float]]
     """Step → quantity → size."""
     unseen_heads: Mapping[str, int]
-    """Module → the size of its heads, where no softmax could be seen."""
+    """Module → the size of its heads, for modules whose softmax could not be observed."""
 
 
 def measure_sizes(config: TrialConfig, trial: Trial, steps: Sequence[int]) -> Measured:
-    """The sizes of one width and seed.
+    """Train at one width and seed, and measure the sizes.
 
     Args:
-        config: the training, as `coordcheck.check_config` gives it.
+        config: the training, as `coordcheck.check_config` returns it.
         trial: the width, the setting and the seed.
-        steps: after which to measure; the last one ends the training.
+        steps: the steps after which to measure; training ends with the last.
 
     Raises:
         ModelError: the model file fails at this width.
@@ -85,7 +85,7 @@ def measure_sizes(config: TrialConfig, trial: Trial, steps: Sequence[int]) -> Me
 
 
 def unwatched(tags: Mapping[str, Tag], quantities: Collection[Quantity]) -> tuple[str, ...]:
-    """The matrices and tables that are in no module with a quantity of its own."""
+    """Return the matrices and tables that lie in no measured module."""
     watched = {q.of for q in quantities if q.kind is Kind.OUTPUT and not q.is_softmax}
 
     def is_watched(name: str) -> bool:
@@ -97,7 +97,7 @@ def unwatched(tags: Mapping[str, Tag], quantities: Collection[Quantity]) -> tupl
 
 @contextmanager
 def _blamed(config: TrialConfig, width: int) -> Iterator[None]:
-    """Turn what the model file raises as it runs into a line that says where."""
+    """Turn an exception of the model file into a one-line error that says where it happened."""
     try:
         with blamed_on(config.model):
             yield
@@ -109,28 +109,29 @@ def _blamed(config: TrialConfig, width: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Watched:
-    """A module that the check looks at."""
+    """A module that the check measures."""
 
     output: Quantity
     module: nn.Module
     width: int
-    """The model's."""
+    """The model's width."""
     is_block: bool
-    """Whether it has hidden matrices and is not the end of a branch: then what it adds to its input
-    says something."""
+    """True if it has hidden matrices and does not end a branch; then the difference between its
+    output and input is worth measuring."""
     ends_branch: bool
 
     def has(self, kind: Kind) -> Quantity:
-        """Another quantity of it."""
+        """Return the quantity of another kind for this module."""
         return replace(self.output, kind=kind)
 
 
 def _watched(
     model: nn.Module, tags: Mapping[str, Tag], config: ModelConfig, width: int
 ) -> tuple[_Watched, ...]:
-    """The model's parts, the items of every container, and what looks up, reads out, ends a branch.
+    """List the modules to measure.
 
-    A readout onto something else than the vocabulary, a router, is an inner one.
+    These are the model's parts, the items of every container, embeddings, readouts, and modules
+    that end a branch. A readout that is not onto the vocabulary, such as a router, is inner.
     """
     containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
     holders = (m for m in model.modules() if m is model or isinstance(m, containers))
@@ -157,10 +158,12 @@ def _watched(
 def _activations(
     setup: Setup, watched: Sequence[_Watched], file: str
 ) -> tuple[dict[Quantity, Tensor], dict[Quantity, float], dict[str, int]]:
-    """Outputs on the held-out batch, of the watched modules and of the model; and all sizes.
+    """Run the held-out batch and measure the watched modules and the model.
 
-    What goes into softmax counts as an output. The sizes are those of every output, of every input,
-    and of what each block adds to its input. Third come the heads whose softmax is unseen.
+    Returns:
+        The outputs, among them the inputs of every softmax; the sizes of all outputs, of all
+        inputs, and of the term that each block adds to its input; and the heads whose softmax was
+        not observed.
     """
     outputs: dict[Quantity, Tensor] = {}
     inputs: dict[Quantity, float] = {}
@@ -179,14 +182,13 @@ def _activations(
         try:
             with softmaxes.watching():
                 outputs[Quantity("")] = setup.model(setup.held_out[0])
-        except (
-            Exception
-        ):  # a compiled kernel may not take being watched; the model's own come again
+        except Exception:
+            # A compiled kernel may fail under observation. Errors of the model itself recur here.
             outputs[Quantity("")] = setup.model(setup.held_out[0])
     setup.model.train()
     outputs |= softmaxes.logits
     sizes = {of: _rms(output) for of, output in outputs.items()}
-    # An input that is another module's output as it was says nothing new.
+    # An input that is another module's unchanged output says nothing new.
     passed_on = set(sizes.values())
     new = {of: size for of, size in inputs.items() if size not in passed_on}
     return outputs, sizes | new | added, softmaxes.unseen_heads
@@ -194,9 +196,9 @@ def _activations(
 
 @contextmanager
 def _gradients(watched: Sequence[_Watched]) -> Iterator[dict[Quantity, float]]:
-    """The size of the loss's gradient where blocks and branches end, once it has been taken.
+    """Collect the gradient's sizes at the ends of blocks and branches during a backward pass.
 
-    Elsewhere it need not go with one over the width: at logits it is the same at all widths.
+    Elsewhere a gradient need not shrink as 1/width: at the logits it is the same at all widths.
     """
     sizes: dict[Quantity, float] = {}
 
@@ -215,7 +217,7 @@ def _gradients(watched: Sequence[_Watched]) -> Iterator[dict[Quantity, float]]:
 def _seen(
     watched: Sequence[_Watched], see: Callable[[_Watched, Tensor | None, Tensor], None]
 ) -> Iterator[None]:
-    """Show `see` what each watched module is given and gives, whenever it runs."""
+    """Call `see` with the main input and output of each watched module, whenever it runs."""
 
     def hook_of(part: _Watched) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
@@ -236,14 +238,14 @@ def _seen(
 
 
 def _main(value: Any, width: int) -> Tensor | None:
-    """Of what a module is given or gives the first tensor as wide as the model, else the first."""
+    """Return the first tensor in `value` that is as wide as the model, else its first tensor."""
     tensors = list(_tensors(value))
     wide = (tensor for tensor in tensors if tensor.shape[-1:] == (width,))
     return next(wide, tensors[0] if tensors else None)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in lists, tuples and tables, in order, none empty."""
+    """Yield the non-empty floating-point tensors in lists, tuples and tables, in order."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.numel():  # an expert may get no token
             yield value
@@ -258,9 +260,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _changes(
     before: Mapping[Quantity, Tensor], now: Mapping[Quantity, Tensor]
 ) -> dict[Quantity, float]:
-    """The size of every output's change; only where the shape stays.
+    """Return the size of every output's change, where its shape is unchanged.
 
-    An expert that other tokens are routed to has another shape: then there is nothing to compare.
+    An expert's output has another shape when other tokens are routed to it; then there is nothing
+    to compare.
     """
     return {
         replace(output, kind=Kind.CHANGE): _rms(value - before[output])
@@ -270,7 +273,7 @@ def _changes(
 
 
 def _multipliers(model: nn.Module, tags: Mapping[str, Tag]) -> dict[str, float]:
-    """Readout weight → the factor that its module puts on the logits."""
+    """Map each readout's weight to the factor by which its module multiplies the logits."""
     return {
         name: module.output_mult / module.width_mult()
         for module, name in readouts(model)
@@ -284,16 +287,16 @@ def _parameter_sizes(
     multipliers: Mapping[str, float],
     kind: Kind,
 ) -> dict[Quantity, float]:
-    """Role → RMS over its parameters of their size, or of all updates so far.
+    """Return for each role the RMS of its parameters' sizes, or of the sizes of their updates.
 
-    A matrix counts by the most that it can do to the RMS of an activation, √(in/out) times its
-    spectral norm, whatever its rank: arXiv 2310.17813. All else counts by its RMS.
+    The size of a matrix is the most by which it can multiply the RMS of an activation: √(in/out)
+    times its spectral norm, for any rank (arXiv 2310.17813). The size of anything else is its RMS.
 
     Args:
-        values: name → the parameter, or its update.
+        values: name → the parameter, or its update since the start.
         tags: name → tag.
         multipliers: see `_multipliers`.
-        kind: of the quantities.
+        kind: the kind of the quantities.
     """
     squares: dict[Role, list[float]] = {}
     for name, value in values.items():
@@ -311,7 +314,7 @@ def _parameter_sizes(
 
 
 def _spectral_norm(matrices: Tensor) -> float:
-    """Largest singular value, RMS over a stack; by a randomised method, a few percent off."""
+    """Estimate the largest singular value (RMS over a stack), to a few per cent."""
     if not matrices.any():
         return 0.0
     if not matrices.isfinite().all():

@@ -1,11 +1,11 @@
-"""Watches what goes into softmax as a model runs: attention logits, which no module gives out.
+"""Observe the inputs of every softmax while a model runs: attention logits, which no module gives.
 
-Under muP they are as large at every width. Where head_dim grows with it and q·k is divided by its
-root, they grow with what training aligns in queries and keys: divide by head_dim there.
+Under muP their size is the same at every width. If head_dim grows with the width and q·k is divided
+by √head_dim, the logits grow as training aligns queries and keys; then divide by head_dim.
 
-Seen are torch's `scaled_dot_product_attention`, worked out again from what it is given, torch's
-softmax in all its spellings, and `nn.MultiheadAttention`. Kernels of others are not seen: then the
-check names the modules that split their features into heads that grow.
+Observed are torch's `scaled_dot_product_attention`, whose logits are computed again from its
+arguments, torch's softmax under all its names, and `nn.MultiheadAttention`. Other kernels are not
+observed; for these the check names the modules that split their features into growing heads.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 from telescope.check.verdict import Quantity
 
 ELEMENTS = 2**18
-"""About how many logits of a call are looked at: those of some queries, evenly spread. The check's
-batch is 2048 tokens, and a head has as many logits as tokens times tokens."""
+"""Approximate number of logits kept per call, from evenly spread queries. The check's batch has
+2048 tokens, and a head has tokens² logits."""
 MASKED = -1e4
-"""Logits at or below this are masked out: they are -inf, the least number of a type, or -1e4."""
+"""Logit at or below which a place counts as masked: -inf, the least number of a type, or -1e4."""
 SOFTMAX = {
     functional.softmax,
     torch.softmax,
@@ -39,15 +39,15 @@ SPLITS = {Tensor.view, Tensor.reshape, Tensor.unflatten, torch.reshape, torch.un
 
 
 class SoftmaxInputs(TorchFunctionMode):
-    """While active, keeps what goes into softmax and is not masked, by the module in which it does.
+    """While active, keeps the unmasked inputs of every softmax, by the module that calls it.
 
     Args:
-        model: whose modules are told apart.
+        model: the model whose modules are told apart.
         file: the file name of the model file's code, see `model.module_file`.
     """
 
     def __init__(self, model: nn.Module, file: str) -> None:
-        """Keep nothing yet."""
+        """Begin without any logits."""
         super().__init__()
         self._model = model
         self._file = file
@@ -57,9 +57,9 @@ class SoftmaxInputs(TorchFunctionMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Be active, and know in which module of the model things happen.
+        """Observe inside this context, with the current module known from hooks.
 
-        What is raised in there clears the logits: the model may run without being watched.
+        An exception inside clears the logits, because the caller may run the model unobserved.
         """
 
         def enter(name: str) -> Any:
@@ -96,9 +96,9 @@ class SoftmaxInputs(TorchFunctionMode):
 
     @property
     def unseen_heads(self) -> dict[str, int]:
-        """Module → the size of its heads, where no softmax was seen in it or just around it.
+        """Module → the size of its heads, where no softmax was observed in it or its parent.
 
-        Queries and keys make it two at least: one alone may be the halves of a gate.
+        At least two splits are needed, queries and keys; one alone may be the halves of a gate.
         """
         places = [name for name, _ in self._logits]
         return {
@@ -116,7 +116,7 @@ class SoftmaxInputs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the function, and look at it if it is one of those above."""
+        """Call the function; observe it if it is one of those above."""
         kwargs = dict(kwargs or {})
         if func is functional.scaled_dot_product_attention:
             self._keep(*_attention_logits(*args, **kwargs))
@@ -131,26 +131,26 @@ class SoftmaxInputs(TorchFunctionMode):
         return result
 
     def _keep(self, logits: Tensor, is_seen: Tensor) -> None:
-        """Keep the logits of one call."""
+        """Keep the unmasked logits of one call."""
         place = (self._inside[-1] if self._inside else "", self._line())
         self._logits.setdefault(place, []).append(logits[is_seen & (logits > MASKED)].float())
 
     def _line(self) -> int:
-        """The line of the model file that is running; 0 where it is none of its own."""
+        """Return the line of the model file that is running; 0 if the code is another file's."""
         frame = sys._getframe(1)
         while frame.f_back and frame.f_code.co_filename != self._file:
             frame = frame.f_back
         return frame.f_lineno if frame.f_code.co_filename == self._file else 0
 
     def _note_heads(self, given: Any, result: Any) -> None:
-        """Note a head's size where (…, features) becomes (…, heads, size)."""
+        """Record a head's size where (…, features) becomes (…, heads, size)."""
         if self._inside and given.ndim > 1 and result.shape[: given.ndim - 1] == given.shape[:-1]:
             sizes = self._heads.setdefault(self._inside[-1], [])
             sizes.extend([result.shape[-1]] * (result.ndim - given.ndim))
 
 
 def _some(count: int, of_each: int, like: Tensor) -> Tensor:
-    """Numbers of as many of `count` rows as fit `ELEMENTS`, evenly spread, the last among them."""
+    """Return the indices of as many rows as fit `ELEMENTS`, evenly spread, with the last row."""
     stride = max(1, math.ceil(count * of_each / ELEMENTS))
     return torch.arange(count - 1, -1, -stride, device=like.device).flip(0)
 
@@ -165,9 +165,9 @@ def _attention_logits(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The logits of some queries in torch's function of these arguments; and a mask.
+    """Compute the logits of some queries in torch's function of these arguments, and a mask.
 
-    A mask that is added, such as a bias by distance, only masks here.
+    A float `attn_mask`, such as a bias by distance, is only used to mask; it is not added.
     """
     length, keys = query.shape[-2], key.shape[-2]
     rows = _some(length, query[..., 0, 0].numel() * keys, query)
@@ -196,11 +196,11 @@ def _module_logits(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """As `_attention_logits`, of what `nn.MultiheadAttention` hands to torch.
+    """Compute logits and mask as `_attention_logits` does, for a call by `nn.MultiheadAttention`.
 
     Args:
-        weights: what softmax gave, (…, heads, T, keys); 0 where masked.
-        query: (T, …, width), as all that follows is torch's.
+        weights: the softmax's output, (…, heads, T, keys); 0 where masked.
+        query: (T, …, width); this and the rest are the arguments of torch's function.
     """
     if in_proj_weight is not None:
         projections = in_proj_weight.chunk(3)[:2]
@@ -219,7 +219,7 @@ def _module_logits(
 def _softmax_logits(
     input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Some rows of what softmax is taken of, its own dimension last; and a mask of nothing."""
+    """Return some rows of a softmax's input, the softmax dimension last, and an all-True mask."""
     dim = kwargs.get("dim", dim)
     logits = input.movedim(-1 if dim is None else dim, -1)
     if logits.ndim > 1:

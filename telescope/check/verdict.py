@@ -1,6 +1,6 @@
-"""The verdict of a coordinate check: what was measured, every slope, and what fails.
+"""The verdict of a coordinate check: the measured sizes, every slope, and the failures.
 
-The record alone. `judge.py` makes it, tables and figures show it.
+Only the record: `judge.py` makes it, tables and figures show it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from telescope.records import Point
 
 SHOWN_QUANTITIES = 24
-"""A table or figure of more quantities than this shows the steepest of each kind alone."""
+"""Most quantities in a table or figure; of more it shows only the steepest of each kind."""
 
 INNER = "(inner)"
 SOFTMAX = "softmax input"
@@ -23,45 +23,45 @@ SOFTMAX_ADVICE = "where head_dim grows, attention must divide q·k by head_dim, 
 
 
 class Kind(StrEnum):
-    """What of a module or a role is measured."""
+    """The kind of a size, of a module or a role."""
 
     OUTPUT = "output"
     INPUT = "input"
     ADDED = "added"
-    """What a block adds to its input."""
+    """The term that a block adds to its input."""
     GRADIENT = "gradient"
-    """Times the width."""
+    """The gradient at an output, times the width."""
     CHANGE = "change"
-    """Of an output, since the start."""
+    """The change of an output since the start."""
     START = "start"
-    """Of the parameters of a role, before training."""
+    """The parameters of a role before training."""
     UPDATE = "update"
-    """Of the parameters of a role, since the start."""
+    """The update of a role's parameters since the start."""
 
     @property
     def is_move(self) -> bool:
-        """Whether it is 0 where nothing has been trained."""
+        """True if it is 0 before anything is trained."""
         return self in (Kind.CHANGE, Kind.UPDATE)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """One thing that the check measures."""
+    """One size that the check measures."""
 
     of: str
     """A module or a role; "" is the model."""
     kind: Kind = Kind.OUTPUT
     is_inner: bool = False
-    """Of a readout inside a block, such as a router. Among equal experts its gradient is mostly
-    noise, which Adam's normalised steps turn into logits that shrink as 1/√width under the right
-    rule too (measured: -0.46 ± 0.12 with two experts); so only growth fails it."""
+    """True for a readout inside a block, such as a router. Among equal experts its gradient is
+    mostly noise. Adam's normalised steps turn that into logits that shrink as 1/√width even under
+    the right rule (measured: -0.46 ± 0.12 with two experts), so only growth fails."""
     is_softmax: bool = False
-    """What goes into a softmax. Where q·k is divided by a head_dim that grows, it rightly shrinks
-    at first, and what training adds stays as large; so only growth fails it."""
+    """True for the input of a softmax. If q·k is divided by a head_dim that grows, it rightly
+    shrinks at first, and only the part that training adds keeps its size, so only growth fails."""
 
     @property
     def name(self) -> str:
-        """Its name in tables, figures and JSON.
+        """The name in tables, figures and JSON.
 
         >>> Quantity("").name, Quantity("blocks.0", Kind.CHANGE, is_softmax=True).name
         ('output', 'blocks.0 softmax input change')
@@ -73,24 +73,24 @@ class Quantity:
 
     @property
     def may_shrink(self) -> bool:
-        """Whether only growth fails it."""
+        """True if only growth fails."""
         return self.is_inner or self.is_softmax
 
     @property
     def is_everywhere(self) -> bool:
-        """Whether it must be above 0 at every width, or at none."""
+        """True if it must be above 0 at every width or at none."""
         of_model = self == Quantity("")
         return of_model or self.kind in (Kind.START, Kind.UPDATE)
 
 
 def steepness(slope: float, *, may_shrink: bool) -> float:
-    """Steepness of a slope, either way; of what may shrink, only growth counts."""
+    """Return the steepness of a slope: its size, or, for a quantity that may shrink, its growth."""
     return slope if may_shrink else abs(slope)
 
 
 @dataclass(frozen=True)
 class CoordCheck:
-    """What was measured, and the verdict."""
+    """The measurements and the verdict of a coordinate check."""
 
     rule: str
     widths: tuple[int, ...]
@@ -99,32 +99,32 @@ class CoordCheck:
     point: Point
     """The setting that was trained: a low lr."""
     sizes: Mapping[str, Mapping[int, tuple[float, ...]]] = field(repr=False)
-    """Quantity → step → geometric mean over seeds of its size, one per width; 0 is exactly 0."""
+    """Quantity → step → one size per width, the geometric mean over seeds; 0 means exactly 0."""
     slopes: Mapping[str, float | None]
-    """Quantity → the slope of log2 size against log2 width, of the steps the one that is farthest
-    beyond its standard errors from 0; None where nothing moved."""
+    """Quantity → the slope of log2 size against log2 width, at the step where it is steepest after
+    its margin of error; None where nothing moved."""
     errors: Mapping[str, float | None]
     """Quantity → the standard error of that slope."""
     slope_steps: Mapping[str, int]
-    """Quantity → after which step it has that slope."""
+    """Quantity → the step of that slope."""
     problems: Mapping[str, str]
-    """Quantity → why it fails, in words, worst first; empty when the verdict is PASS."""
+    """Quantity → the reason that it fails, worst first; empty when the verdict is PASS."""
     uncertain: tuple[str, ...]
-    """Quantities on neither side of the threshold by their standard errors."""
+    """Quantities with the threshold inside the margin of error of their slope."""
     threshold: float
     """The largest slope that passes, up or down."""
     kinds: Mapping[str, Kind]
-    """Quantity → what it measures."""
+    """Quantity → its kind."""
     may_shrink: tuple[str, ...] = ()
     """Quantities that only growth fails."""
     unwatched: tuple[str, ...] = ()
-    """Matrices in no module that the check could look at."""
+    """Matrices in no module that the check could measure."""
     unseen_heads: tuple[str, ...] = ()
-    """Modules whose heads grow with the width, and whose softmax the check could not see."""
+    """Modules whose heads grow with the width and whose softmax the check could not observe."""
 
     @property
     def blind_spot(self) -> str:
-        """A warning of what the check should have seen and could not; "" if nothing."""
+        """A warning about a softmax that the check could not observe; "" if there is none."""
         if not self.unseen_heads:
             return ""
         first, *others = self.unseen_heads
@@ -133,7 +133,7 @@ class CoordCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether every slope is flat."""
+        """True if no slope fails."""
         return not self.problems
 
     @property
@@ -152,9 +152,9 @@ class CoordCheck:
         )
 
     def shown(self, limit: int = SHOWN_QUANTITIES) -> list[str]:
-        """The quantities worth showing: all, or of more than `limit` the steepest of each kind.
+        """Return the quantities to show: all, or, of more than `limit`, the steepest of each group.
 
-        Of a kind are those whose names differ in digits alone, as 34 blocks do.
+        A group has the same name except for digits, like the outputs of 34 blocks.
         """
         if len(self.slopes) <= limit:
             return list(self.slopes)
@@ -167,7 +167,7 @@ class CoordCheck:
         return list(steepest.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """The keys of `telescope check --json`."""
+        """Return the keys of `telescope check --json`."""
         return {
             "verdict": self.verdict,
             "rule": self.rule,
@@ -193,10 +193,11 @@ class CoordCheck:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CoordCheck:
-        """The check of which `as_dict` was made, NaN where it had no number.
+        """Rebuild a check from `as_dict`; a size without a number becomes NaN.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: it is of another version, or damaged.
+            KeyError, TypeError, ValueError, AttributeError: the data are damaged or of another
+                version.
         """
         return cls(
             rule=data["rule"],
@@ -224,7 +225,7 @@ class CoordCheck:
 
 
 def _marks(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The kinds of a check's quantities; a file of before they were written has them in names."""
+    """Read the quantities' kinds; files of older versions have them only in the names."""
     if "kinds" in data:
         return {
             "kinds": {name: Kind(kind) for name, kind in data["kinds"].items()},
@@ -241,5 +242,5 @@ def _marks(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _or_none(value: float) -> float | None:
-    """A number that JSON can hold."""
+    """Return the number, or None if JSON cannot hold it."""
     return value if math.isfinite(value) else None

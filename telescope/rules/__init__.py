@@ -1,1 +1,1 @@
-"""Width rules: the role of each parameter, and how its settings follow the width."""
+"""Width rules: each parameter's role, and its settings at every width."""

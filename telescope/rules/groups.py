@@ -1,7 +1,7 @@
-"""From width rules to settings: one `Group` per (role, shape), drop-in for a bare torch optimizer.
+"""Optimizer settings by the width rules: one `Group` per (role, shape), for plain torch optimizers.
 
-The program's own training loop is built from the same groups that a transfer hands over. No torch
-here: a trainer of any framework can ask for them.
+The program's own training loop uses the same groups that a transfer hands over. Nothing here
+imports torch, so a trainer of any framework can ask for them.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ class Group:
     kwargs: dict[str, Any]
     """Further keyword arguments of the torch optimizer's class."""
     init_std: float
-    """Standard deviation at the start, the point's init_scale in it; 0 is zeros, or for vectors as
-    the model has it."""
+    """Standard deviation at initialisation, including the point's init_scale. 0 means zeros, or,
+    for vectors, as the model's own code initialises them."""
     multiplier: float
+    """Factor of the module's output; 1 except for readouts."""
 
 
 def parameter_groups(tags: Mapping[str, Tag], point: Point, config: OptimizerConfig) -> list[Group]:
     """Turn a point into settings, one group per (role, shape).
 
-    torch scales a Muon step by 0.2·√max(out, in) of its own; a group's lr carries what the rule
-    asks for beyond that, and its weight_decay is converted so that lr · weight_decay is the
-    decay that the rule asks for. At r = 4, for a square matrix under `mup`, that is lr/2 and wd·2.
+    torch itself scales a Muon step by 0.2·√max(out, in). So a group's lr is the rule's step length
+    divided by that, and its weight_decay is converted so that lr · weight_decay is the rule's
+    decay per step. For a square matrix at r = 4 under `mup` this gives lr/2 and weight_decay·2.
 
     Args:
         tags: name → tag of every parameter.

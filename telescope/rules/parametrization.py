@@ -1,7 +1,7 @@
-"""muP for Muon in torch: each parameter's role, its start, and the readouts' multipliers.
+"""muP for Muon in torch: each parameter's role, its initialisation, and the readouts' multipliers.
 
-A parameter's *role* comes from what grows when the width does (mup's `infshape`) and from the
-module that holds it. What a role means for its settings is `telescope.rules.scaling`.
+A parameter's *role* follows from its sides that grow with the width (mup's `infshape`) and from the
+module that holds it. `telescope.rules.scaling` turns a role into settings.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from telescope.rules.scaling import Role, Tag, check_growth, init_std, owners_of
 def tag(
     model: nn.Module, base: nn.Module, delta: nn.Module, *, widths: tuple[int, int, int]
 ) -> dict[str, Tag]:
-    """Set mup's base shapes on `model` and find the role of every parameter that is trained.
+    """Set mup's base shapes on `model` and find the role of every trained parameter.
 
-    A frozen one (``requires_grad=False``) is a constant, as a buffer is: it has no role.
+    A frozen parameter (``requires_grad=False``) is a constant like a buffer; it has no role.
 
     Args:
         model: the model to be trained, or its shape on the meta device.
         base: the same model at base width; only its shapes are read.
-        delta: the same model at another width, which tells what grows.
-        widths: of the three; what grows must grow as they do.
+        delta: the same model at another width, which shows the sides that grow.
+        widths: the widths of the three models; a growing side must be proportional to them.
 
     Returns:
-        name → tag of all that is trained, in the order of `named_parameters`.
+        name → tag of each trained parameter, in the order of `named_parameters`.
 
     Raises:
-        ModelError: a parameter without a clear role, and what to change in the model file.
+        ModelError: a parameter has no clear role; the message says what to change in the model
+            file.
     """
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -73,7 +74,7 @@ def tag(
 
 
 def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
-    """The role of one tagged parameter; see `tag`."""
+    """Return the role of one trained parameter; see `tag`."""
     grows = [dimension.isinf() for dimension in parameter.infshape]  # type: ignore[attr-defined]
     shared = any(isinstance(owner, mup.MuSharedReadout) for owner in owners)
     readout = any(isinstance(owner, mup.MuReadout) for owner in owners)
@@ -115,7 +116,7 @@ def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
 
 
 def _unclear(name: str, parameter: Tensor, grows: list[bool], owners: list[nn.Module]) -> str:
-    """Why a matrix has no role, and what to change."""
+    """Say why a matrix has no role, and what to change."""
     shape = tuple(parameter.shape)
     if any(map(is_parametrized, owners)):
         return (
@@ -154,17 +155,17 @@ def initialise(
     init_scale: float = 1.0,
     zeroed: Collection[str] = (),
 ) -> None:
-    """Initialise what the width rules scale: matrices and tables, by their role.
+    """Initialise the matrices and tables by their role.
 
-    The model file's own are vectors, scalars, all that is frozen, and an embedding's padding row:
-    they stay as `build` gave them, but for the biases in `zeroed`. Drawn on the CPU from one
-    generator in the order of the names, so that a seed means the same on every device.
+    Vectors, scalars, frozen parameters and an embedding's padding row stay as `build` made them,
+    except for the biases in `zeroed`. All values come from one generator on the CPU, in the order
+    of `tags`, so that a seed means the same on every device.
 
     Args:
         model: initialised in place.
-        tags: name → tag of every parameter that is trained.
-        seed: of the generator.
-        init_scale: factor of every standard deviation, whatever the width.
+        tags: name → tag of every trained parameter.
+        seed: the generator's seed.
+        init_scale: factor of every standard deviation, at every width.
         zeroed: the biases that start at zero, see `layer_biases`.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -186,7 +187,7 @@ def initialise(
 
 
 def _padding_rows(model: nn.Module) -> dict[int, set[int]]:
-    """Embedding's weight → its rows that stand for no token."""
+    """Map each embedding's weight (by id) to its padding rows."""
     rows: dict[int, set[int]] = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -195,10 +196,10 @@ def _padding_rows(model: nn.Module) -> dict[int, set[int]]:
 
 
 def layer_biases(model: nn.Module) -> list[str]:
-    """The names of all biases that stand beside a matrix in one module, as nn.Linear's.
+    """Return the names of all biases of modules that also hold a matrix, such as nn.Linear's.
 
-    Where the model file does not set them, torch draws those of its layers at random, with a size
-    that changes with the width.
+    Unless the model file sets them, torch draws them at random, with a size that depends on the
+    width.
     """
     owners = owners_of(model)
     layers = {
@@ -217,9 +218,10 @@ def layer_biases(model: nn.Module) -> list[str]:
 
 
 def set_multipliers(model: nn.Module, *, optimizer: str, rule: str) -> None:
-    """Make every readout's multiplier the rule's, a frozen one's too; mup's own divides by r.
+    """Set every readout's multiplier to the rule's, also of frozen ones; mup itself divides by r.
 
-    r is fixed here: mup reads it off the weight, and a functional call puts a plain tensor there.
+    r is stored as a number: mup reads it from the weight's attributes, but in a functional call
+    the weight is a plain tensor without them.
     """
     for module, _ in readouts(model):
         ratio = float(module.width_mult())
@@ -231,7 +233,7 @@ def set_multipliers(model: nn.Module, *, optimizer: str, rule: str) -> None:
 
 
 def readouts(model: nn.Module) -> Iterator[tuple[mup.MuReadout, str]]:
-    """Every MuReadout with its weight's name; a tied weight is named after its embedding."""
+    """Yield every MuReadout with its weight's name; a tied weight has its embedding's name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, mup.MuReadout):

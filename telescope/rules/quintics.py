@@ -19,17 +19,17 @@ POLAR_EXPRESS = (
 From singular values in [1e-3, 1] five steps end in [0.84, 1.13] and six in [0.99, 1.01], headroom
 included; Jordan's five in [0.47, 1.21] (`tests/test_muon.py`)."""
 POLAR_EXPRESS_HEADROOM = 1.01
-"""Rounding may push a singular value above 1, where the quintics blow up. Source: as above."""
+"""Room for rounding: a singular value above 1 makes the quintics diverge. Source: as above."""
 NS_EPS = 1e-7
-"""Lower bound of the norm that is divided by, as in torch."""
+"""Lower bound of the norm that a matrix is divided by, as in torch."""
 
 
 def quintics(ns: str, steps: int) -> list[tuple[float, float, float]]:
-    """The (a, b, c) of each Newton–Schulz step: x ← a·x + b·x³ + c·x⁵ on the singular values.
+    """Return (a, b, c) of each Newton–Schulz step: x ← a·x + b·x³ + c·x⁵ on the singular values.
 
     Args:
         ns: "jordan", the same quintic at every step, or "polar-express".
-        steps: how many.
+        steps: number of steps.
 
     >>> quintics("jordan", 2)
     [(3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315)]

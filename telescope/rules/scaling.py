@@ -1,10 +1,10 @@
-"""The table of width rules: what each parameter is, and how its settings follow the width.
+"""The table of width rules: each parameter's role, and its settings at every width.
 
-A parameter's *scaling* is a pure function of role, shape, shape at base width and rule, written so
-that it can be checked line by line against the literature named beside each line. Standard library
-only, so that a trainer of any framework can ask it.
+A parameter's *scaling* is a pure function of role, shape, shape at base width and rule. It is
+written so that it can be checked line by line against the literature named beside it. It uses only
+the standard library, so that a trainer of any framework can call it.
 
-r is the matrix's fan-in over its fan-in at base width. Every rule is the same at r = 1.
+r is a matrix's fan-in over its fan-in at base width. At r = 1 all rules agree.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 RMS_MATCH = 0.2
-"""Muon's update has this RMS per unit of lr, as AdamW's has. Source: arXiv 2502.16982 §2.2."""
+"""RMS of Muon's update per unit of lr, about that of AdamW's. Source: arXiv 2502.16982 §2.2."""
 GROWTH_TOLERANCE = 0.25
-"""In octaves: how far a growing side may be from proportional to the width. Room for a side that is
-rounded to a multiple (8/3 of the width, in eights); a side like √width or a cap is off by a half
-per doubling."""
+"""Octaves by which a growing side may miss proportionality to the width. This leaves room for a
+side that is rounded to a multiple (8/3 of the width, in eights); a side that grows as √width misses
+by 0.5 per doubling, a capped one by 1."""
 TIED_STD = 0.02
-"""A tied embedding also reads out: at std 1 its logits shrink with width (slope -0.37)."""
+"""Standard deviation of a tied embedding. It also reads out: at 1 its logits shrink with the width
+(slope -0.37)."""
 
 
 class Role(StrEnum):
-    """What a parameter is to the width rules."""
+    """The role of a parameter in the width rules."""
 
     HIDDEN = "hidden"
     """A matrix, or a stack of them, with both sides growing."""
@@ -44,7 +45,7 @@ class Role(StrEnum):
     TIED = "tied"
     """An embedding shared with a MuSharedReadout."""
     INPUT = "input"
-    """A matrix from something fixed, such as features, to the width; in foreign code alone."""
+    """A matrix from something fixed, such as features, to the width; only in foreign code."""
     VECTOR = "vector"
     """One growing dimension: norm gains and biases."""
     FINITE = "finite"
@@ -52,34 +53,35 @@ class Role(StrEnum):
 
     @property
     def is_hidden(self) -> bool:
-        """Whether Muon trains it."""
+        """True if Muon trains it."""
         return self in (Role.HIDDEN, Role.RESIDUAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """One parameter as the width rules see it."""
+    """The properties of one parameter that the width rules use."""
 
     name: str
     role: Role
     shape: tuple[int, ...]
     base_shape: tuple[int, ...]
     output_mult: float = 1.0
-    """A readout's own factor, which the model file gave it beside the rule's."""
+    """The factor that the model file itself gives a readout, besides the rule's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What a rule says of one parameter."""
+    """The settings of one parameter under a rule, in base-width units."""
 
     lr: float
-    """Step length per unit of lr: Muon's factor of O, AdamW's factor of its unit step."""
+    """Step length per unit of lr: Muon's factor of the orthogonalised update, AdamW's of its unit
+    step."""
     decay: float
-    """Factor of lr · weight_decay that a step takes off."""
+    """Share of the weights that a step removes, per lr · weight_decay."""
     init_std: float
-    """Standard deviation at the start; 0 is zeros, or for vectors as the model has it."""
+    """Standard deviation at initialisation; 0 means zeros or, for vectors, the model's own."""
     multiplier: float
-    """Factor of the module's output, 1 but for readouts."""
+    """Factor of the module's output; 1 except for readouts."""
 
 
 def scaling(
@@ -90,14 +92,14 @@ def scaling(
     optimizer: str,
     rule: str,
 ) -> Scaling:
-    """The table of width rules.
+    """Look up a parameter's settings in the table of width rules.
 
     Args:
         role: the parameter's role.
         shape: (…, out, in) for matrices; an embedding is (vocabulary, width).
         base_shape: the same parameter's shape at base width.
         optimizer: "muon" or "adamw".
-        rule: "mup", "paper", "moonlight" or "standard"; adamw knows the first and the last.
+        rule: "mup", "paper", "moonlight" or "standard"; for adamw only "mup" or "standard".
 
     Source: mup, arXiv 2512.05620 App. G; paper, arXiv 2505.02222 §3; moonlight, arXiv 2502.16982
     §2.2; AdamW, arXiv 2203.03466 Table 8. Residual outputs at zero: arXiv 2512.05620.
@@ -133,7 +135,7 @@ def scaling(
 
 
 def init_std(role: Role, shape: tuple[int, ...]) -> float:
-    """Standard deviation at the start: one initialisation for all rules."""
+    """Return the standard deviation at initialisation, the same under all rules."""
     match role:
         case Role.HIDDEN:
             return 1 / math.sqrt(shape[-1])
@@ -148,15 +150,15 @@ def init_std(role: Role, shape: tuple[int, ...]) -> float:
 
 
 def check_growth(name: str, shapes: Sequence[tuple[int, ...]], widths: Sequence[int]) -> None:
-    """Check that every side of a parameter stays, or grows as the width does.
+    """Check that every side of a parameter is constant or proportional to the width.
 
     Args:
-        name: the parameter's.
+        name: the parameter's name.
         shapes: its shape in the model, at base width, and at further widths.
-        widths: of these, in the same order.
+        widths: the widths of these shapes, in the same order.
 
     Raises:
-        ModelError: another number of dimensions, or a side that grows by another factor.
+        ModelError: the number of dimensions changes, or a side grows by another factor.
     """
     if len({len(shape) for shape in shapes}) > 1:
         raise ModelError(f"{name}: has another number of dimensions at another width")
@@ -174,9 +176,9 @@ def check_growth(name: str, shapes: Sequence[tuple[int, ...]], widths: Sequence[
 
 
 def owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Parameter identity → the modules that hold it; more than one where weights are tied.
+    """Map each parameter's id to the modules that hold it; several where weights are tied.
 
-    The tensors from which a torch parametrization makes a module's weight count as that module's.
+    The tensors from which a torch parametrization computes a module's weight count as the module's.
     """
     wrapped = {
         id(part): module

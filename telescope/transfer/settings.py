@@ -1,7 +1,7 @@
-"""A point at any width as drop-in settings: one group per (role, shape).
+"""The settings of a point at any width, ready for torch's optimizers: one group per (role, shape).
 
-The groups are those that the program's own training loop is built from, so plain
-`torch.optim.Muon` and `torch.optim.AdamW` with these settings train as the sweep did.
+The program's own training loop uses the same groups, so plain `torch.optim.Muon` and
+`torch.optim.AdamW` with these settings train as the sweep did.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ HORIZON_NOTE = (
     "AdamW (arXiv 2505.13738) it would be {by_law:.4g}"
 )
 TIME_SCALE_EXPONENT = -0.527
-"""Of the best 1 / (lr · weight_decay · steps) in tokens per parameter, for AdamW: arXiv 2505.13738.
-Quoted, and not measured here for Muon."""
+"""Exponent of the best 1 / (lr · weight_decay · steps) in tokens per parameter, found for AdamW in
+arXiv 2505.13738. Quoted; not measured here for Muon."""
 STEPS_NOTE = (
     "lr is kept for a run of another length than the sweep's: an assumption, the sweep did not "
     "vary the steps"
@@ -40,26 +40,26 @@ CONVENTION_NOTE = (
 )
 
 AS_BUILT = (Role.VECTOR, Role.FINITE)
-"""Roles that start as the model's own code has it."""
+"""Roles that the model's own code initialises."""
 EQUILIBRIUM = 3.0
-"""lr · weight_decay · steps from which on weight decay has had its full effect: a twentieth is left
-of the weights of the start. Derived, for a constant lr."""
+"""lr · weight_decay · steps above which weight decay has had its full effect: a twentieth of the
+initial weights is left. Derived, for a constant lr."""
 
 
 @dataclass(frozen=True, repr=False)
 class Transfer:
-    """What to use at a width; the attributes are the keys of `telescope transfer --json`."""
+    """The settings at a width; the attributes are the keys of `telescope transfer --json`."""
 
     width: int
     point: Point
-    """In base-width units, the weight decay rescaled for another number of steps."""
+    """The point in base-width units, with weight_decay rescaled for another number of steps."""
     steps: int | None
     groups: tuple[dict[str, Any], ...] | None
     """One per (role, shape); None where the spec names no model file."""
     schedule: dict[str, Any] | None
     notes: tuple[str, ...]
     certificate: Certificate | None = field(default=None)
-    """How sure the answer is; None under policy `paper`, which cannot say."""
+    """The certainty of the answer; None under policy `paper`, which gives none."""
 
     @property
     def lr(self) -> float:
@@ -72,18 +72,18 @@ class Transfer:
         return self.point.weight_decay
 
     def __repr__(self) -> str:
-        """A line: what is to be used, and how sure it is."""
+        """Describe settings and verdict in one line."""
         groups = "no groups" if self.groups is None else f"{len(self.groups)} groups"
         steps = f", steps {self.steps}" if self.steps else ""
         verdict = self.certificate.verdict if self.certificate else "no certificate"
         return f"<Transfer to width {self.width}{steps}: {self.point}; {groups}; {verdict}>"
 
     def _repr_html_(self) -> str:
-        """The same with the groups in a table, for notebooks."""
+        """Render that line and a table of the groups, for notebooks."""
         return f"<p>{text(repr(self)[1:-1])}</p>{self.groups_table()}"
 
     def groups_table(self) -> str:
-        """The groups as an HTML table; "" where there are none."""
+        """Return the groups as an HTML table; "" without groups."""
         if self.groups is None:
             return ""
         head = ["role", "shape", "count", "optimizer", "lr", "weight decay", "init std", "output ×"]
@@ -103,7 +103,7 @@ class Transfer:
         return table(head, rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON's keys, in its order."""
+        """Return the keys of `telescope transfer --json`, in their order."""
         return {
             "width": self.width,
             "point": dict(self.point),
@@ -127,14 +127,14 @@ def rescale_horizon(point: Point, *, sweep_steps: int, steps: int) -> Point:
 
 
 def at_horizon(point: Point, sweep_steps: int | None, steps: int | None) -> Point:
-    """The point for a run of `steps`: rescaled where the sweep's runs had another number."""
+    """Return the point for a run of `steps`, rescaled if the sweep's runs had another length."""
     if sweep_steps is None or steps is None or steps == sweep_steps or "weight_decay" not in point:
         return point
     return rescale_horizon(point, sweep_steps=sweep_steps, steps=steps)
 
 
 def horizon_note(point: Point, sweep_steps: int | None, steps: int | None) -> str | None:
-    """Say both conventions for a run of another number of steps; None if it is the same or unknown.
+    """State both conventions for a run of another length; None if it is the same or unknown.
 
     >>> note = horizon_note(Point.of(lr=0.1, weight_decay=0.2), 100, 400) or ""
     >>> "to 0.05 in" in note, note[-18:]  # 0.05 · 4^0.527
@@ -151,7 +151,7 @@ def horizon_note(point: Point, sweep_steps: int | None, steps: int | None) -> st
 
 
 def time_scale_note(point: Point, sweep_steps: int | None) -> str | None:
-    """Say how far weight decay got in the sweep's runs; None where that is not known.
+    """Say how close to equilibrium weight decay came in the sweep's runs; None if unknown.
 
     >>> time_scale_note(Point.of(lr=0.1, weight_decay=0.2), 500)
     'lr · weight_decay · steps of the answer is 10'
@@ -179,18 +179,18 @@ def transfer_settings(
     tags: Mapping[str, Tag] | None,
     fold: bool = False,
 ) -> Transfer:
-    """The settings of `point` at `width`.
+    """Return the settings of `point` at `width`.
 
     Args:
         point: the chosen point, in base-width units.
         width: the target's width; any that the model file can build.
-        steps: the target's optimizer steps, None if neither spec nor user says.
-        train: the sweep's training, for its schedule; None if another trainer has its own.
-        sweep_steps: optimizer steps of its trials; left out, as `train` says, if it does.
+        steps: the target's optimizer steps; None if neither spec nor user gives them.
+        train: the sweep's training, for its schedule; None for a trainer with its own.
+        sweep_steps: optimizer steps of the sweep's trials; by default those of `train`.
         optimizer: the sweep's optimizer.
         tags: each parameter's role and shape at `width`, by its name; None if the spec names
             neither a model file nor shapes.
-        fold: whether the readouts' multipliers go into their other settings; see `fold_readout`.
+        fold: fold the readouts' multipliers into their other settings; see `fold_readout`.
 
     Raises:
         RefusedError: `fold`, and the readout is tied.
@@ -214,7 +214,7 @@ def transfer_settings(
 
 
 def _schedule(train: TrainConfig, point: Point, steps: int) -> dict[str, Any]:
-    """The learning-rate schedule of a run of `steps`; see `optim.schedule`."""
+    """Return the learning-rate schedule of a run of `steps`; see `optim.schedule`."""
     schedule: dict[str, Any] = {
         "name": train.schedule,
         "warmup_steps": round(min(1.0, point.get("warmup", train.warmup)) * steps),
@@ -226,15 +226,16 @@ def _schedule(train: TrainConfig, point: Point, steps: int) -> dict[str, Any]:
 
 
 def fold_readout(group: Group) -> Group:
-    """A readout's settings for code without a multiplier m on its logits: the same training.
+    """Convert a readout's settings for code without the multiplier m on its logits.
 
-    The weight is then W' = m·W, its gradient 1/m of W's. AdamW's step does not know the size of a
-    gradient beside its eps, so W' moves as m·W does with lr·m and eps/m; and a step takes off
-    lr · weight_decay, so weight_decay/m. Exact, but for clipping: the norm of all gradients is
-    another. All other groups come back as they are.
+    The code's weight is then W' = m·W, and its gradient is 1/m of W's. AdamW's step depends on the
+    size of a gradient only through eps, so with lr·m and eps/m, W' moves as m·W does. A step
+    removes lr · weight_decay of the weights, so weight_decay becomes weight_decay/m. The training
+    is exactly the same except for clipping, because the norm of all gradients changes. Groups of
+    other roles are returned unchanged.
 
     Raises:
-        RefusedError: the readout is tied: the embedding cannot have the multiplier.
+        RefusedError: the readout is tied, so the multiplier cannot go into its weight.
     """
     m = group.multiplier
     if m == 1:
@@ -257,7 +258,7 @@ def fold_readout(group: Group) -> Group:
 def group_settings(
     groups: Iterable[Group], optimizer: OptimizerConfig, *, fold: bool = False
 ) -> list[dict[str, Any]]:
-    """Groups in the keys of `telescope transfer --json`.
+    """Return groups with the keys of `telescope transfer --json`.
 
     Raises:
         RefusedError: `fold`, and the readout is tied.
@@ -274,7 +275,7 @@ def group_settings(
 
 
 def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """One group in the JSON's keys; `optimizer` is None where torch has no equivalent."""
+    """Return one group with the JSON's keys; its `optimizer` is None if torch has no equivalent."""
     name: str | None = "Muon" if group.is_muon else "AdamW"
     notes = [_init_note(group)]
     if group.is_muon and optimizer.ns_dtype == "fp32":
@@ -309,7 +310,7 @@ def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
 
 
 def _init_note(group: Group) -> str:
-    """How the parameter starts, where its standard deviation does not say it."""
+    """Describe the initialisation where the standard deviation does not; else ""."""
     if group.role in AS_BUILT:
         return "starts as the model's own code has it, a layer's bias at 0"
     return "starts at zero" if group.init_std == 0 else ""

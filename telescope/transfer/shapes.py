@@ -1,10 +1,10 @@
-"""The parameters of somebody else's model: each one's role, shape and shape at base width.
+"""The parameters of a model of yours: each one's role, shape and shape at base width.
 
-With these a trainer that knows nothing of this program gets its settings, at any width: what a
-parameter is to be trained with follows from the three. `Shapes.of` finds them in a torch model,
-`write_shapes` and `Shapes.load` keep them in a file for ``[trainer] shapes``.
+From these three follow a parameter's settings, at any width, also for a trainer that knows nothing
+of this program. `Shapes.of` finds them in a torch model; `write_shapes` and `Shapes.load` keep them
+in a file for ``[trainer] shapes``.
 
-Nothing here imports torch but `Shapes.of`.
+Only `Shapes.of` imports torch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 KEYS = ("role", "shape", "base_shape")
-"""What the file says of a parameter."""
+"""Keys of a parameter's entry in the file."""
 GROWING = {
-    # role: which sides grow with the width, the last two of a stack of matrices
+    # role: True for each side that grows with the width; of a stack of matrices the last two
     Role.HIDDEN: (True, True),
     Role.RESIDUAL: (True, True),
     Role.EMBEDDING: (False, True),
@@ -70,23 +70,23 @@ class Shapes:
         base_width: int,
         roles: Mapping[str, str] | None = None,
     ) -> Shapes:
-        """Find the parameters of a torch model, and what each is to the width rules.
+        """Find the parameters of a torch model and the role of each in the width rules.
 
-        A table that an `nn.Embedding` holds is an embedding, or tied if a Linear holds it too; the
-        one `nn.Linear` that grows in its input alone is the readout, one that grows in its output
-        alone the input; matrices that grow on both sides are hidden. `roles` says what else is.
+        A table that an `nn.Embedding` holds is an embedding, or tied if a Linear holds it too. The
+        one `nn.Linear` that grows only in its input is the readout; one that grows only in its
+        output is an input. Matrices that grow on both sides are hidden. `roles` names the others.
 
         Args:
-            build: makes the model at a width; called on the meta device at `width`, `base_width`
+            build: builds the model at a width; called on the meta device at `width`, `base_width`
                 and twice that, so nothing is allocated.
-            width: the width wanted.
+            width: the width to describe.
             base_width: the sweep's first width, in whose units its points are given.
-            roles: patterns of names → role, such as ``{"*.o_proj.weight": "residual"}``; the first
+            roles: pattern of names → role, such as ``{"*.o_proj.weight": "residual"}``; the first
                 that matches counts.
 
         Raises:
-            ModelError: a parameter without a clear role, a side that grows by another factor than
-                the width, or a pattern that matches nothing.
+            ModelError: a parameter has no clear role, a side grows by another factor than the
+                width, or a pattern matches nothing.
         """
         import torch
 
@@ -117,17 +117,17 @@ class Shapes:
     def load(
         cls, path: str | Path, *, width: int, base_width: int, only_width: int | None = None
     ) -> Shapes:
-        """Read a file of ``{name: {"role", "shape", "base_shape"}}``, or of these by width.
+        """Read a file of ``{name: {"role", "shape", "base_shape"}}``, or of such tables by width.
 
         Args:
             path: the JSON file.
-            width: the width wanted.
+            width: the width to read.
             base_width: the width of every ``base_shape``.
-            only_width: the width of a file that gives none; left out, `width`.
+            only_width: the width of a file that states none; by default `width`.
 
         Raises:
-            SpecError: no such file, no such width in it, or an entry that makes no sense; in words
-                that name the entry, what it has and what is allowed.
+            SpecError: the file or the width in it is missing, or an entry is wrong; the message
+                names the entry, its value and what is allowed.
         """
         data, where = _read(Path(path)), f"{Path(path).name}"
         if data and all(key.isdigit() for key in data):
@@ -151,7 +151,7 @@ class Shapes:
         return cls(width, base_width, tags)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """What the file says: name → role, shape and base shape."""
+        """Return the content of a file: name → role, shape and base shape."""
         return {
             name: {"role": str(t.role), "shape": list(t.shape), "base_shape": list(t.base_shape)}
             for name, t in self.tags.items()
@@ -166,17 +166,17 @@ class Shapes:
         optimizer: Mapping[str, Any] | None = None,
         **axes: float,
     ) -> tuple[dict[str, Any], ...]:
-        """What to train each parameter with at this width, in the keys of `telescope transfer`.
+        """Return each parameter's settings at this width, with the keys of `telescope transfer`.
 
-        A trainer that uses these in every trial implements the rule, so that a sweep's point, which
-        is in base-width units, means the same at every width.
+        A trainer that uses them in every trial implements the width rule: a sweep's point, which is
+        in base-width units, then means the same at every width.
 
         Args:
-            point: lr and weight_decay in base-width units (a trial's point), and, if swept,
-                init_scale and adamw_lr_ratio; other axes are passed over.
+            point: lr and weight_decay in base-width units (a trial's point) and, if swept,
+                init_scale and adamw_lr_ratio; other axes are ignored.
             fold_readout: for code without a multiplier on its logits; see `fold_readout`.
             optimizer: keys of the spec's table [optimizer], such as ``{"rule": "paper"}``.
-            axes: the same as `point`, by keyword.
+            axes: the values of `point` as keyword arguments.
 
         Raises:
             SpecError: lr or weight_decay is missing, or an optimizer key is not allowed.
@@ -197,7 +197,7 @@ class Shapes:
 
 
 def optimizer_config(table: Mapping[str, Any]) -> OptimizerConfig:
-    """The table [optimizer] from a plain mapping.
+    """Build the table [optimizer] from a plain mapping.
 
     Raises:
         SpecError: an unknown key, or a value that is not allowed.
@@ -210,14 +210,14 @@ def optimizer_config(table: Mapping[str, Any]) -> OptimizerConfig:
 
 
 def write_shapes(path: str | Path, shapes: Sequence[Shapes]) -> None:
-    """Write a file for ``[trainer] shapes`` that knows several widths.
+    """Write the shapes of several widths to a file for ``[trainer] shapes``.
 
     Args:
         path: the JSON file.
-        shapes: one of each width, all of one base width.
+        shapes: one per width, all with the same base width.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     widths = {str(each.width): each.as_dict() for each in shapes}
     tables = (
@@ -230,14 +230,14 @@ def write_shapes(path: str | Path, shapes: Sequence[Shapes]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file's table; a name that stands there twice is refused."""
+    """Read a JSON file's table; refuse a name that occurs twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise SpecError(f"{path.name}: {twice} stands there twice")
+            raise SpecError(f"{path.name}: {twice} occurs twice; remove one of the two")
         return table
 
     try:
@@ -250,14 +250,14 @@ def _read(path: Path) -> dict[str, Any]:
     except SpecError:
         raise
     except (ValueError, RecursionError) as error:
-        raise SpecError(f"{path.name}: is no JSON: {error}") from error
+        raise SpecError(f"{path.name}: is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise SpecError(f"{path.name}: must be a table of parameters, each with {', '.join(KEYS)}")
     return data
 
 
 def _tag(where: str, name: str, entry: object) -> Tag:
-    """One entry of the file."""
+    """Parse and check one entry of the file."""
     if not isinstance(entry, dict) or entry.keys() != set(KEYS):
         got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
         raise SpecError(f"{where}: got {got or 'nothing'}, must be a table of {', '.join(KEYS)}")
@@ -279,7 +279,7 @@ def _tag(where: str, name: str, entry: object) -> Tag:
 
 
 def _check_tag(where: str, tag: Tag, width: int, base_width: int) -> None:
-    """Check that an entry's sides grow with the width as its role says."""
+    """Check that an entry's sides grow with the width as its role requires."""
     if width == base_width:
         if tag.shape != tag.base_shape:
             raise SpecError(
@@ -299,7 +299,7 @@ def _check_tag(where: str, tag: Tag, width: int, base_width: int) -> None:
 def _check_role(
     tag: Tag, grows: tuple[bool, ...] | None, error: type[Exception], where: str = ""
 ) -> None:
-    """Check a parameter's sides against its role; None where growth cannot be seen."""
+    """Check a parameter's sides against its role; `grows` is None where growth cannot be seen."""
     wanted, sides = GROWING[tag.role], len(tag.shape)
     stack = max(0, sides - 2) if tag.role.is_hidden else 0
     fits = sides - stack == len(wanted) or (tag.role is Role.FINITE and sides == 0)
@@ -316,7 +316,7 @@ def _check_role(
 def _roles(
     model: nn.Module, grows: Mapping[str, tuple[bool, ...]], given: Mapping[str, str]
 ) -> dict[str, Role]:
-    """Name → role: as given, else by what grows and which module holds it."""
+    """Map each name to its role: as given, else from its growing sides and its module."""
     owners = owners_of(model)
     unused = {pattern for pattern in given if not any(fnmatchcase(n, pattern) for n in grows)}
     if unused:
@@ -343,7 +343,7 @@ def _roles(
 
 
 def _role(name: str, grows: tuple[bool, ...], owners: list[nn.Module]) -> Role:
-    """A parameter's role, where nobody says it."""
+    """Derive a parameter's role from its growing sides and its modules."""
     from torch import nn
 
     if len(grows) <= 1:
