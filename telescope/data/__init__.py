@@ -1,1 +1,1 @@
-"""What is trained on: corpora, shards, tokenizers, and the tokens that are kept."""
+"""Training data: corpora, shards, tokenizers, and cached tokens."""

@@ -1,8 +1,8 @@
-"""What is worth keeping between processes about large files: their digests, and their tokens.
+"""A cache between processes for facts about large files: their digests and their tokens.
 
-Everything here can be deleted at any time: it is made again. Entries are found by content, or by a
-file's name, size, times and inode; they appear whole or not at all, carry a checksum of their own,
-and a lock lets one process make what several want.
+Everything in it can be deleted at any time; it is made again. Entries are found by content, or by a
+file's name, size, times and inode. They are written whole or not at all and carry a checksum. A
+lock lets one process make an entry that several need.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from telescope.errors import DataError
 from telescope.files import can_write, home, private_folder, write_json
 
 SETTLED_SECONDS = 2.0
-"""A file that changed less long ago is not remembered: it could change again within what the file
-system's clock can tell apart."""
+"""Least age of a file's last change for it to be remembered: a younger file could change again
+within one tick of the file system's clock."""
 
 
 def cache_folder() -> Path:
-    """$TELESCOPE_CACHE, else `telescope` in the user's cache folder.
+    """Return $TELESCOPE_CACHE, else `telescope` in the user's cache folder.
 
-    Where that cannot be written, it is in `files.private_folder`.
+    If that folder cannot be written, the cache is in `files.private_folder`.
 
     Raises:
-        DataError: there is no temporary folder that can be written either.
+        DataError: no temporary folder can be written either.
     """
     if named := os.environ.get("TELESCOPE_CACHE"):
         return Path(named)
@@ -47,15 +47,14 @@ def cache_folder() -> Path:
 
 
 def key_of(*parts: Any) -> str:
-    """A name for what is made from `parts`, JSON-able: 32 hex digits."""
+    """Return a name for an entry made from `parts` (JSON values): 32 hex digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def state_of(path: Path) -> tuple[str, int, int, int, int]:
-    """What changes when a file does: name, bytes, inode, ns of the last write and of the change.
+    """Return a file's name, size, inode and times (mtime and ctime, ns): one changes when it does.
 
-    The time of the last write can be set back, as `cp -p`, `rsync` and `tar` do; that of the change
-    is the kernel's own.
+    The mtime can be set back, as `cp -p`, `rsync` and `tar` do; the ctime is the kernel's own.
     """
     stat = path.stat()
     return str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
@@ -64,12 +63,12 @@ def state_of(path: Path) -> tuple[str, int, int, int, int]:
 def remembered(
     paths: list[Path], make: Callable[[], dict[str, Any]], *recipe: Any
 ) -> dict[str, Any]:
-    """What `make` says of files, made once for as long as none of them changes.
+    """Return the facts that `make` finds in files; call it again only when one of them changes.
 
     Args:
-        paths: the files that it depends on.
-        make: reads them; JSON-able.
-        recipe: what else it depends on, JSON-able.
+        paths: the files that it reads.
+        make: reads the files and returns JSON values.
+        recipe: everything else that the outcome depends on, as JSON values.
 
     Raises:
         DataError: the cache folder cannot be written.
@@ -100,15 +99,15 @@ def keep_entry(path: Path, data: dict[str, Any]) -> None:
 
 
 def unusable(folder: Path, error: OSError) -> DataError:
-    """The error of a cache folder in which nothing can be kept."""
+    """Return the error for a cache folder that cannot be written."""
     return DataError(
-        f"{folder}: cannot keep what is known of the data: {error.strerror or error}; mend it, or "
-        "name another folder in TELESCOPE_CACHE"
+        f"{folder}: cannot write the data cache: {error.strerror or error}; make the folder "
+        "writable, or name another one in TELESCOPE_CACHE"
     )
 
 
 def read_entry(path: Path) -> dict[str, Any] | None:
-    """A JSON entry; None where there is none as `keep_entry` wrote it."""
+    """Read a JSON entry; None if it is missing or not as `keep_entry` wrote it."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -120,7 +119,7 @@ def read_entry(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def made_once(path: Path) -> Iterator[None]:
-    """Hold the lock of an entry, in a folder that exists.
+    """Hold the lock of an entry; create its folder.
 
     Raises:
         DataError: the folder cannot be written.

@@ -1,7 +1,7 @@
-"""Files that hold something else than their source says, as their bytes tell.
+"""Check by their bytes that files hold what their source says.
 
-Text is taken by its suffix and tokens by a type that the user gives, so a file of another kind
-would be trained on without a word. No file of the right kind looks like what is refused here.
+Text is recognised by its suffix, and tokens by a type that the user gives. So without this check, a
+file of another kind would be trained on silently. No file of the right kind is refused here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from telescope.config import PYTHON_STDLIB, SourceConfig
 from telescope.errors import DataError
 
 UTF8_BOM = b"\xef\xbb\xbf"
-"""The mark that some editors put before UTF-8 text. It is no part of the text."""
+"""The mark that some editors put before UTF-8 text. It is not part of the text."""
 HEAD_BYTES = 1 << 16
 SAMPLE_BYTES = 1 << 14
-"""Read in the middle and at the end of a text file."""
+"""Bytes read in the middle and at the end of a text file."""
 
 UNPACK = "unpack it"
 CONVERT = "convert it to text, JSONL or Parquet"
@@ -62,8 +62,8 @@ MAGIC: list[tuple[str, bytes, str]] = [
     ("an index of Megatron's", rb"MMIDIDX\x00", "name the .bin beside it"),
     ("a shard of llm.c's", rb"(?:\x88\xd8|\xa1\xd9)\x34\x01", "say data.format = 'llm.c'"),
 ]
-"""Name of a kind of file, its beginning (a regular expression), and advice. No text begins so, and
-of shards of tokens about one in 2²⁸ does."""
+"""Kinds of files: name, beginning (a regular expression), and advice. No text begins like this, and
+only about one in 2²⁸ shards of tokens does."""
 OTHER_UNICODE = [
     ("UTF-32", rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff"),
     ("UTF-16", rb"\xff\xfe|\xfe\xff"),
@@ -73,34 +73,35 @@ _MAGIC = [(kind, re.compile(magic, re.DOTALL), advice) for kind, magic, advice i
 _OTHER_UNICODE = [(kind, re.compile(magic)) for kind, magic in OTHER_UNICODE]
 _ODD = {*range(32), 127} - set(b"\t\n\v\f\r\x1b\b")
 _NOT_IN_TEXT = np.array([byte in _ODD for byte in range(256)])
-"""Bytes of control characters, seldom in text; a tenth of random bytes are such."""
+"""Control characters, which are rare in text; a tenth of random bytes are such."""
 SELDOM = 0.05
-"""The share of them above which a file that is not UTF-8 either is no text. An assumption."""
+"""Share of control characters above which a file that is not UTF-8 is not text. Assumption."""
 
 BLOCKS, BLOCK_BYTES = 32, 1 << 13
-"""A file of tokens is judged by so many blocks, spread over it."""
+"""Number and size of the blocks, spread over a file of tokens, by which it is judged."""
 FEW = 16
-"""Values that are not 0 where all beside them are: by chance that happens once in 2¹⁶ files."""
+"""Values other than 0, next to values that are all 0, that prove a wider type; by chance they occur
+once in 2¹⁶ files."""
 MANY = 32
-"""The same for values above `HIGH` where all beside them are at most that."""
+"""Values above `HIGH`, next to values that are all at most `HIGH`, that prove a wider type."""
 HIGH = 15
-"""The upper half of a token's 32 bits, at most: for a vocabulary of a million."""
+"""Largest upper half of a 32-bit token, for a vocabulary of a million."""
 DIVERSE = 512
-"""Number of different ids from which on their lower bytes have all values, or nearly."""
+"""Number of different ids at which their lower bytes take nearly all values."""
 
 
 def is_checked(source: SourceConfig) -> bool:
-    """True where text must look like text: not where the user insists, nor in our corpus."""
+    """Tell whether text must look like text: not if the user insists, nor in python-stdlib."""
     return source.format != "text" and source.source != PYTHON_STDLIB
 
 
 def check_content(path: Path, source: SourceConfig) -> None:
-    """Check that a file does not begin as one of another kind does.
+    """Check that a file does not begin like a file of another kind.
 
-    With `format = "text"` any file is taken; this interpreter's library is text.
+    `format = "text"` takes any file; the standard library's source is text.
 
     Raises:
-        DataError: with what it is and what to do.
+        DataError: it is of another kind; the message says of which, and what to do.
         OSError: it cannot be read.
     """
     if not is_checked(source):
@@ -123,13 +124,13 @@ def check_content(path: Path, source: SourceConfig) -> None:
 
 
 def _is_right(found: str, source: SourceConfig) -> bool:
-    """True where a file begins as its source says."""
+    """Tell whether the kind found by a file's beginning is the one that its source says."""
     is_shard = found == "a shard of llm.c's" and source.kind == "tokens"
     return is_shard or (found == "a Parquet file" and source.kind == "parquet")
 
 
 def _expected(kind: str) -> str:
-    """A kind of file in words."""
+    """Name a kind of file for messages."""
     names = {"text": "UTF-8 text", "jsonl": "JSONL", "parquet": "Parquet"}
     return names.get(kind, "raw tokens, llm.c's or Megatron's")
 
@@ -161,7 +162,7 @@ WHAT_IT_MAY_BE = (
 
 
 def _is_utf8(block: bytes) -> bool:
-    """True for UTF-8, but for a character that is cut at either end."""
+    """Tell whether a block is UTF-8; a character may be cut off at either end."""
     start = next((i for i, byte in enumerate(block[:4]) if byte & 0xC0 != 0x80), 0)
     try:
         codecs.getincrementaldecoder("utf-8")().decode(block[start:])
@@ -171,32 +172,32 @@ def _is_utf8(block: bytes) -> bool:
 
 
 def nul_error(path: Path | str, place: int) -> DataError:
-    """The error of a text file with a NUL at a byte; UTF-16 text and tokens have many."""
+    """Return the error for a text file with a NUL byte; UTF-16 text and tokens have many."""
     return DataError(f"{path}: byte {place}: a NUL; UTF-8 text has none; {WHAT_IT_MAY_BE}")
 
 
 def bom_bytes(path: Path) -> int:
-    """Bytes before the text of a file: those of UTF-8's byte-order mark, if it is there."""
+    """Return the length of a file's UTF-8 byte-order mark, 0 without one."""
     with path.open("rb") as stream:
         return len(UTF8_BOM) if stream.read(len(UTF8_BOM)) == UTF8_BOM else 0
 
 
 def check_tokens(path: Path, dtype: str, offset: int, count: int) -> None:
-    """Check by a sample that tokens have the type that they are read with.
+    """Check by a sample that tokens have the type with which they are read.
 
-    Tokens of more bytes, of the other byte order, floats and text are found: half of the values
-    that they are read as would be 0, or nearly. Whoever has such tokens all the same, say pairs of
-    an id and a small number, can write them as uint32.
+    It finds wider tokens, the other byte order, floats and text: read with a wrong type, half
+    of their values would be 0 or nearly so. Real tokens like that, such as pairs of an id and a
+    small number, can be written as uint32.
 
     Args:
         path: the file.
-        dtype: numpy's name of the type as which its tokens are read, little-endian.
+        dtype: numpy's name of the type with which its tokens are read, little-endian.
         offset: bytes before the first token.
-        count: tokens.
+        count: number of tokens.
 
     Raises:
-        DataError: with what they look like and what to do.
-        OSError: it cannot be read.
+        DataError: the tokens look like another type; the message says which, and what to do.
+        OSError: the file cannot be read.
     """
     width = np.dtype(dtype).itemsize
     raw = _sample(path, offset, count * width)
@@ -216,7 +217,7 @@ def check_tokens(path: Path, dtype: str, offset: int, count: int) -> None:
 
 
 def _sample(path: Path, offset: int, size: int) -> bytes:
-    """Blocks spread over a run of bytes, or all of a short one, in whole numbers of 8 bytes."""
+    """Read blocks spread over a run of bytes, or all of a short one, in multiples of 8 bytes."""
     size -= size % 8
     if size <= BLOCKS * BLOCK_BYTES:
         starts, length = [0], size
@@ -233,7 +234,7 @@ def _sample(path: Path, offset: int, size: int) -> bytes:
 
 
 def _is_plain(raw: bytes) -> bool:
-    """True for UTF-8 without odd control characters that is not the same few throughout."""
+    """Tell whether bytes are UTF-8 with varied characters and without odd control characters."""
     values = np.frombuffer(raw, np.uint8)
     return (
         len(raw) >= 2 * MANY
@@ -251,7 +252,7 @@ def _others(width: int) -> list[np.dtype[np.generic]]:
 
 
 def _looks_like(raw: bytes, other: np.dtype[np.generic], width: int) -> str:
-    """The signs in a sample of tokens of another type, if all of it is plausible as that."""
+    """Describe the signs that a sample holds tokens of another type; "" if there are none."""
     values = np.frombuffer(raw, other)
     if other.kind == "f":
         with np.errstate(all="ignore"):
@@ -270,7 +271,7 @@ def _looks_like(raw: bytes, other: np.dtype[np.generic], width: int) -> str:
 
 
 def _swapped(values: NDArray[Any], width: int) -> str:
-    """The signs of tokens whose bytes are in the other order."""
+    """Describe the signs that tokens have the other byte order; "" if there are none."""
     if (values < 1 << 8 * (width - 1)).all() and np.count_nonzero(values) >= FEW:
         return "all values are multiples of 256"
     upper, lower = values >> 8 * (width - 1), values & 0xFF
@@ -281,14 +282,14 @@ def _swapped(values: NDArray[Any], width: int) -> str:
 
 
 def _in_words(dtype: np.dtype[np.generic]) -> str:
-    """A type of token for messages."""
+    """Name a type of token for messages."""
     kind = {"f": "float", "u": "int" if dtype.itemsize == 8 else "uint"}[dtype.kind]
     order = "big-endian " if dtype.str.startswith(">") else ""
     return f"{order}{kind}{8 * dtype.itemsize} tokens"
 
 
 def _way_out(path: Path, other: np.dtype[np.generic], dtype: str) -> str:
-    """The advice about tokens of another type."""
+    """Return the advice for tokens of another type."""
     if other == np.dtype("<u4") and dtype == "uint16":
         return "say data.dtype = 'uint32'"
     return (

@@ -26,19 +26,19 @@ from telescope.data.views import Tokens, TokenView, held_out_ranges, rest_of, wi
 from telescope.errors import DataError, Faults, SpecError
 
 SMALLEST_COPY = 1000
-"""Files with fewer bytes may be alike: licence headers of empty modules, and nothing to learn by
-heart. An assumption."""
+"""Size in bytes from which copies of a file matter. Smaller ones are such as the licence headers of
+empty modules, and hold nothing to memorise. Assumption."""
 SHORT_OF_DOCUMENTS = "they are a single document, and documents are not cut; give a second one"
 SHORT_OF_LINES = (
     "the last line is longer than the share, and lines stay whole; give more text, or break it"
 )
 COMPARED_BYTES = 1 << 16
-"""Read at either end of files of one size, before two are compared whole."""
+"""Bytes compared at either end of files of one size, before two files are compared whole."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source: what is trained on, and what is held out."""
+    """One source: its tokens for training, and its held-out tokens."""
 
     name: str
     """The source as the spec names it."""
@@ -47,32 +47,32 @@ class Part:
     held_out: TokenView = field(repr=False)
     digest: str
     indivisible: str = ""
-    """The reason why nothing of it is held out, and advice; empty where it can be divided."""
+    """The reason that nothing of it is held out, with advice; "" if it can be divided."""
     scan: Scan | None = None
-    """The highest token id and its place, where no tokenizer vouches for the ids."""
+    """The highest token id and its place, for ids that no tokenizer here has made."""
 
     @property
     def size(self) -> int:
-        """All tokens."""
+        """Number of all tokens."""
         return len(self.train) + len(self.held_out)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens, a part of which is never trained on."""
+    """Tokens, some of which are held out and never trained on."""
 
     parts: tuple[Part, ...]
     vocabulary: int | None
-    """The tokenizer's; None where there is none."""
+    """Size of the tokenizer's vocabulary; None without a tokenizer."""
 
     @property
     def train_tokens(self) -> Tokens:
-        """What is trained on."""
+        """The tokens for training."""
         return Tokens(tuple(part.train for part in self.parts), self._weights)
 
     @property
     def held_out_tokens(self) -> Tokens:
-        """What losses are measured on."""
+        """The tokens on which the held-out loss is measured."""
         return Tokens(tuple(part.held_out for part in self.parts), self._weights)
 
     @property
@@ -81,7 +81,7 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """SHA-256, hexadecimal, of all tokens, and of the weights of several sources."""
+        """SHA-256, hexadecimal, of all tokens; of several sources also of their weights."""
         if len(self.parts) == 1:
             return self.parts[0].digest
         total = sum(self._weights)
@@ -90,26 +90,27 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        """All tokens."""
+        """Number of all tokens."""
         return sum(part.size for part in self.parts)
 
 
 @functools.lru_cache(maxsize=2)
 def load_corpus(config: DataConfig) -> Corpus:
-    """Find, check and map the corpus; kept, because a warm worker trains many trials on it.
+    """Find, check and map the corpus; cached, because a worker trains many trials on it.
 
-    Large files are read once, in bounded memory, for their digest and their highest token id, which
-    are remembered; what is tokenized is kept in the cache folder. Training reads what it needs.
+    Large files are read once, in bounded memory, for their digest and their highest token id; both
+    are remembered. Tokens made from text are kept in the cache folder. Training then reads only
+    the tokens that it needs.
 
     Raises:
-        DataError: no file matches, a file is wrong, or there is not a byte in them.
+        DataError: no file matches, a file is wrong, or all files are empty.
         SpecError: the tokenizer is wrong.
     """
     return read_corpus(config)
 
 
 def read_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
-    """See `load_corpus`; `progress` is told how far the tokenizing of a source is."""
+    """Read a corpus as `load_corpus` does; report the progress of tokenizing to `progress`."""
     files = distinct_files(config)
     name = config.tokenizer_name
     vocabulary = load_tokenizer(name).vocabulary if name else None
@@ -128,13 +129,13 @@ def read_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
 
 
 def distinct_files(config: DataConfig) -> list[list[Path]]:
-    """The files of every source, each once.
+    """Return the files of every source, each once.
 
-    A file that is there twice could be held out the one time and trained on the other. A link to
-    another source's, or a copy, is a fault; a copy that data.duplicates drops is left out.
+    A file that occurs twice could be held out once and trained on once. So a link to another
+    source's file, or a copy of a file, is an error; data.duplicates = "drop" leaves copies out.
 
     Raises:
-        DataError: naming every file that is wrong, missing or there again.
+        DataError: files are wrong, missing or duplicates; the message names all of them.
     """
     files, faults = [], Faults()
     for source in config.parts:
@@ -159,7 +160,7 @@ def distinct_files(config: DataConfig) -> list[list[Path]]:
 
 
 def _copies(config: DataConfig, files: Sequence[Sequence[Path]], faults: Faults) -> set[Path]:
-    """The copies to be dropped, found by inode and by content; the others are faults.
+    """Find copies by inode and content; return those to drop, and collect the others as faults.
 
     Copies are found by size first, then by their ends, so that only true ones are read whole.
     """
@@ -187,7 +188,7 @@ def _copies(config: DataConfig, files: Sequence[Sequence[Path]], faults: Faults)
 def _copies_among(
     config: DataConfig, size: int, files: Sequence[tuple[Path, int]], faults: Faults
 ) -> set[Path]:
-    """See `_copies`, of files of one size, each with its source's number."""
+    """Find the copies among files of one size, each with its source's number; see `_copies`."""
     alike: dict[bytes, list[tuple[Path, int]]] = {}
     dropped: set[Path] = set()
     for path, number in files:
@@ -196,7 +197,7 @@ def _copies_among(
             stream.seek(max(0, size - COMPARED_BYTES))
             ends = hashlib.sha256(ends + stream.read(COMPARED_BYTES)).digest()
         others = alike.setdefault(ends, [])
-        # What of the standard library is twice there is in the numbers of its sweeps.
+        # Copies inside the standard library stay: the results of sweeps on it include them.
         is_stdlib = config.parts[number].source == PYTHON_STDLIB
         first = next(
             (
@@ -221,7 +222,7 @@ def _copies_among(
 
 
 def _check_distinct_parts(parts: Sequence[Part]) -> None:
-    """Check that no two sources are the same tokens, however their files are cut or written."""
+    """Check that no two sources hold the same tokens, however they are split into files."""
     first: dict[str, Part] = {}
     for part in parts:
         other = first.setdefault(part.digest, part)
@@ -235,7 +236,7 @@ def _check_distinct_parts(parts: Sequence[Part]) -> None:
 def _part(
     source: SourceConfig, paths: list[Path], config: DataConfig, progress: Progress | None
 ) -> Part:
-    """One source with its tokens, from whatever its files hold."""
+    """Read one source into tokens, whatever the format of its files."""
     tokenizer = config.tokenizer_name
     found: Scan | None = None
     indivisible = ""
@@ -273,13 +274,13 @@ def _part(
 
 
 def _shown(source: SourceConfig) -> str:
-    """A source's name for messages."""
+    """Name a source for messages."""
     first, *others = source.patterns
     return f"{first} and {len(others)} more" if others else first
 
 
 def _same_type(shards: list[TokenFile]) -> Scan:
-    """Read the shards of a source, which must have one type of token."""
+    """Scan the shards of a source; they must all have one type of token."""
     for shard in shards:
         if shard.dtype != shards[0].dtype:
             raise DataError(
@@ -292,7 +293,7 @@ def _same_type(shards: list[TokenFile]) -> Scan:
 def _text_files(
     source: SourceConfig, paths: list[Path]
 ) -> tuple[list[TokenFile | NDArray[Any]], str]:
-    """Files whose bytes are the tokens, and their digest; small ones are read into memory."""
+    """Return files whose bytes are the tokens, and their digest; read small ones into memory."""
     files = [_without_bom(file) for file in as_bytes(paths)]
     files = [file for file in files if file.count]
     if sum(file.count for file in files) > SMALL_BYTES:
@@ -312,13 +313,13 @@ def _text_files(
 
 
 def _without_bom(file: TokenFile) -> TokenFile:
-    """A text file from where its text begins."""
+    """Skip the byte-order mark of a text file."""
     before = bom_bytes(file.path)
     return replace(file, offset=before, count=file.count - before)
 
 
 def held_out_mask(size: int, share: float) -> NDArray[np.bool_]:
-    """`held_out_ranges` as one truth value per token: for small corpora."""
+    """Return `held_out_ranges` as one boolean per token, for small corpora."""
     mask = np.zeros(size, dtype=np.bool_)
     for start, end in held_out_ranges(size, share):
         mask[start:end] = True
@@ -331,7 +332,7 @@ def check_size(
     """Check that every source can fill its part of a training batch and of the measurement.
 
     Raises:
-        DataError: naming the split that is too short, its size and what it needs.
+        DataError: a part is too short; the message gives its size and the size needed.
     """
     sequences = -(-config.eval_tokens // sequence_length)
     measured, trained = (
@@ -388,11 +389,11 @@ def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
 
 
 def passes(corpus: Corpus, tokens: int) -> dict[str, float]:
-    """How often a run reads the training part of each source.
+    """Count the passes of a run over the training part of each source.
 
     Args:
-        corpus: what it reads.
-        tokens: of one run.
+        corpus: the run's corpus.
+        tokens: number of tokens that the run trains on.
     """
     total = sum(part.weight for part in corpus.parts)
     return {
@@ -401,9 +402,9 @@ def passes(corpus: Corpus, tokens: int) -> dict[str, float]:
 
 
 class Batches:
-    """The batches of one trial: a fixed function of (seed, step), whoever asks and when.
+    """The batches of one trial, a fixed function of (seed, step).
 
-    The training part of each source is cut into sequences; every pass over them is in a new order
+    The training part of each source is cut into sequences. Every pass over them has a new order,
     drawn from (seed, pass). Sources take turns by weight. The same seed gives the same batches at
     every point and width.
     """
@@ -420,7 +421,7 @@ class Batches:
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}  # source → pass, its order
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inputs and targets of one step, each (batch, sequence) int64 on the CPU."""
+        """Return the inputs and targets of one step, each (batch, sequence) int64 on the CPU."""
         first = step * self._batch_size
         taken = self._tokens.split(np.arange(first, first + self._batch_size + 1))
         sources = np.diff(taken, axis=0).argmax(axis=1).tolist()
@@ -428,10 +429,10 @@ class Batches:
         return _shifted(windows(self._tokens, sources, starts, self._length))
 
     def _start(self, source: int, number: int) -> int:
-        """Where the sequence starts that a source gives as its `number`th."""
+        """Return the first token's number of the `number`th sequence taken from a source."""
         epoch, place = divmod(number, self._sequences[source])
         if source not in self._orders or self._orders[source][0] != epoch:
-            self._orders.pop(source, None)  # before the next one is made: two would be in memory
+            self._orders.pop(source, None)  # freed before the next one is made, to save memory
             order = _order(self._seed, epoch, source, self._sequences[source])
             self._orders[source] = epoch, order
         return int(self._orders[source][1][place]) * self._length
@@ -440,11 +441,11 @@ class Batches:
 _ORDERS: weakref.WeakValueDictionary[tuple[int, ...], NDArray[np.int64]] = (
     weakref.WeakValueDictionary()
 )
-"""The orders that some `Batches` is in the middle of: trials of one seed share them."""
+"""The orders in use by any `Batches`; trials of one seed share them."""
 
 
 def _order(seed: int, epoch: int, source: int, sequences: int) -> NDArray[np.int64]:
-    """The order of a pass, 8 bytes a sequence: as long as anybody reads by it, it is made once."""
+    """Return the order of a pass, 8 bytes per sequence; made once while any `Batches` uses it."""
     key = (seed, epoch, source, sequences)
     order = _ORDERS.get(key)
     if order is None:
@@ -456,12 +457,12 @@ def _order(seed: int, epoch: int, source: int, sequences: int) -> NDArray[np.int
 def held_out_batch(
     tokens: Tokens | NDArray[np.uint8], *, count: int, length: int
 ) -> tuple[torch.Tensor, ...]:
-    """At least `count` held-out tokens as sequences spread evenly over the held-out part.
+    """Return at least `count` held-out tokens as sequences spread evenly over the held-out part.
 
-    Of several sources each gives its share by weight, so that the mean loss is the mixture's.
+    Each of several sources gives its share by weight, so that the mean loss is the mixture's.
 
     Returns:
-        inputs and targets, each (⌈count/length⌉, length) int64; always the same ones.
+        inputs and targets, each (⌈count/length⌉, length) int64; the same ones at every call.
     """
     tokens = Tokens.of(tokens)
     sources, starts = list[int](), list[int]()
@@ -473,6 +474,6 @@ def held_out_batch(
 
 
 def _shifted(window: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences and the same ones shifted by a token."""
+    """Split windows into inputs and targets, which are shifted by one token."""
     found = torch.from_numpy(window)
     return found[:, :-1], found[:, 1:]

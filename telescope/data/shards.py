@@ -1,4 +1,4 @@
-"""Files of tokens, read where they lie: raw, llm.c's and Megatron's. Nothing is loaded here.
+"""Files of tokens, read in place: raw, llm.c's and Megatron's. Nothing is loaded into memory.
 
 Sources: llm.c, `dev/data/data_common.py`; Megatron-LM, `megatron/core/datasets/indexed_dataset.py`;
 nanoGPT's `.bin` is raw uint16. All are little-endian.
@@ -23,7 +23,7 @@ from telescope.data.content import check_tokens
 from telescope.errors import DataError
 
 LLM_C = {20240520: ("GPT-2", 1, "uint16"), 20240801: ("Llama 3", 7, "uint32")}
-"""Magic number → whose tokens, version, type."""
+"""Magic number → name of the tokenizer, version, type of token."""
 LLM_C_HEADER = 256 * 4
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")
@@ -31,10 +31,10 @@ MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 CHUNK_BYTES = 1 << 24
 SMALL_BYTES = 1 << 26
-"""Files that are smaller together are read anew each time: their digest takes a tenth of a second,
-and a small corpus leaves nothing in the cache folder."""
+"""Total size up to which files are read again every time: their digest takes 0.1 seconds, and
+a small corpus leaves nothing in the cache folder."""
 OPEN_FILES = 400
-"""Files that are mapped at a time: a mapped one is open, and a process may have 1024 open."""
+"""Most files mapped at a time: a mapped file is open, and a process may have 1024 open."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class TokenFile:
     dtype: str
     """numpy's name; little-endian."""
     count: int
-    """Tokens."""
+    """Number of tokens."""
     offset: int = 0
-    """Bytes before the first one."""
+    """Bytes before the first token."""
     changed: int = 0
-    """When the file last was, ns: another file under the name is another run of tokens."""
+    """Time of the file's last change, ns: a new file of the same name is another run of tokens."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tokens."""
+        """Size of the tokens in bytes."""
         return self.count * np.dtype(self.dtype).itemsize
 
     def map(self) -> NDArray[Any]:
-        """The tokens, memory-mapped."""
+        """Return the tokens, memory-mapped."""
         return _mapped(self)
 
 
@@ -70,27 +70,26 @@ def _mapped(file: TokenFile) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over all tokens of a source tells."""
+    """The findings of one pass over all tokens of a source."""
 
     digest: str
-    """SHA-256, hexadecimal, of the tokens as they lie in the files and of their type; of bytes, of
-    the bytes alone."""
+    """SHA-256, hexadecimal, of the tokens' type and of their bytes in the files; for bytes, of the
+    bytes alone."""
     highest: int
     """The highest token id."""
     place: str
-    """Where it is: file and number of the token, from 0."""
+    """The place of that token: file and number, from 0."""
     first_zero: tuple[str, int] | None
-    """The first token that is 0: file and byte. In text it is a NUL."""
+    """The place of the first token that is 0: file and byte. In text this is a NUL."""
 
 
 def scan(files: Sequence[TokenFile]) -> Scan:
-    """Read every token once, in bounded memory, and keep what was found.
+    """Read every token once, in bounded memory, and remember the findings.
 
-    The digest is of all the data, however much: a sample would call two corpora the same that
-    differ elsewhere, and the ids must all be read anyway, since one outside the vocabulary is found
-    nowhere else. What it costs, seconds per gigabyte (`benchmarks/data_memory.py`), is paid once
-    per machine: the outcome is remembered for as long as every file keeps name, size, inode and
-    times.
+    The digest covers all data: with a sample, two corpora that differ elsewhere would seem equal.
+    And all ids must be read anyway to find one outside the vocabulary. This takes seconds per
+    gigabyte (`benchmarks/data_memory.py`), once per machine: the outcome is remembered as long as
+    every file keeps its name, size, inode and times.
 
     Raises:
         DataError: a file cannot be read, has become shorter, or has a negative token.
@@ -104,7 +103,7 @@ def scan(files: Sequence[TokenFile]) -> Scan:
 
 
 def _read_all(files: Sequence[TokenFile]) -> Scan:
-    """The pass itself."""
+    """Read every token once; see `scan`."""
     hasher, highest, place, zero = hashlib.sha256(), -1, "", None
     if files and files[0].dtype != "uint8":
         hasher.update(files[0].dtype.encode())
@@ -125,7 +124,7 @@ def _read_all(files: Sequence[TokenFile]) -> Scan:
 
 
 def chunks(file: TokenFile) -> Iterator[NDArray[Any]]:
-    """The tokens, read some megabytes at a time: a mapped page would count as memory in use.
+    """Yield the tokens, some megabytes at a time; mapped pages would count as memory in use.
 
     Raises:
         DataError: the file cannot be read, or has become shorter.
@@ -146,14 +145,14 @@ def chunks(file: TokenFile) -> Iterator[NDArray[Any]]:
 
 
 def open_shard(path: Path, source: SourceConfig) -> TokenFile:
-    """Check a shard's header and size, and by a sample that its tokens are of its type.
+    """Check a shard's header and size, and by a sample the type of its tokens.
 
     Args:
-        path: a ``.bin``, or Megatron's ``.idx`` beside one.
-        source: says the format and the type of a raw file, where it must.
+        path: a ``.bin`` file; Megatron's ``.idx`` lies beside it.
+        source: states the format, and the type of a raw file.
 
     Raises:
-        DataError: naming the file, and what in it is wrong.
+        DataError: the shard is wrong; the message names the file and the fault.
     """
     try:
         shard = _opened(path, source)
@@ -164,7 +163,7 @@ def open_shard(path: Path, source: SourceConfig) -> TokenFile:
 
 
 def _opened(path: Path, source: SourceConfig) -> TokenFile:
-    """The shard by its format; see `open_shard`."""
+    """Open a shard by its format; see `open_shard`."""
     index = path.with_suffix(".idx")
     if source.format == "megatron" or (source.format == "auto" and index.exists()):
         shard = _megatron(path, index)
@@ -187,7 +186,7 @@ def _opened(path: Path, source: SourceConfig) -> TokenFile:
 
 
 def _raw(path: Path, size: int, dtype: str | None) -> TokenFile:
-    """Tokens and nothing else, nanoGPT's for one."""
+    """Open a file of tokens without a header, such as nanoGPT's."""
     if dtype is None:
         raise DataError(
             f"{path}: has no header that says what its tokens are; give data.dtype: 'uint16' "
@@ -203,9 +202,10 @@ def _raw(path: Path, size: int, dtype: str | None) -> TokenFile:
 
 
 def _check_no_header(path: Path, size: int, header: bytes) -> None:
-    """Check that raw tokens do not start as llm.c's header does, but for its magic number.
+    """Check that raw tokens do not start with a header like llm.c's under another magic number.
 
-    Its third number is the count of what follows; that of other tokens is so once in 2³¹ files.
+    The third number of such a header is the count of tokens after it; the third of raw tokens
+    equals that count only once in 2³¹ files.
     """
     if len(header) == LLM_C_HEADER:
         magic, version, count = struct.unpack("<3i", header[:12])
@@ -218,7 +218,7 @@ def _check_no_header(path: Path, size: int, header: bytes) -> None:
 
 
 def _llm_c(path: Path, size: int, header: bytes) -> TokenFile:
-    """llm.c's: 256 int32, of which magic, version and number of tokens, then the tokens."""
+    """Open llm.c's format: 256 int32 (magic, version, number of tokens, …), then the tokens."""
     if len(header) < LLM_C_HEADER:
         raise DataError(f"{path}: {size} bytes, llm.c's header alone has {LLM_C_HEADER}")
     magic, version, count = struct.unpack("<3i", header[:12])
@@ -238,7 +238,7 @@ def _llm_c(path: Path, size: int, header: bytes) -> TokenFile:
 
 
 def _megatron(path: Path, index: Path) -> TokenFile:
-    """Megatron's: an index beside the tokens, which lie without gaps."""
+    """Open Megatron's format: tokens without gaps, and an index file beside them."""
     size, held = index.stat().st_size, path.stat().st_size
     with index.open("rb") as stream:
         header = stream.read(MEGATRON_HEADER.size)
@@ -253,7 +253,7 @@ def _megatron(path: Path, index: Path) -> TokenFile:
             f"known: {', '.join(f'{c} ({name})' for c, name in MEGATRON_TYPES.items())}"
         )
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * documents
-    # With modes, a byte a sequence, where the data are multimodal.
+    # Multimodal data also have modes, one byte per sequence.
     if size not in (expected, expected + sequences):
         raise DataError(
             f"{index}: {size} bytes, {expected} are needed for the {sequences} sequences and "

@@ -1,6 +1,6 @@
 """The files that a source names, and the documents in them, one after the other.
 
-Nothing here holds more than a document, or a quarter of a megabyte of a text file, at a time.
+At most one document, or a quarter of a megabyte of a text file, is in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from telescope.data.content import bom_bytes, check_content, is_checked, nul_err
 from telescope.errors import DataError, Faults
 
 STDLIB_BYTES = 8_000_000
-"""The standard library's source is cut here: enough for small models, quick to read and hash."""
+"""Size at which the standard library's source is cut: enough for small models, quick to read."""
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "idlelib", "site-packages"}
 NOT_TEXT = {
     *(".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".lz4"),
     *(".npy", ".npz", ".arrow", ".feather", ".pkl", ".pt", ".pth", ".safetensors", ".h5"),
     *(".json", ".db", ".sqlite", ".pdf", ".png", ".jpg"),
 }
-"""Suffixes whose files would train on something else than their text, if they were read as text."""
+"""Suffixes of files whose bytes are not their text."""
 TEXT_CHUNK = 1 << 18
 LOOKED_ON = 1 << 24
-"""Bytes of a JSONL file that are read after a line that is wrong, for others like it."""
+"""Bytes of a JSONL file read after a wrong line, to find further wrong lines."""
 LONGEST_LINE = 1 << 16
-"""A text file is cut at the end of a line, or after so many bytes without one."""
+"""Most bytes read in search of a line's end before a text file is cut inside the line."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ class Passage:
     """A document, or a part of a long text file."""
 
     place: float
-    """Where it starts, in bytes from the start of the first file; in Parquet, that of the row if
-    rows were equally long."""
+    """Byte at which it starts, counted from the start of the first file; in Parquet, the byte of
+    its row if all rows were equally long."""
     text: str
     ends: bool = True
-    """Whether the document ends here."""
+    """True if the document ends with this passage."""
 
 
 def files_of(source: SourceConfig) -> list[Path]:
-    """The files that a source names, in order, each once.
+    """Return the files that a source names, in order, each once.
 
-    A file that is named twice, by a link too, counts once: a second copy of a held-out passage
-    could be trained on. Of Megatron's two files it is the one with the tokens.
+    A file that is named twice, also by a link, counts once: a second copy of a held-out passage
+    could be trained on. Of Megatron's two files, the one with the tokens is returned.
 
     Raises:
-        DataError: nothing matches, or a file is of another format than its source's, by its suffix
-            or by how it begins.
+        DataError: nothing matches, or a file has another format than its source, by its suffix or
+            its first bytes.
     """
     if source.source == PYTHON_STDLIB:
         return _stdlib_files()
@@ -81,7 +81,7 @@ def files_of(source: SourceConfig) -> list[Path]:
 
 
 def _check_suffix(path: Path, source: SourceConfig) -> None:
-    """Check that a file found by a glob is what its source's pattern makes one expect."""
+    """Check that a file found by a glob has the format that its source's pattern suggests."""
     if source.format != "auto":
         return
     if path.suffix.lower() in NOT_TEXT:
@@ -98,10 +98,10 @@ def _check_suffix(path: Path, source: SourceConfig) -> None:
 
 
 def _stdlib_files() -> list[Path]:
-    """Every .py file of this interpreter's library, sorted, up to what is read of them."""
+    """Return the standard library's .py files, sorted, up to `STDLIB_BYTES`."""
     found = []
     for folder, inner, names in os.walk(sysconfig.get_paths()["stdlib"]):
-        inner[:] = set(inner) - STDLIB_SKIPPED  # not entered: they have most of the files
+        inner[:] = set(inner) - STDLIB_SKIPPED  # not walked: they hold most of the files
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     found.sort()
     before = itertools.accumulate((path.stat().st_size for path in found), initial=0)
@@ -109,7 +109,7 @@ def _stdlib_files() -> list[Path]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    """The files of one path or glob, sorted."""
+    """Return the files of one path or glob, sorted."""
     paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
     if not paths and Path(pattern).is_dir():
         raise DataError(f"data.source: {pattern!r} is a folder; name its files: {pattern}/*.txt")
@@ -121,16 +121,16 @@ def _matches(pattern: str) -> list[Path]:
 def passages(
     source: SourceConfig, files: Sequence[Path], cuts: Sequence[float]
 ) -> Iterator[Passage]:
-    """The documents of text, JSONL or Parquet files, in order.
+    """Yield the documents of text, JSONL or Parquet files, in order.
 
     Args:
-        source: says the format, and the field with the text.
-        files: what `files_of` found.
-        cuts: rising places at which a text file is cut, at the next end of a line; documents of
-            the other formats are whole.
+        source: states the format, and the field with the text.
+        files: the files found by `files_of`.
+        cuts: rising places at which text files are cut, at the next end of a line; documents of
+            the other formats are never cut.
 
     Raises:
-        DataError: with the file and the place in it.
+        DataError: a document is wrong; the message gives the file and the place.
     """
     offset = 0
     for number, path in enumerate(files):
@@ -151,7 +151,7 @@ def passages(
 
 
 def _look_on(source: SourceConfig, files: Sequence[Path], error: DataError) -> None:
-    """Raise what is wrong in further files together with what has been found; if they are small."""
+    """Raise `error` together with the faults of further files, as far as these are small."""
     faults, left = Faults(), LOOKED_ON
     with faults.collected():
         raise error
@@ -166,7 +166,7 @@ def _look_on(source: SourceConfig, files: Sequence[Path], error: DataError) -> N
 
 
 def _text(path: Path, offset: int, cuts: Sequence[float], checked: bool) -> Iterator[Passage]:
-    """A text file in parts of a quarter of a megabyte, cut at line ends."""
+    """Yield a text file in parts of a quarter of a megabyte, cut at line ends."""
     coming = [cut - offset for cut in reversed(cuts) if cut > offset]
     start, size = bom_bytes(path), path.stat().st_size
     with path.open("rb") as stream:
@@ -194,7 +194,7 @@ def _text(path: Path, offset: int, cuts: Sequence[float], checked: bool) -> Iter
 
 
 def _rest_of_character(stream: IO[bytes]) -> bytes:
-    """The bytes of a character in whose middle the stream stands; there are three at most."""
+    """Read the rest of a character that the stream is in the middle of, at most three bytes."""
     rest = b""
     while len(rest) < 3 and (byte := stream.read(1)):
         if not 0x80 <= byte[0] < 0xC0:
@@ -205,10 +205,10 @@ def _rest_of_character(stream: IO[bytes]) -> bytes:
 
 
 def _jsonl(path: Path, offset: int, field: str) -> Iterator[Passage]:
-    """One document per line."""
+    """Yield one document per line."""
     start = offset
     with path.open("rb") as stream:
-        faults, last = Faults(), start + LOOKED_ON  # moved on until there is a fault
+        faults, last = Faults(), start + LOOKED_ON  # `last` moves on until there is a fault
         for number, line in enumerate(stream, 1):
             with faults.collected():
                 text = _field_of(line, f"{path}:{number}", field) if line.strip() else None
@@ -223,7 +223,7 @@ def _jsonl(path: Path, offset: int, field: str) -> Iterator[Passage]:
 
 
 def _field_of(line: bytes, where: str, field: str) -> str:
-    """The text in one line of JSON."""
+    """Return the text in one line of JSON."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -254,7 +254,7 @@ def _field_of(line: bytes, where: str, field: str) -> str:
 
 
 def _parquet(path: Path, offset: int, field: str) -> Iterator[Passage]:
-    """One document per row, read a row group at a time."""
+    """Yield one document per row, read a row group at a time."""
     import pyarrow
     from pyarrow import parquet
 
@@ -273,7 +273,7 @@ def _parquet(path: Path, offset: int, field: str) -> Iterator[Passage]:
                 raise DataError(f"{path}: column {field!r} is {kind}, must be string")
             row, each = 0, path.stat().st_size / max(1, file.metadata.num_rows)
             for group in range(file.num_row_groups):
-                # Over all groups at once the library would keep what it has read: the whole file.
+                # For all groups at once the library would keep all that it has read in memory.
                 for batch in file.iter_batches(
                     batch_size=100, row_groups=[group], columns=[field], use_threads=False
                 ):

@@ -1,4 +1,4 @@
-"""From text to tokens: bytes, or a Hugging Face `tokenizers` file; and a small BPE of one's own."""
+"""Tokenizers: bytes, or a Hugging Face `tokenizers` file; and the training of a small BPE."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ if TYPE_CHECKING:
 
 BYTE_VOCABULARY = 256
 END_OF_TEXT = "<|endoftext|>"
-"""What ends a document in a tokenizer trained here. Source: GPT-2's vocabulary."""
+"""Token at the end of a document, for a tokenizer trained here. Source: GPT-2's vocabulary."""
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-"""What ends a document in others' tokenizers: the first that the vocabulary has."""
+"""Tokens that end a document in other tokenizers; the first one in the vocabulary is used."""
 MIN_VOCABULARY = BYTE_VOCABULARY + 2
 """Bytes, the end of text, and a merge."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What turns documents into token ids."""
+    """An encoder of documents into token ids."""
 
     digest: str
     """SHA-256 of the tokenizer's file, 16 hex digits; "bytes" for bytes."""
     vocabulary: int
     """One more than the highest id."""
     encode: Callable[[list[str]], Sequence[Sequence[int]]]
-    """The ids of each text."""
+    """Function from texts to the ids of each."""
     end: tuple[int, ...]
-    """The ids that end a document: the end of text, or a newline where there is no such token."""
+    """Ids at the end of a document: the end-of-text token or, without one, a newline."""
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer "bytes", or that of a file.
+    """Load the tokenizer "bytes", or that of a file.
 
     Raises:
-        SpecError: the file cannot be read, is no tokenizer, has no vocabulary, or draws lots.
+        SpecError: the file cannot be read, is not a tokenizer, has no vocabulary, or encodes at
+            random (dropout).
     """
     if name == BYTES:
         return Tokenizer(BYTES, BYTE_VOCABULARY, _encode_bytes, tuple(b"\n"))
@@ -64,7 +65,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _newline(inner: tokenizers.Tokenizer) -> list[int]:
-    """The ids of a newline; none where the tokenizer drops it, or has no token for it."""
+    """Return the ids of a newline; none if the tokenizer drops it or has no token for it."""
     try:
         return list(inner.encode("\n", add_special_tokens=False).ids)
     except Exception:  # the library raises bare Exceptions
@@ -72,7 +73,7 @@ def _newline(inner: tokenizers.Tokenizer) -> list[int]:
 
 
 def _pieces(inner: tokenizers.Tokenizer, text: str) -> list[str]:
-    """The text as a tokenizer's model gets it: normalised, and cut into words."""
+    """Normalise a text and split it into words, as the tokenizer does before its model."""
     plain = inner.normalizer.normalize_str(text) if inner.normalizer else text
     if inner.pre_tokenizer is None:
         return [plain] if plain else []
@@ -82,7 +83,7 @@ def _pieces(inner: tokenizers.Tokenizer, text: str) -> list[str]:
 def _no_token(
     inner: tokenizers.Tokenizer, name: str, texts: Sequence[str], error: Exception
 ) -> SpecError:
-    """The error of a tokenizer with no token for something in the texts, nor an unknown token."""
+    """Return the error for texts that a tokenizer cannot encode; name the piece without a token."""
     for piece in (piece for text in texts for piece in _pieces(inner, text)):
         try:
             inner.model.tokenize(piece)
@@ -92,7 +93,7 @@ def _no_token(
 
 
 def _unknown(name: str, piece: str, word: str = "") -> SpecError:
-    """The error of a piece of text, in a word, for which there is no token."""
+    """Return the error for a piece of text without a token; `word` is the word around it."""
     shown, inside = (repr(text if len(text) <= 40 else f"{text[:40]}…") for text in (piece, word))
     where = f" in {inside}" if word not in ("", piece) else ""
     return SpecError(
@@ -103,7 +104,7 @@ def _unknown(name: str, piece: str, word: str = "") -> SpecError:
 
 
 class _Losses:
-    """Finds characters that a BPE leaves out without a word: it has no token for them."""
+    """Finds characters that a BPE would drop silently because it has no token for them."""
 
     def __init__(self, inner: tokenizers.Tokenizer, name: str) -> None:
         from tokenizers import models
@@ -119,7 +120,7 @@ class _Losses:
             self._whole_words = bool(model.ignore_merges)
 
     def _has_every_byte(self, model: tokenizers.models.BPE) -> bool:
-        """True where a model gets bytes, or falls back to them, and has a token for each."""
+        """Tell whether a model works on bytes, or falls back to them, and has a token for each."""
         from tokenizers import pre_tokenizers
 
         bytes_ = list[str]()
@@ -133,7 +134,7 @@ class _Losses:
         """Check that every character of some texts has a token.
 
         Raises:
-            SpecError: naming one that has none.
+            SpecError: a character has none; the message names it.
         """
         for text in texts if self._can_lose else ():
             plain = functools.reduce(lambda left, token: left.replace(token, ""), self._added, text)
@@ -149,7 +150,7 @@ class _Losses:
 
 
 def vocabulary_size(name: str) -> int:
-    """One more than a tokenizer's highest id; see `load_tokenizer`."""
+    """Return one more than a tokenizer's highest id; see `load_tokenizer`."""
     return load_tokenizer(name).vocabulary
 
 
@@ -169,14 +170,14 @@ def _parsed(text: str, name: str) -> tokenizers.Tokenizer:
             f"data.tokenizer: {name} is no Hugging Face tokenizers JSON file: {reason}; "
             "`telescope tokenize` makes one"
         ) from error
-    # A file may carry them from another use; here a document keeps its length.
+    # A file may still have these from another use; here documents keep their length.
     inner.no_truncation()
     inner.no_padding()
     return inner
 
 
 def _read(name: str) -> tuple[tokenizers.Tokenizer, str]:
-    """A tokenizer file, parsed and checked, and its text."""
+    """Read, parse and check a tokenizer file; return it with its text."""
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -197,15 +198,15 @@ def _read(name: str) -> tuple[tokenizers.Tokenizer, str]:
 
 
 def train_bpe(documents: Iterable[str], vocabulary: int) -> str:
-    """A byte-level BPE of documents, as a tokenizers JSON text.
+    """Train a byte-level BPE on documents; return it as a tokenizers JSON text.
 
-    The same documents in the same order give the same text: pairs that are equally frequent are
-    merged in the order of their ids.
+    The same documents in the same order give the same text: equally frequent pairs are merged in
+    the order of their ids.
 
     Args:
-        documents: what to learn the merges from; texts, any length.
-        vocabulary: ids, the 256 bytes and the end of text included; fewer where the documents
-            have no more pairs that occur twice.
+        documents: the texts to learn the merges from, of any length.
+        vocabulary: number of ids, with the 256 bytes and the end of text; there are fewer if the
+            documents have no more pairs that occur twice.
 
     Raises:
         SpecError: the vocabulary is too small.

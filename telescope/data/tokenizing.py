@@ -1,4 +1,4 @@
-"""What `telescope tokenize` does: a small BPE of a corpus, and its tokens as nanoGPT's shards."""
+"""The command `telescope tokenize`: train a small BPE, and write tokens as nanoGPT's shards."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from telescope.errors import SpecError
 from telescope.files import UNFINISHED, write_atomic
 
 MEASURED_CHARACTERS = 1_000_000
-"""Held-out text on which a new tokenizer is measured, at most."""
+"""Most held-out text on which a new tokenizer is measured."""
 SHARD_CHUNK = 1 << 20
 SHARDS = ("train.bin", "val.bin")
 
 
 def needs_tokenizing(config: DataConfig) -> bool:
-    """Whether a corpus has documents that must be turned into tokens before a trial reads them."""
+    """Tell whether a corpus has documents that must be tokenized before a trial reads them."""
     return any(
         part.kind != "tokens" and (part.kind != "text" or config.tokenizer_name != BYTES)
         for part in config.parts
@@ -34,19 +34,19 @@ def needs_tokenizing(config: DataConfig) -> bool:
 
 
 def make_tokenizer(config: DataConfig, vocabulary: int, out: Path, progress: Progress) -> str:
-    """Train a BPE on the training part of a corpus and write it; what is held out is not read.
+    """Train a BPE on the training part of a corpus and write it; held-out text is left out.
 
     Args:
         config: the corpus; its tokenizer plays no part.
-        vocabulary: ids, bytes and end of text included.
+        vocabulary: number of ids, bytes and end of text included.
         out: the file to write; must not exist.
-        progress: told how far the reading is.
+        progress: called with the bytes read and their total.
 
     Returns:
-        A line that says what was made.
+        A line that describes the tokenizer.
 
     Raises:
-        SpecError: the vocabulary is too small, the file is there or cannot be written, the corpus
+        SpecError: the vocabulary is too small, the file exists or cannot be written, or the corpus
             is tokens already.
         DataError: the corpus is wrong.
     """
@@ -72,7 +72,7 @@ def make_tokenizer(config: DataConfig, vocabulary: int, out: Path, progress: Pro
 
 
 def _training_texts(config: DataConfig, progress: Progress) -> Iterator[str]:
-    """The text of every source that is not held out."""
+    """Yield the training text of every source."""
     for source in config.parts:
         for passage, is_held_out in split_passages(
             source, files_of(source), config.held_out, progress
@@ -82,7 +82,7 @@ def _training_texts(config: DataConfig, progress: Progress) -> Iterator[str]:
 
 
 def _held_out_text(config: DataConfig) -> str:
-    """Some of the text that is held out."""
+    """Return some of the held-out text."""
     found, size = list[str](), 0
     for source in config.parts:
         for passage, is_held_out in split_passages(source, files_of(source), config.held_out):
@@ -95,7 +95,7 @@ def _held_out_text(config: DataConfig) -> str:
 
 
 def check_shards(config: DataConfig, folder: Path) -> None:
-    """Check what can be known before a tokenizer is trained; see `write_shards`."""
+    """Check `write_shards`'s conditions before a tokenizer is trained."""
     if len(config.parts) > 1:
         raise SpecError(
             f"--shards {folder}: shards have no weights, and the data have {len(config.parts)} "
@@ -109,13 +109,14 @@ def check_shards(config: DataConfig, folder: Path) -> None:
 def write_shards(config: DataConfig, tokenizer: Path, folder: Path, progress: Progress) -> str:
     """Write a corpus as `train.bin` and `val.bin`, raw tokens in nanoGPT's layout.
 
-    Both appear when both are whole.
+    Both files appear only once both are whole.
 
     Returns:
-        A line that says what was written.
+        A line that describes the files.
 
     Raises:
-        SpecError: the folder cannot be written, or has one of them; there are several sources.
+        SpecError: the folder cannot be written or has one of the files already, or there are
+            several sources.
         DataError: the corpus is wrong.
     """
     check_shards(config, folder)
@@ -141,7 +142,7 @@ def write_shards(config: DataConfig, tokenizer: Path, folder: Path, progress: Pr
 
 
 def _write_shard(path: Path, view: TokenView, dtype: str) -> None:
-    """Write a run of tokens."""
+    """Write a run of tokens to a file."""
     with path.open("wb") as stream:
         for start in range(0, len(view), SHARD_CHUNK):
             tokens = np.empty(min(SHARD_CHUNK, len(view) - start), dtype=np.int64)

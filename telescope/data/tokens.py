@@ -1,7 +1,7 @@
-"""The tokens of documents, made once per machine and kept in a file that is memory-mapped.
+"""The tokens of documents, made once per machine and kept in a memory-mapped file.
 
-Which documents are held out goes by where they start in the source's bytes, before any tokenizer:
-so every tokenizer leaves the same text out, and one can be trained on the rest alone.
+A document is held out if it starts in a held-out range of the source's bytes. This does not depend
+on the tokenizer: every tokenizer holds out the same text, and one can be trained on the rest alone.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from telescope.data.views import Ranges, held_out_ranges
 from telescope.errors import DataError
 
 BATCH_CHARACTERS = 1 << 21
-"""Text that is tokenized at a time: enough to keep some threads busy."""
+"""Characters tokenized at a time: enough to keep some threads busy."""
 RECIPE = 2
-"""Raised when the same documents give other tokens, so that old files are not used."""
+"""Version of the encoding, raised when the same documents give other tokens."""
 
 Progress = Callable[[float, float], None]
-"""Takes how many bytes of a source are done, and of how many."""
+"""Called with the bytes of a source that are done, and their total."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Tokenized:
     """The tokens of a source's documents."""
 
     tokens: NDArray[Any]
-    """Memory-mapped, and open: they stay though the file is deleted."""
+    """The tokens, memory-mapped; they stay readable if the file is deleted."""
     held_out: Ranges
     digest: str
-    """SHA-256 of the tokens and of which of them are held out, hexadecimal."""
+    """SHA-256 of the tokens and of the held-out ranges, hexadecimal."""
     passages: int
-    """Documents, or parts of text: each is held out as a whole, or not."""
+    """Number of documents or parts of text; each is held out whole or not at all."""
 
 
 def as_bytes(files: Iterable[Path]) -> list[TokenFile]:
-    """Files whose tokens are their bytes."""
+    """Return the non-empty files as tokens that are their bytes."""
     stats = [(path, path.stat()) for path in files]
     return [
         TokenFile(path, "uint8", stat.st_size, changed=stat.st_ctime_ns)
@@ -71,10 +71,10 @@ def as_bytes(files: Iterable[Path]) -> list[TokenFile]:
 def split_passages(
     source: SourceConfig, files: Sequence[Path], share: float, progress: Progress | None = None
 ) -> Iterator[tuple[Passage, bool]]:
-    """Every passage of a source, and whether it is held out; see `sources.passages`.
+    """Yield every passage of a source with True if it is held out; see `sources.passages`.
 
-    It is where it starts in a range that is. Documents can be longer than such a range, and a few
-    long ones start in none: then it is the last one, so that there is something to measure.
+    A passage is held out if it starts in a held-out range. A few documents longer than such ranges
+    may start in none; then the last one is held out, so that there is something to measure on.
     """
     size = sum(path.stat().st_size for path in files)
     borders = [place for pair in held_out_ranges(size, share) for place in pair]
@@ -103,14 +103,14 @@ def tokenize(
     share: float,
     progress: Progress | None = None,
 ) -> Tokenized:
-    """The tokens of a source, from the cache folder or made now; other processes wait for them.
+    """Return the tokens of a source, from the cache or made now, while other processes wait.
 
     Args:
-        source: text, JSONL or Parquet.
-        files: what it names.
-        tokenizer: makes the tokens.
-        share: how much is held out.
-        progress: told how far it is, when there is something to do.
+        source: a source of text, JSONL or Parquet.
+        files: its files.
+        tokenizer: the tokenizer.
+        share: the share held out.
+        progress: called with the bytes done and their total, if anything is tokenized.
 
     Raises:
         DataError: a file is wrong, with the place in it, or the cache folder is full.
@@ -134,12 +134,12 @@ def tokenize(
 
 
 def _file(path: Path, known: dict[str, Any]) -> TokenFile:
-    """The file of tokens of which an entry speaks."""
+    """Return the file of tokens that an entry describes."""
     return TokenFile(path, known["dtype"], known["count"], changed=path.stat().st_ctime_ns)
 
 
 def _is_whole(path: Path, known: dict[str, Any]) -> bool:
-    """Whether a file holds the tokens of which its entry speaks; found anew when it changed."""
+    """Tell whether a file holds the tokens that its entry describes; read again if it changed."""
 
     def read() -> dict[str, Any]:
         hasher = hashlib.sha256(file.dtype.encode())
@@ -161,7 +161,7 @@ def _is_whole(path: Path, known: dict[str, Any]) -> bool:
 def _write(
     path: Path, parts: Iterator[tuple[Passage, bool]], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Write the tokens, whole or not at all; returns what is to know about them."""
+    """Write the tokens, whole or not at all; return the entry that describes them."""
     dtype = smallest_dtype(tokenizer.vocabulary)
     unfinished = path.with_suffix(".tmp")
     hasher, count, held_out = hashlib.sha256(dtype.encode()), 0, list[list[int]]()
@@ -198,7 +198,7 @@ def _write(
 
 
 def smallest_dtype(vocabulary: int) -> str:
-    """The type that holds a vocabulary's ids."""
+    """Return the smallest type that holds a vocabulary's ids."""
     return next(
         name
         for name, most in (("uint8", 1 << 8), ("uint16", 1 << 16), ("uint32", 1 << 32))
@@ -207,14 +207,14 @@ def smallest_dtype(vocabulary: int) -> str:
 
 
 def _as_array(ids: Sequence[int], end: tuple[int, ...], dtype: str) -> Any:
-    """A passage's tokens, little-endian."""
+    """Return a passage's tokens with the end of its document, little-endian."""
     if isinstance(ids, bytes):
         return np.frombuffer(ids + bytes(end), dtype=np.uint8)
     return np.array([*ids, *end], dtype=np.dtype(dtype).newbyteorder("<"))
 
 
 def _batches(parts: Iterator[tuple[Passage, bool]]) -> Iterator[list[tuple[Passage, bool]]]:
-    """Passages in lists of about as much text each."""
+    """Group passages into lists of about `BATCH_CHARACTERS` of text."""
     batch, size = list[tuple[Passage, bool]](), 0
     for part in parts:
         batch.append(part)

@@ -1,4 +1,4 @@
-"""Runs of tokens that lie in many files as one, and several of them mixed by weight."""
+"""Tokens of many files read as one run, and several runs mixed by weight."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from telescope.data.shards import TokenFile
 
 STRETCH = 40_000
-"""Shortest stretch of a corpus, in tokens or bytes, with a held-out end of its own. An
-assumption."""
+"""Shortest stretch of a corpus, in tokens or bytes, with a held-out end of its own. Assumption."""
 MAX_STRETCHES = 200
 
 Ranges = list[tuple[int, int]]
@@ -23,9 +22,9 @@ Ranges = list[tuple[int, int]]
 
 
 def held_out_ranges(size: int, share: float) -> Ranges:
-    """What is held out: the end of each of many equal stretches of the corpus.
+    """Return the held-out ranges: the end of each of many equal stretches of the corpus.
 
-    One end alone would be one file, such as a generated table, and no sample of the corpus.
+    The end of the corpus alone could be one file, such as a generated table, and no fair sample.
 
     >>> held_out_ranges(100, 0.1)
     [(90, 100)]
@@ -36,7 +35,7 @@ def held_out_ranges(size: int, share: float) -> Ranges:
 
 
 def rest_of(ranges: Iterable[tuple[int, int]], size: int) -> Ranges:
-    """What of `size` is in none of the ranges.
+    """Return the parts of range(size) that are in none of the ranges.
 
     >>> rest_of([(2, 3), (3, 5)], 6)
     [(0, 2), (5, 6)]
@@ -53,7 +52,7 @@ class TokenView:
     """Ranges of tokens of several files, read as one run."""
 
     def __init__(self, files: Sequence[TokenFile | NDArray[Any]], ranges: Ranges) -> None:
-        """Lay out `ranges`, which count through all `files` in order."""
+        """Lay out `ranges`, whose numbers count through all `files` in order."""
         sizes = [file.count if isinstance(file, TokenFile) else len(file) for file in files]
         starts = list(itertools.accumulate(sizes, initial=0))
         self._pieces: list[tuple[TokenFile | NDArray[Any], int, int]] = []
@@ -69,7 +68,7 @@ class TokenView:
         self._starts = list(itertools.accumulate(lengths, initial=0))
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return self._starts[-1]
 
     def read(self, start: int, into: NDArray[np.int64]) -> None:
@@ -94,17 +93,17 @@ class Tokens:
 
     @classmethod
     def of(cls, tokens: Tokens | NDArray[Any]) -> Tokens:
-        """Tokens in memory, as one source."""
+        """Wrap an array of tokens as one source; return `Tokens` unchanged."""
         if isinstance(tokens, Tokens):
             return tokens
         return cls((TokenView([tokens], [(0, len(tokens))] if len(tokens) else []),))
 
     def __len__(self) -> int:
-        """All tokens, whatever the weights."""
+        """Return the number of all tokens; weights play no part."""
         return sum(map(len, self.parts))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """All tokens in memory, one source after the other: for small corpora."""
+        """Return all tokens in memory, one source after the other, for small corpora."""
         whole = np.empty(len(self), dtype=np.int64)
         at = 0
         for part in self.parts:
@@ -113,13 +112,13 @@ class Tokens:
         return whole if dtype is None else whole.astype(dtype)
 
     def split(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many of the first so many sequences each source gives.
+        """Count the sequences of each source among the first n, for several n.
 
-        Each source has its share at every count, to within a sequence or two, and gets no fewer as
-        the count rises by one: so the source of a sequence is a fixed function of its number.
+        Each source has its share at every n, to within a sequence or two, and its count never falls
+        when n rises by one. So the source of a sequence is a fixed function of its number.
 
         Args:
-            sequences: counts from the start, each >= 0.
+            sequences: the values of n, each >= 0.
 
         Returns:
             (counts, sources); every row sums to its count.
@@ -134,10 +133,10 @@ class Tokens:
 
 
 def windows(tokens: Tokens, sources: Sequence[int], starts: Sequence[int], length: int) -> Any:
-    """Sequences of `length` tokens and the one after, as (sequences, length + 1) int64.
+    """Read sequences of `length` tokens and the one after, as (sequences, length + 1) int64.
 
     Args:
-        tokens: what to read.
+        tokens: the tokens to read from.
         sources: the source of each sequence.
         starts: its first token's number in that source.
         length: tokens per sequence.
