@@ -30,7 +30,7 @@ from pyarrow import feather, parquet
 from test_sources import write_llm_c
 
 from telescope.config import DataConfig, SourceConfig
-from telescope.data import shards, sources
+from telescope.data import corpus, shards, sources
 from telescope.data.corpus import load_corpus, read_corpus
 from telescope.data.tokenizer import train_bpe
 from telescope.data.tokens import split_passages
@@ -153,7 +153,7 @@ def test_what_is_no_text_is_refused_and_can_be_insisted_on(
     insisted = DataConfig(source=str(path), format="text")
     assert read_corpus(insisted).size == len(raw)
     with monkeypatch.context() as patch:  # as of a large file, which is not read whole
-        for module in (shards, __import__("telescope.data.corpus").train.data):
+        for module in (shards, corpus):
             patch.setattr(module, "SMALL_BYTES", 0)
         with pytest.raises(DataError, match=message):
             read_corpus(config)
@@ -201,7 +201,7 @@ def test_a_byte_order_mark_is_no_token(tmp_path: Path, monkeypatch: pytest.Monke
     tokenizers = [None, str(tmp_path / "bpe.json")]
     for large in (False, True):
         if large:
-            for module in (shards, __import__("telescope.data.corpus").train.data):
+            for module in (shards, corpus):
                 monkeypatch.setattr(module, "SMALL_BYTES", 0)
         for tokenizer in tokenizers:
             plain, marked = (

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_sources import IDS, sentences, write_jsonl
 
 from telescope.config import DataConfig, SourceConfig
-from telescope.data import cache, shards, tokens
+from telescope.data import cache, corpus, shards, tokens
 from telescope.data.corpus import (
     Batches,
     check_size,
@@ -256,7 +256,7 @@ def test_large_files_are_mapped_and_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the border between small and large at nothing."""
-    for module in (shards, __import__("telescope.data.corpus").train.data):
+    for module in (shards, corpus):
         monkeypatch.setattr(module, "SMALL_BYTES", 0)
     monkeypatch.setattr(shards, "CHUNK_BYTES", 1000)
     monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
