@@ -16,8 +16,8 @@ import time
 from collections.abc import Sequence
 
 from telescope.dispatch.queue import Trainer
-from telescope.dispatch.ray.tune import run_ray
-from telescope.records import Point, Result, Status, Trial
+from telescope.dispatch.ray.tune import Size, opened, run_ray
+from telescope.records import Point, Result, Status, Trial, TrialSource
 
 STAGES = ((21, 1.2), (15, 2.0), (3, 5.0))
 """Trials of a stage, and the seconds of one."""
@@ -25,7 +25,7 @@ JITTER = 0.15
 """Relative spread of the durations."""
 
 
-class Stages:
+class Stages(TrialSource):
     """A source with a barrier between stages, which notes when each trial began and ended."""
 
     def __init__(self) -> None:
@@ -91,7 +91,8 @@ def main() -> None:
 
     source = Stages()
     begin = time.time()
-    run_ray(source, make_trainer(options.scale, options.spin), workers=options.workers)
+    with opened(Size(options.workers)) as session:
+        run_ray(source, make_trainer(options.scale, options.spin), session)
     total = time.time() - begin
 
     spans = source.spans

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from width_rules import COLUMNS, EVALS, FOLDER, Grid, Table, check_comparable, load_spec
 
-from telescope.dispatch.ray.tune import run_ray
+from telescope.dispatch.ray.tune import Size, opened, run_ray
 from telescope.ladder.grid import grid_trials, values_at
 from telescope.records import Axis, Result, Trial
 from telescope.spec.spec import Spec
@@ -170,7 +170,8 @@ def record_width_rules(workers: int) -> None:
     prepared = BuiltIn.of(spec)
     fields = spec.strict_fields(prepared.trial_config.corpus_digest)
     check_comparable("muon mup", fields)
-    run_ray(DenseGrid(spec), TelescopeTrainer(prepared.trial_config), workers=workers)
+    with opened(Size(workers)) as session:
+        run_ray(DenseGrid(spec), TelescopeTrainer(prepared.trial_config), session)
 
 
 RECORDINGS = {"width-rules": record_width_rules, "quickstart": record_quickstart}

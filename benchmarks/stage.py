@@ -41,9 +41,9 @@ from ray import tune
 
 from telescope.config import TrialConfig
 from telescope.dispatch.packs import Packs
-from telescope.dispatch.ray.tune import run_ray
+from telescope.dispatch.ray.tune import Size, opened, run_ray
 from telescope.packs.trainer import PackedTrainer
-from telescope.records import Point, Result, Trial
+from telescope.records import Point, Result, Trial, TrialSource
 from telescope.spec.spec import Spec
 from telescope.sweep.builtin import BuiltIn
 from telescope.train.loop import resolve_device
@@ -80,7 +80,7 @@ class Setting:
         return f"{self.at_once} at once{gpus}, {self.precision}{compiled}"
 
 
-class Stage:
+class Stage(TrialSource):
     """The trials of one stage, and when the first was asked for and the last one ended."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
@@ -132,14 +132,8 @@ def ours(config: TrialConfig, trials: Sequence[Trial], options: argparse.Namespa
 
     stage = Stage(trials)
     with tempfile.TemporaryDirectory(prefix="stage-") as folder:
-        run_ray(
-            stage,
-            Noting(config),
-            workers=options.workers,
-            gpus=options.gpus,
-            packs=Packs(options.pack),
-            on_start=stage.on_start,
-        )
+        with opened(Size(options.workers, gpus=options.gpus)) as session:
+            run_ray(stage, Noting(config), session, packs=Packs(options.pack))
         begun = min(float(path.read_text()) for path in Path(folder).glob("*.begun"))
     return Times(stage.last - stage.first, stage.last - begun)
 

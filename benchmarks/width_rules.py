@@ -24,10 +24,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from telescope.dispatch.ray.tune import run_ray
+from telescope.dispatch.ray.tune import Size, opened, run_ray
 from telescope.files import write_json
 from telescope.ladder.grid import grid_trials, values_at
-from telescope.records import Point, Result, Status, Trial, as_json
+from telescope.records import Point, Result, Status, Trial, TrialSource, as_json
 from telescope.spec.spec import Spec
 from telescope.sweep.builtin import BuiltIn
 from telescope.train.loop import TelescopeTrainer
@@ -79,7 +79,7 @@ def load_spec(optimizer: str, rule: str, *more: str) -> Spec:
     return Spec.load(HERE / "width_rules.toml", overrides)
 
 
-class Grid:
+class Grid(TrialSource):
     """The trials of one rule as a dispatcher's source; every result is a row of the table.
 
     The widest width is asked for when the others are answered: its learning rates surround the
@@ -214,7 +214,8 @@ def run(file: str, arms: Sequence[tuple[str, str]], workers: int, *, hidden_alon
         fields = spec.strict_fields(prepared.trial_config.corpus_digest)
         check_comparable(f"{optimizer} {rule}", fields)
         grid = Grid(spec, Table(FOLDER / file, spec.base_width), hidden_alone=hidden_alone)
-        run_ray(grid, TelescopeTrainer(prepared.trial_config), workers=workers)
+        with opened(Size(workers)) as session:
+            run_ray(grid, TelescopeTrainer(prepared.trial_config), session)
 
 
 def check_comparable(arm: str, fields: Mapping[str, Any], folder: Path = FOLDER) -> None:

@@ -316,12 +316,9 @@ class Sweep:
         fold_readout: bool = False,
     ) -> Transfer:
         """The settings at a width, as `telescope transfer` has them; see `Ladder.transfer`."""
-        return transfer(
-            self.spec,
-            self._finished.ladder,
+        return self._finished.transfer(
             width=None if width is None else operator.index(width),
             steps=None if steps is None else operator.index(steps),
-            rule_checked=self._finished.rule_checked,
             shapes=shapes,
             fold_readout=fold_readout,
         )

@@ -269,26 +269,20 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from telescope.report.live import make_screen
     from telescope.report.terminal import print_answer
-    from telescope.sweep.answer import transfer as transfer_ladder
-    from telescope.sweep.finished import open_result
     from telescope.sweep.run import Options
     from telescope.sweep.run import run as run_sweep
 
     options = Options(results, workers, dispatcher, ray_address, storage, check, accept_trainer)
     try:
         with reader_needed():
-            folder, ladder = run_sweep(loaded, options, lambda: make_screen(console))
+            finished = run_sweep(loaded, options, lambda: make_screen(console))
     except KeyboardInterrupt:  # Ctrl-C, or whoever read the output has left
         _say(f"{loaded.name}: interrupted; the same command goes on where it stopped", err=True)
         raise typer.Exit(130) from None
-    if ladder.stuck:
-        _say(f"telescope: {loaded.name}: stuck: {ladder.stuck}", err=True)
+    if stuck := finished.ladder.stuck:
+        _say(f"telescope: {loaded.name}: stuck: {stuck}", err=True)
         raise typer.Exit(1)
-    finished = open_result(folder.path, results)
-    settings = transfer_ladder(
-        finished.spec, ladder, width=None, steps=None, rule_checked=finished.rule_checked
-    )
-    print_answer(console, finished, settings)
+    print_answer(console, finished, finished.transfer())
 
 
 @app.command()
@@ -366,17 +360,7 @@ def transfer(
 ) -> None:
     """Give the target run's settings: one group per (role, shape), drop-in for torch.optim."""
     finished = _open(sweep, results)
-    from telescope.sweep.answer import transfer as transfer_ladder
-
-    settings = transfer_ladder(
-        finished.spec,
-        finished.ladder,
-        width=width,
-        steps=steps,
-        rule_checked=finished.rule_checked,
-        shapes=shapes,
-        fold_readout=fold_readout,
-    )
+    settings = finished.transfer(width=width, steps=steps, shapes=shapes, fold_readout=fold_readout)
     if out:
         _write_json(out, settings.as_dict())
     if as_json:

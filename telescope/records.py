@@ -341,6 +341,23 @@ class TrialSource(Protocol):
         """Take final results, those of a pack together; may open the next stage."""
         ...
 
+    def on_start(self, trial: Trial) -> None:
+        """Learn that a worker has taken a trial."""
+        return
+
+    def on_release(self, trials: Sequence[Trial]) -> None:
+        """Learn that a worker has given trials back without training them, which is no failure."""
+        return
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it can be asked already; until then workers may start, and wait."""
+        return True
+
+    def begun(self) -> TrialSource:
+        """What is asked and told from now on, once it is due."""
+        return self
+
 
 def as_plain(value: Any) -> Any:
     """Turn mappings, sequences and other libraries' numbers and arrays into Python's own.

@@ -35,7 +35,8 @@ from telescope.files import write_json
 from telescope.losses import judged
 from telescope.records import Result, Status, Trial
 from telescope.spec.spec import Spec
-from telescope.sweep.run import Recorder, recorded
+from telescope.sweep.recorder import Recorder
+from telescope.sweep.run import recorded
 
 FINISHED: str = Searcher.FINISHED
 """What tells Tune that there is no more to come."""

@@ -29,7 +29,11 @@ from telescope.config import (
     TrialConfig,
 )
 from telescope.data.corpus import load_corpus
+from telescope.dispatch.packing import Packer
+from telescope.dispatch.packs import Done
+from telescope.dispatch.queue import Order, Trainer
 from telescope.errors import SpecError, TelescopeError
+from telescope.records import Result, Trial
 
 ROOT = Path(__file__).parent.parent
 GPT = ROOT / "models" / "gpt.py"
@@ -71,6 +75,14 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "words.txt"
     path.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     return path
+
+
+def attempt(trainer: Trainer, trial: Trial, *, timeout: float = 0.0) -> Result:
+    """Train one trial as a worker does."""
+    done = Packer(lambda: trainer, timeout=timeout)(Order((trial,)))
+    assert isinstance(done, Done)
+    (result,) = done.results
+    return result
 
 
 def tiny_spec(corpus: Path, **tables: Any) -> dict[str, Any]:

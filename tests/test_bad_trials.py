@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import attempt
 from faults import formula, quiet, spec_of
 from test_ray_tune import Stages
 
 from telescope import Spec
 from telescope.dispatch.inline import run_inline
-from telescope.dispatch.queue import LINE_LENGTH, Queue, Trainer, attempt
+from telescope.dispatch.queue import LINE_LENGTH, Queue, Trainer
 from telescope.records import CurvePoint, Point, Result, Status, Trial
 from telescope.sweep.finished import open_result
 from telescope.sweep.run import Options, run
@@ -155,7 +156,7 @@ def test_one_bad_trial_of_many_does_not_stop_a_sweep(
     tables = {"ladder": {"widths": [16]}, "axes": {"lr": lr, "weight_decay": {"value": 0.1}}}
     spec = Spec.from_dict(spec_of(tmp_path, **tables))
     options = Options(tmp_path / "results", dispatcher="inline", check=False)
-    _, ladder = run(spec, options, quiet)
+    ladder = run(spec, options, quiet).ladder
     assert ladder.is_finished
     assert len(seen) == 3
     (failed,) = [r for r in open_result("tiny", options.results).results if r.loss is None]
@@ -172,7 +173,7 @@ def test_the_timeout_of_the_spec_reaches_the_trials(
 
     monkeypatch.setattr(loop, "train", train)
     spec = Spec.from_dict(spec_of(tmp_path, train={"timeout": 0.05}))
-    _, ladder = run(spec, Options(tmp_path, dispatcher="inline", check=False), quiet)
+    ladder = run(spec, Options(tmp_path, dispatcher="inline", check=False), quiet).ladder
     assert ladder.stuck is not None
     assert "no end after 0.05 s" in ladder.stuck
 
@@ -209,7 +210,8 @@ def test_on_ray_what_is_fatal_to_a_process_is_not_to_the_sweep(
     monkeypatch.setattr(ray_tune, "Queue", partial(Queue, retries=0))
     source, reference = Stages(8, 2), Stages(8, 2)
     bad = source.stages[0][:4]
-    ray_tune.run_ray(source, bad_trainer(bad), workers=2, timeout=1.5)
+    with ray_tune.opened(ray_tune.Size(2)) as session:
+        ray_tune.run_ray(source, bad_trainer(bad), session, timeout=1.5)
     run_inline(reference, lambda trial: Result(trial, Status.COMPLETE, loss=trial.lr))
     good = reference.results.keys() - set(bad)
     assert {t: source.results[t].loss for t in good} == {t: reference.results[t].loss for t in good}

@@ -115,7 +115,7 @@ def test_plan_keys(place: Path) -> None:
     plan = from_json("plan", "tiny.toml", "--set", "axes.lr.points=5", cwd=place)
     assert list(plan) == [
         *("name", "policy", "stages", "target", "sweep_flops", "sweep_over_target"),
-        *("sweep_over_target_parameters", "range", "data", "seconds", "auto", "refused"),
+        *("sweep_over_target_parameters", "range", "data", "seconds", "arithmetic", "refused"),
     ]
     stage = plan["stages"][0]
     assert list(stage) == ["width", "parameters", "points", "trials", "tokens", "flops"]

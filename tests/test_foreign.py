@@ -72,7 +72,8 @@ def quiet() -> Screen:
 
 def inline(folder: Path, **tables: Any) -> Any:
     spec = Spec.from_dict(bowl_spec(folder, **tables))
-    return run(spec, Options(folder / "results", dispatcher="inline"), quiet)
+    ran = run(spec, Options(folder / "results", dispatcher="inline"), quiet)
+    return ran.folder, ran.ladder
 
 
 def telescope(folder: Path, *arguments: str, code: int = 0) -> str:
@@ -235,7 +236,8 @@ def script(folder: Path, text: str) -> Path:
 def accepting(folder: Path, **tables: Any) -> Any:
     spec = Spec.from_dict(bowl_spec(folder, **tables))
     options = Options(folder / "results", dispatcher="inline", accept_trainer=True)
-    return run(spec, options, quiet)
+    ran = run(spec, options, quiet)
+    return ran.folder, ran.ladder
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -423,7 +425,7 @@ def test_a_function_is_imported_for_run_and_not_for_plan(tmp_path: Path) -> None
         "import math\nfrom models import OFFSET\n"
         "def train(width, seed, lr):\n    return OFFSET + math.log2(lr / 0.1) ** 2 / 50\n"
     )
-    _, ladder = run(spec, options, quiet)
+    ladder = run(spec, options, quiet).ladder
     assert ladder.is_finished
     module.write_text(module.read_text() + "pass\n")
     with pytest.raises(ResumeError, match=r"trainer\.function \(hash\) was"):
@@ -497,9 +499,8 @@ def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("NAP", "0.5")
     by_width = {"compute": {"cpus": {"8": 1, "16": 2}, "workers": 2}}
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-    folder, ladder = run(
-        Spec.from_dict(bowl_spec(tmp_path, **by_width)), Options(tmp_path / "results"), quiet
-    )
+    spec = Spec.from_dict(bowl_spec(tmp_path, **by_width))
+    ran = run(spec, Options(tmp_path / "results"), quiet)
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     told = {width: {one["cpus"] for one in runs if one["width"] == width} for width in (8, 16)}
     assert told == {8: {"1"}, 16: {"2"}}
@@ -512,8 +513,8 @@ def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     other = tmp_path / "other"
     other.mkdir()
     _, reference = inline(other)
-    assert ladder.choices == reference.choices
-    assert all(r.worker for r in open_result(folder.path, tmp_path / "results").results)
+    assert ran.ladder.choices == reference.choices
+    assert all(r.worker for r in open_result(ran.folder.path, tmp_path / "results").results)
 
 
 @pytest.mark.ray

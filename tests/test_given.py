@@ -25,7 +25,7 @@ from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Axis, LadderSpec, Point, Result, Status, Trial
 from telescope.store.store import Store
 from telescope.sweep.finished import open_result
-from telescope.sweep.run import Recorder
+from telescope.sweep.recorder import Recorder
 from telescope.tune import TelescopeSearch
 
 COSTS = {16: 1.0, 32: 4.0, 64: 16.0}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import attempt
 
 from telescope.dispatch.device import check_device
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.packs import Packs
-from telescope.dispatch.queue import attempt
 from telescope.errors import LostError
-from telescope.records import Point, Result, Status, Trial
+from telescope.records import Point, Result, Status, Trial, TrialSource
 
 TRIALS = [Trial(32, Point.of(lr=0.01 * (n + 1)), 0) for n in range(4)]
 ILLEGAL = "CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA"
@@ -56,7 +56,7 @@ def dies(card: dict[str, Any]) -> Callable[[Trial], Result]:
     return train
 
 
-class Source:
+class Source(TrialSource):
     def __init__(self) -> None:
         self.told: list[Result] = []
 
@@ -171,7 +171,8 @@ def test_on_ray_the_process_is_replaced_and_its_trial_tried_again(tmp_path: Path
         return train
 
     source = Source()
-    ray_tune.run_ray(source, make(), workers=1, logs=tmp_path / "logs")
+    with ray_tune.opened(ray_tune.Size(1)) as session:
+        ray_tune.run_ray(source, make(), session, logs=tmp_path / "logs")
     assert {result.trial: result.status for result in source.told} == dict.fromkeys(
         TRIALS, Status.COMPLETE
     )

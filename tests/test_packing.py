@@ -24,7 +24,7 @@ from telescope.dispatch.packs import Done, Limit, Packs
 from telescope.dispatch.queue import Order, Queue, Trainer
 from telescope.errors import SpecError, StoreError
 from telescope.packs.probe import PackProbe
-from telescope.records import Point, Result, Status, Trial
+from telescope.records import Point, Result, Status, Trial, TrialSource
 from telescope.report.live import Screen, make_screen
 from telescope.store.folder import Folder
 from telescope.sweep.finished import open_result
@@ -36,7 +36,7 @@ def trials(number: int, width: int = 32) -> list[Trial]:
     return [Trial(width, Point.of(lr=0.01 * (n + 1)), 0) for n in range(number)]
 
 
-class Source:
+class Source(TrialSource):
     """Asks for trials until each has a result."""
 
     def __init__(self, wanted: Sequence[Trial]) -> None:
@@ -408,7 +408,8 @@ CLEAR = {
 def swept(place: Path, corpus: Path, pack: Any, **tables: Any) -> Any:
     data = tiny_spec(corpus, **{**CLEAR, **tables, "compute": {"pack": pack}})
     options = Options(place, dispatcher="inline", check=False)
-    return run(Spec.from_dict(data), options, quiet)
+    ran = run(Spec.from_dict(data), options, quiet)
+    return ran.folder, ran.ladder
 
 
 def test_a_fused_sweep_makes_the_same_choices(tmp_path: Path, corpus_file: Path) -> None:
@@ -440,7 +441,7 @@ def test_why_a_sweep_is_not_fused_is_said_once(
     model.write_text(text)
     data = tiny_spec(corpus_file, model={"file": str(model)}, compute={"pack": 4})
     options = Options(tmp_path / "results", dispatcher="inline", check=False)
-    _, ladder = run(Spec.from_dict(data), options, lambda: make_screen(Console(width=200)))
+    ladder = run(Spec.from_dict(data), options, lambda: make_screen(Console(width=200))).ladder
     assert ladder.is_finished
     said = capsys.readouterr().out
     assert said.count("it draws random numbers in training") == 1
@@ -517,7 +518,8 @@ def test_packs_on_ray_and_a_worker_that_dies_with_one() -> None:
         return Mortal()
 
     source, lines = Source(wanted), list[Any]()
-    ray_tune.run_ray(source, make(), workers=2, packs=Packs(4, note=lines.append))
+    with ray_tune.opened(ray_tune.Size(2)) as session:
+        ray_tune.run_ray(source, make(), session, packs=Packs(4, note=lines.append))
     died, lived = wanted[:4], wanted[4:]
     assert {source.told[t].status for t in died} == {Status.COMPLETE}  # each alone
     assert {source.told[t].reason for t in lived} == {"as one of 4"}

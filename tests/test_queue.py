@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
+from conftest import attempt
 
 from telescope.dispatch.inline import run_inline
-from telescope.dispatch.queue import Order, Queue, attempt
-from telescope.records import Point, Result, Status, Trial
+from telescope.dispatch.queue import Order, Queue
+from telescope.records import Point, Result, Status, Trial, TrialSource
 
 TRIALS = [Trial(32, Point.of(lr=lr), 0) for lr in (0.1, 0.2, 0.3)]
 
 
-class Source:
+class Source(TrialSource):
     """Asks for three trials, then for nothing."""
 
     def __init__(self) -> None:
@@ -44,12 +45,16 @@ def test_a_trial_is_handed_out_once() -> None:
 
 def test_a_source_that_comes_later_is_not_asked_before() -> None:
     class Later(Source):
+        @property
+        def is_due(self) -> bool:
+            return bool(due)
+
         def ask(self) -> Sequence[Trial]:
             assert due, "asked too early"
             return super().ask()
 
     due: list[bool] = []
-    queue = Queue(Later(), is_due=lambda: bool(due))
+    queue = Queue(Later())
     assert (queue.take(), queue.has_work, queue.is_done) == (None, False, False)
     due.append(True)
     assert queue.has_work
@@ -105,12 +110,16 @@ def test_a_model_file_that_exits_is_a_failure() -> None:
 
 
 def test_starts_are_announced() -> None:
+    class Started(Source):
+        def on_start(self, trial: Trial) -> None:
+            started.append(trial)
+
     started: list[Trial] = []
-    run_inline(Source(), good, on_start=started.append)
+    run_inline(Started(), good)
     assert started == TRIALS
 
 
-class Rounds:
+class Rounds(TrialSource):
     """Asks for ten trials at each of two widths, and counts how often each is trained."""
 
     def __init__(self, failing: Callable[[Trial], str]) -> None:

@@ -26,8 +26,9 @@ def test_ray_and_inline_agree(tmp_path: Path, corpus_file: Path) -> None:
         # With a check, our own Ray and its workers start while it is made.
         is_checked = dispatcher == "ray"
         options = Options(tmp_path / dispatcher, workers=2, dispatcher=dispatcher, check=is_checked)
-        folder, ladder = run(spec, options, lambda: make_screen(Console(quiet=True)))
-        assert ladder.is_finished
+        ran = run(spec, options, lambda: make_screen(Console(quiet=True)))
+        folder = ran.folder
+        assert ran.ladder.is_finished
         tables.append(pd.read_csv(folder.path / "trials.csv").drop(columns="seconds"))
         curves.append({p.name: p.read_text() for p in (folder.path / "curves").iterdir()})
     pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)

@@ -28,7 +28,7 @@ from conftest import left_over
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.queue import Queue, Trainer
 from telescope.errors import SpecError
-from telescope.records import Point, Result, Status, Trial
+from telescope.records import Point, Result, Status, Trial, TrialSource
 
 ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
 ray = pytest.importorskip("ray")  # after ours, which decides where Ray may listen
@@ -37,7 +37,7 @@ OBJECT_STORE_BYTES = pytest.importorskip("telescope.dispatch.ray.connect").OBJEC
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 
-class Stages:
+class Stages(TrialSource):
     """A source of trials in stages: the next opens when all of one are told."""
 
     def __init__(self, *sizes: int) -> None:
@@ -117,6 +117,10 @@ def test_workers_start_before_the_source_can_be_asked() -> None:
     class Later(Stages):
         refusal: Exception | None = None
 
+        @property
+        def is_due(self) -> bool:
+            return is_due()
+
         def ask(self) -> Sequence[Trial]:
             assert is_due(), "asked too early"
             if self.refusal:
@@ -134,16 +138,15 @@ def test_workers_start_before_the_source_can_be_asked() -> None:
             due.extend([True] * (started >= 1))
         return bool(due)
 
-    with ray_tune.opened([ray_tune.Size(2)]) as session:
+    with ray_tune.opened(ray_tune.Size(2)) as session:
         source = Later(2)
-        options = {"workers": 2, "session": session, "is_due": is_due}
-        ray_tune.run_ray(source, make_trainer(), **options)
+        ray_tune.run_ray(source, make_trainer(), session)
         assert len(source.results) == 2
         due.clear()
         source = Later(2)
         source.refusal = SpecError("no")
         with pytest.raises(SpecError, match="no"):
-            ray_tune.run_ray(source, make_trainer(), **options)
+            ray_tune.run_ray(source, make_trainer(), session)
         assert source.results == {}
 
 
@@ -151,6 +154,9 @@ def test_a_sweep_with_mishaps_on_our_own_ray(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Watched(Stages):
+        def on_start(self, trial: Trial) -> None:
+            started.append(trial)
+
         def tell(self, *results: Result) -> None:
             super().tell(*results)
             addresses.update(listening_addresses())
@@ -166,7 +172,8 @@ def test_a_sweep_with_mishaps_on_our_own_ray(
 
     monkeypatch.setattr(ray_tune, "Queue", partial(Queue, retries=1))  # a new process takes 3 s
     trainer = make_trainer(lost=lost, crashed=crashed)
-    ray_tune.run_ray(source, trainer, workers=2, on_start=started.append)
+    with ray_tune.opened(ray_tune.Size(2)) as session:
+        ray_tune.run_ray(source, trainer, session)
     run_inline(reference, make_trainer(crashed=crashed))
 
     assert verdicts(source, without=lost) == verdicts(reference, without=lost)
@@ -196,10 +203,10 @@ def test_interrupt_ends_all_within_seconds(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent("""
         import time
-        from telescope.dispatch.ray.tune import run_ray
-        from telescope.records import Point, Result, Status, Trial
+        from telescope.dispatch.ray.tune import Size, opened, run_ray
+        from telescope.records import Point, Result, Status, Trial, TrialSource
 
-        class Source:
+        class Source(TrialSource):
             trials = [Trial(32, Point.of(lr=lr), 0) for lr in (0.1, 100.0, 200.0)]
             def ask(self):
                 return self.trials
@@ -212,7 +219,8 @@ def test_interrupt_ends_all_within_seconds(tmp_path: Path) -> None:
             return Result(trial, Status.COMPLETE, loss=1.0)
 
         try:
-            run_ray(Source(), train, workers=2)
+            with opened(Size(2)) as session:
+                run_ray(Source(), train, session)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
         """)
@@ -241,8 +249,9 @@ def test_interrupt_ends_all_within_seconds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_no_cluster_is_refused(address: str) -> None:
-    with pytest.raises(SpecError, match=rf"--ray-address: got '{address}'"):
-        ray_tune.run_ray(Stages(1), make_trainer(), workers=1, address=address)
+    refused = pytest.raises(SpecError, match=rf"--ray-address: got '{address}'")
+    with refused, ray_tune.opened(ray_tune.Size(1), address=address):
+        raise AssertionError("connected")
     assert not ray.is_initialized()
 
 
@@ -269,11 +278,13 @@ def test_on_a_ray_of_somebody_else() -> None:
     )
     try:
         source = Full(2, 2)
-        with pytest.raises(OSError, match="disk full"):
-            ray_tune.run_ray(source, train, workers=1, cpus=2)
+        size = ray_tune.Size(1, cpus=2)
+        with pytest.raises(OSError, match="disk full"), ray_tune.opened(size) as session:
+            ray_tune.run_ray(source, train, session)
         assert [result.loss for result in source.results.values()] == [2.0]
-        with pytest.raises(SpecError, match=r"compute\.gpus: got 1 .* this machine has 0"):
-            ray_tune.run_ray(Stages(1), train, workers=1, gpus=1)
+        refused = pytest.raises(SpecError, match=r"compute\.gpus: got 1 .* this machine has 0")
+        with refused, ray_tune.opened(ray_tune.Size(1, gpus=1)):
+            raise AssertionError("there is room")
         assert ray.is_initialized()
         deadline = time.monotonic() + 5
         while ray.available_resources().get("CPU") != 2:  # Ray frees them in its own time

@@ -281,7 +281,7 @@ def test_a_foreign_sweep_has_its_report_without_its_secrets(tmp_path: Path) -> N
     secret = "hunter2"
     trainer = {"environment": {"API_KEY": secret}}
     spec = Spec.from_dict(bowl_spec(tmp_path, trainer=trainer, ladder={"policy": "paper"}))
-    folder, _ = run(spec, Options(tmp_path / "results", dispatcher="inline"), quiet)
+    folder = run(spec, Options(tmp_path / "results", dispatcher="inline"), quiet).folder
     page = page_of([open_result(folder.path, folder.path.parent)])
     found = read(page)
     assert secret not in page

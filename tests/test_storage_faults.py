@@ -230,7 +230,7 @@ def test_too_many_failures_stop_the_sweep_and_the_same_command_tries_again(
     with monkeypatch.context() as broken:
         broken.setattr(loop, "train", fails)
         options = Options(place / "results", dispatcher="inline", check=False)
-        _, ladder = run(Spec.from_dict(spec_of(place)), options, quiet)
+        ladder = run(Spec.from_dict(spec_of(place)), options, quiet).ladder
     assert ladder.stuck is not None
     assert "no such device" in ladder.stuck
     run_fast(place, {})

@@ -6,6 +6,8 @@ The trainer is real but tiny. Resumes are compared with an undisturbed sweep, fi
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from telescope.sweep.answer import transfer
 from telescope.sweep.builtin import BuiltIn
 from telescope.sweep.checking import write_check
 from telescope.sweep.finished import open_result
-from telescope.sweep.run import Options, Recorder, run
+from telescope.sweep.recorder import Recorder
+from telescope.sweep.run import Options, run
 from telescope.train import loop
 
 TRIALS = 3 * 2 + 3 * 1  # 3 → 3/2 → 3 and 2 → 1 → 1
@@ -39,7 +42,8 @@ def quiet() -> Screen:
 
 def sweep(results: Path, data: dict[str, Any]) -> tuple[Folder, Ladder]:
     """Run inline, without the coordinate check: it has tests of its own."""
-    return run(Spec.from_dict(data), inline(results), quiet)
+    ran = run(Spec.from_dict(data), inline(results), quiet)
+    return ran.folder, ran.ladder
 
 
 def inline(results: Path, storage: str | None = None) -> Options:
@@ -244,7 +248,7 @@ def test_results_in_a_storage_elsewhere(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'team.db'}"
     spec = Spec.from_dict(tiny_spec(corpus_file))
-    folder, _ = run(spec, inline(tmp_path, storage=url), quiet)
+    folder = run(spec, inline(tmp_path, storage=url), quiet).folder
     assert not (folder.path / "trials.db").exists()
     assert len(open_result("tiny", tmp_path).results) == TRIALS
     trained.clear()
@@ -288,24 +292,31 @@ def test_one_storage_never_mixes_incomparable_sweeps(tmp_path: Path, corpus_file
 def test_compute_reaches_ray(
     tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from telescope.dispatch.ray.tune import Size
+
     given: dict[str, Any] = {}
 
+    @contextmanager
+    def fake_opened(size: Any, by_width: Any, **options: Any) -> Iterator[str]:
+        given.update(options, size=size, by_width=by_width)
+        yield "a session"
+
     def fake_ray(source: Any, trainer: Any, **options: Any) -> None:
+        assert source.is_due, "there is nothing to wait for"
         given.update(options, threads=trainer.config.threads, device=trainer.config.device)
 
+    monkeypatch.setattr("telescope.dispatch.ray.tune.opened", fake_opened)
     monkeypatch.setattr("telescope.dispatch.ray.tune.run_ray", fake_ray)
     compute = {"cpus": 2, "gpus": 0.5, "device": "cpu", "workers": 3}
     data = tiny_spec(corpus_file, compute=compute, train={"timeout": 7.5})
     spec = Spec.from_dict(data)
     run(spec, Options(tmp_path, ray_address="head:6379", check=False), quiet)
-    del given["on_start"], given["on_release"]
-    assert given.pop("is_due")()  # nothing to wait for
     assert given.pop("packs").size == 1  # on a CPU auto is one
     assert given.pop("owner") == str((tmp_path / "tiny").resolve())
     assert given == {
-        **{"workers": 3, "cpus": 2, "gpus": 0.5, "address": "head:6379"},
-        **{"threads": 2, "device": "cpu", "timeout": 7.5, "by_width": None, "logs": None},
-        **{"takes_any_gpu": False, "session": None},
+        **{"size": Size(3, cpus=2, gpus=0.5), "by_width": None, "address": "head:6379"},
+        **{"threads": 2, "device": "cpu", "timeout": 7.5, "logs": None},
+        **{"takes_any_gpu": False, "session": "a session"},
     }
 
 
@@ -395,7 +406,8 @@ def test_a_wrong_model_is_refused_before_a_trial_and_can_be_mended(
         run(Spec.from_dict(tiny_spec(corpus_file, **wrong)), Options(results, storage=url), quiet)
     assert list(results.iterdir()) == []
     mended = Spec.from_dict(tiny_spec(corpus_file, ladder={"widths": [16]}))
-    folder, ladder = run(mended, inline(results, storage=url), quiet)
+    ran = run(mended, inline(results, storage=url), quiet)
+    folder, ladder = ran.folder, ran.ladder
     assert ladder.is_finished
     record = folder.read_check()
     assert record is not None
@@ -472,6 +484,7 @@ def test_a_check_of_other_training_does_not_replace_a_sweeps_verdict(
 def test_a_device_of_the_clusters_alone_skips_the_check(
     tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("telescope.dispatch.ray.tune.opened", lambda *_, **__: nullcontext())
     monkeypatch.setattr("telescope.dispatch.ray.tune.run_ray", lambda *_, **__: None)
     compute = {"device": "cuda:99", "workers": 1}
     spec = Spec.from_dict(tiny_spec(corpus_file, compute=compute))

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import left_over
+from conftest import attempt, left_over
 
-from telescope.dispatch.queue import attempt
 from telescope.errors import SpecError
 from telescope.foreign import guard, trainers
 from telescope.foreign.loading import load_function

@@ -93,7 +93,7 @@ def check_config(config: TrialConfig, extent: Extent) -> TrialConfig:
     measured = min(config.data.eval_tokens, train.tokens_per_step)
     data = replace(config.data, eval_tokens=measured)
     optimizer = replace(config.optimizer, eps=min(config.optimizer.eps, CHECK_EPS))
-    return replace(config, train=train, data=data, optimizer=optimizer)
+    return replace(config, train=train, data=data, optimizer=optimizer, threads_at={})
 
 
 def coordinate_check(

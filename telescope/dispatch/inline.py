@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from telescope.dispatch.packing import Packer
 from telescope.dispatch.packs import Packs
 from telescope.dispatch.queue import Queue, Trainer
-from telescope.records import Trial, TrialSource
+from telescope.records import TrialSource
 
 
 def run_inline(
@@ -16,8 +14,6 @@ def run_inline(
     *,
     timeout: float = 0.0,
     packs: Packs | None = None,
-    on_start: Callable[[Trial], None] | None = None,
-    on_release: Callable[[Sequence[Trial]], None] | None = None,
 ) -> None:
     """Run every trial that `source` asks for; returns when it asks for no more.
 
@@ -27,7 +23,7 @@ def run_inline(
         LostError: a trial has left this process unable to use its device; no failure is told.
     """
     packs = packs or Packs()
-    queue = Queue(source, on_start=on_start, on_release=on_release, packs=packs)
+    queue = Queue(source, packs=packs)
     packer = Packer(lambda: trainer, packs.size, timeout=timeout)
     while order := queue.take():
         queue.settle(order, packer(order))

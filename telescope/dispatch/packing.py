@@ -7,6 +7,7 @@ only as a pack, such as a point whose forward raises, is trained alone, as it wo
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from telescope.dispatch.packs import Done, Limit, PackSize
 from telescope.dispatch.queue import (
     Order,
     Trainer,
-    attempt,
     checked,
     clean,
+    failure,
     message,
     named_worker,
     time_limit,
@@ -78,8 +79,9 @@ class Packer:
     Args:
         load: gives the trainer when it is first needed; a `PackTrainer` trains packs too.
         size: the largest pack.
-        timeout: seconds after which a trial counts as hung, see `attempt`; a pack of K trials may
-            take K times as long, as they would one after the other.
+        timeout: seconds after which a trial counts as hung; 0: never. Interrupts Python code in the
+            main thread alone: a call that never comes back from C needs its process ended. A pack
+            of K trials may take K times as long, as they would one after the other.
         share: of its device, what this worker may take: others may have the rest.
         guard: a context for all that may take so many seconds.
     """
@@ -111,23 +113,30 @@ class Packer:
         with self._guard(self._timeout * len(trials)), plain_children():
             if order.look:
                 return self._look(trials)
-            if len(trials) == 1:
-                return Done(trials, (attempt(self._train_alone, *trials, timeout=self._timeout),))
-            return self._train(trials)
+            if len(trials) > 1:
+                return self._train(trials)
+            # The one broad `except` of the program: whatever a model file or a library throws is
+            # the trial's failure, and must not take the sweep with it.
+            start = time.perf_counter()
+            try:
+                with time_limit(self._timeout):
+                    result = checked(self._loaded()(trials[0]), trials)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                result = failure(trials[0], error, seconds=time.perf_counter() - start)
+            return Done(trials, (named_worker(result),))
 
     def warm(self) -> None:
         """Do ahead what the first trial needs anyway; what fails now fails with the trial too."""
         if self._trainer is not None:
             return
         with suppress(Exception), self._guard(self._timeout), plain_children():
-            trainer = self._pack_trainer()
+            trainer = self._loaded()
             if hasattr(trainer, "warm"):
                 trainer.warm()
 
-    def _train_alone(self, trial: Trial) -> Result:
-        return self._pack_trainer()(trial)
-
-    def _pack_trainer(self) -> PackTrainer:
+    def _loaded(self) -> PackTrainer:
         if self._trainer is None:
             self._trainer = self._load()
         return cast(PackTrainer, self._trainer)
@@ -138,7 +147,7 @@ class Packer:
         while number > 1:
             try:
                 with time_limit(self._timeout * number):
-                    trainer = self._pack_trainer()
+                    trainer = self._loaded()
                     if not hasattr(trainer, "train_pack"):
                         return Limit(1, "its trainer trains one trial at a time")
                     if why := trainer.obstacle(trials[0]):
@@ -174,7 +183,7 @@ class Packer:
         """Add each result to `ended`; what happened to the others, or None if they all have one."""
         try:
             with time_limit(self._timeout * len(trials)):
-                for result in self._pack_trainer().train_pack(trials):
+                for result in self._loaded().train_pack(trials):
                     done = {earlier.trial for earlier in ended}
                     open_trials = [trial for trial in trials if trial not in done]
                     ended.append(named_worker(checked(result, open_trials)))

@@ -11,15 +11,13 @@ import re
 import signal
 import socket
 import threading
-import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from telescope.dispatch.children import plain_children
 from telescope.dispatch.device import check_device
 from telescope.dispatch.packs import Done, Limit, Packs
 from telescope.errors import TrialError
@@ -64,14 +62,12 @@ class Queue:
     """Hands out a source's trials, each to one worker at a time, and retries what fails.
 
     Args:
-        source: asked for trials, told of results.
+        source: asked for trials, told of results; until it is due there is nothing to hand out, and
+            nothing is done.
         retries: how often a failed trial is tried again.
-        on_start: called whenever a worker takes a trial.
-        on_release: called with trials that a worker has not trained, which is no failure of theirs.
         packs: which trials go together.
         workers: among whom the trials that are asked for together are shared out evenly.
-        is_due: whether the source can be asked already; until then there is nothing to hand out,
-            and nothing is done.
+        widths: whose trials are handed out; left out, all.
     """
 
     def __init__(
@@ -79,18 +75,15 @@ class Queue:
         source: TrialSource,
         *,
         retries: int = RETRIES,
-        on_start: Callable[[Trial], None] | None = None,
-        on_release: Callable[[Sequence[Trial]], None] | None = None,
         packs: Packs | None = None,
         workers: int = 1,
-        is_due: Callable[[], bool] = lambda: True,
+        widths: Collection[int] = (),
     ) -> None:
         """Nothing has been handed out yet."""
-        self._is_due = is_due
         self._source = source
+        self._is_begun = False
         self._retries = retries
-        self._on_start = on_start
-        self._on_release = on_release
+        self._widths = widths
         self._packs = packs or Packs()
         self._workers = workers
         self._in_flight: set[Trial] = set()
@@ -102,8 +95,9 @@ class Queue:
 
     def take(self) -> Order | None:
         """The next order for one worker, or None when all that is asked for now is in flight."""
-        for trial in self._free():
-            if order := self._order(trial):
+        free = self._free(self._begin().ask()) if self.is_due else []
+        for trial in free:
+            if order := self._order(trial, free):
                 if order.look:
                     self._looked_at.add(trial.width)
                 else:
@@ -111,22 +105,23 @@ class Queue:
                 return order
         return None
 
-    def _free(self) -> list[Trial]:
-        """Trials that are asked for and that nobody has; those that have failed come last."""
-        if not self._is_due():
-            return []
-        free = [trial for trial in self._source.ask() if trial not in self._in_flight]
+    def _free(self, asked: Sequence[Trial]) -> list[Trial]:
+        """Those that are asked for here and that nobody has; those that have failed come last."""
+        free = [trial for trial in asked if self._is_ours(trial) and trial not in self._in_flight]
         return sorted(free, key=self._failures.__getitem__)
+
+    def _is_ours(self, trial: Trial) -> bool:
+        return not self._widths or trial.width in self._widths
 
     def _is_alone(self, trial: Trial) -> bool:
         """A trial that has failed is: what killed a worker may have been any of its pack."""
         return trial in self._failures or self._packs.is_alone(trial)
 
-    def _order(self, trial: Trial) -> Order | None:
-        """What to do about a free trial; None if a look at its width has to be awaited."""
+    def _order(self, trial: Trial, free: Sequence[Trial]) -> Order | None:
+        """What to do about one of the free trials; None if a look at its width is awaited."""
         if self._is_alone(trial):
             return Order((trial,))
-        free = [t for t in self._free() if t.width == trial.width and t not in self._failures]
+        free = [t for t in free if t.width == trial.width and t not in self._failures]
         if pack := self._packs.find(trial, free):
             return Order(pack)
         if trial.width in self._looked_at:
@@ -140,8 +135,7 @@ class Queue:
     def _hand_out(self, trials: Sequence[Trial]) -> None:
         for trial in trials:
             self._in_flight.add(trial)
-            if self._on_start:
-                self._on_start(trial)
+            self._source.on_start(trial)
 
     def settle(self, order: Order, done: Done | Limit) -> None:
         """Take what a worker has done: results, told all at once, or what its look has found."""
@@ -152,8 +146,8 @@ class Queue:
         if done.results:
             self.answer(*done.results)
         self._in_flight.difference_update(done.released)
-        if done.released and self._on_release:
-            self._on_release(done.released)
+        if done.released:
+            self._source.on_release(done.released)
         self._packs.ended(done)
 
     def lose(self, order: Order, reason: str) -> None:
@@ -213,7 +207,13 @@ class Queue:
     @property
     def is_due(self) -> bool:
         """Whether the source can be asked already."""
-        return self._is_due()
+        return self._is_begun or self._source.is_due
+
+    def _begin(self) -> TrialSource:
+        """The source, which is due."""
+        if not self._is_begun:
+            self._source, self._is_begun = self._source.begun(), True
+        return self._source
 
     @property
     def has_work(self) -> bool:
@@ -222,14 +222,14 @@ class Queue:
             self._is_alone(trial)
             or self._packs.is_formed(trial)
             or trial.width not in self._looked_at
-            for trial in self._free()
+            for trial in (self._free(self._begin().ask()) if self.is_due else ())
         )
 
     @property
     def is_done(self) -> bool:
         """Whether nothing is in flight and the source asks for nothing more."""
-        is_busy = self._in_flight or self._looked_at or not self._is_due()
-        return not is_busy and not self._source.ask()
+        is_busy = self._in_flight or self._looked_at or not self.is_due
+        return not is_busy and not any(map(self._is_ours, self._begin().ask()))
 
 
 def _kind(reason: str) -> str:
@@ -245,37 +245,21 @@ class Hung(BaseException):
     """A trial that has not ended in time; no `Exception`, or a trainer's own handlers eat it."""
 
 
-def attempt(trainer: Trainer, trial: Trial, *, timeout: float = 0.0) -> Result:
-    """Train one trial; a crash becomes a failed result with its reason, not an exception.
-
-    The one broad `except` of the program: whatever a model file or a library throws is the
-    trial's failure, and must not take the sweep with it. KeyboardInterrupt passes.
+def failure(trial: Trial, error: BaseException, *, seconds: float) -> Result:
+    """A crash as a failed result with its reason.
 
     Args:
-        trainer: what trains it; what it returns is checked, for it is other people's code.
         trial: the trial.
-        timeout: seconds after which the trial counts as hung; 0: never. Interrupts Python code in
-            the main thread alone: a call that never comes back from C needs its process ended.
+        error: what it has raised; called where that is caught, for its traceback.
+        seconds: how long it took.
 
     Raises:
         LostError: this process can no longer use its device: whatever it trains next would fail.
     """
-    start = time.perf_counter()
-    try:
-        with time_limit(timeout), plain_children():
-            result = checked(trainer(trial), [trial])
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        check_device(error)
-        tail = traceback.format_exc().strip().splitlines()[-LOG_TAIL_LINES:]
-        result = Result(
-            trial,
-            Status.FAILED,
-            reason=clean([message(error), *tail]),
-            seconds=time.perf_counter() - start,
-        )
-    return named_worker(result)
+    check_device(error)
+    tail = traceback.format_exc().strip().splitlines()[-LOG_TAIL_LINES:]
+    reason = clean([message(error), *tail])
+    return Result(trial, Status.FAILED, reason=reason, seconds=seconds)
 
 
 def named_worker(result: Result) -> Result:

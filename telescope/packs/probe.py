@@ -12,7 +12,7 @@ import torch
 from telescope.config import TrialConfig
 from telescope.packs.fused import Pack
 from telescope.records import Point, Trial
-from telescope.train.loop import resolve_device, set_up, use_threads
+from telescope.train.loop import resolve_device, set_up
 from telescope.train.probe import TIMED_STEPS, WARM_UP_STEPS, seconds_per_step
 
 TAME_LR = 1e-6
@@ -67,7 +67,6 @@ def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
     train = replace(config.train, steps=max(steps + 1, config.train.steps), evals=1)
     probed = replace(config, train=train, checkpoint_folder=None)
     tame = [replace(trial, point=Point.of({**trial.point, "lr": TAME_LR})) for trial in trials]
-    use_threads(config, trials[0].width)
     alone = seconds_per_step(set_up(probed, tame[0]), train)
     device = torch.device(resolve_device(config.device))
     before, free, total = _memory(device)

@@ -10,7 +10,7 @@ import torch
 from telescope.packs.fused import obstacle, train_pack
 from telescope.packs.probe import PackProbe, pack_probe
 from telescope.records import Result, Trial
-from telescope.train.loop import TelescopeTrainer, resolve_device, use_threads
+from telescope.train.loop import TelescopeTrainer, resolve_device
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,10 @@ class PackedTrainer(TelescopeTrainer):
 
     def train_pack(self, trials: Sequence[Trial]) -> Iterator[Result]:
         """Train trials of one width as one; see `fused.train_pack`."""
-        use_threads(self.config, trials[0].width)
         return train_pack(self.config, trials)
 
     def obstacle(self, trial: Trial) -> str:
         """Why trials like this one cannot be trained as one; see `fused.obstacle`."""
-        use_threads(self.config, trial.width)
         return obstacle(self.config, trial)
 
     def probe_pack(self, trials: Sequence[Trial]) -> PackProbe | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from telescope.errors import RefusedError, SpecError
 from telescope.ladder.assumed import FIND_THE_RULE, assumed_alike
 from telescope.ladder.ladder import Ladder
-from telescope.records import Certificate
+from telescope.records import Certificate, Point
 from telescope.rules.scaling import Tag
 from telescope.spec.spec import Spec
 from telescope.sweep.memory import of_model
@@ -86,6 +86,11 @@ def certificate_of(
     return replace(certificate, verdict=verdict, problems=(*certificate.problems, problem))
 
 
+def chosen_point(ladder: Ladder, certificate: Certificate | None) -> Point:
+    """The answer of a ladder with a choice or more, for a run of the sweep's own steps."""
+    return certificate.point if certificate else ladder.choices[-1].point
+
+
 def _for_the_target(certificate: Certificate, spec: Spec, steps: int | None) -> Certificate:
     """The certificate with what follows from the sweep's training and the target's.
 
@@ -137,7 +142,7 @@ def transfer(
     steps = steps or spec.target.steps or spec.steps
     tags = _tags(spec, width, shapes)
     answer = transfer_settings(
-        certificate.point if certificate else last.point,
+        chosen_point(ladder, certificate),
         width=width,
         steps=steps,
         train=spec.train,

@@ -21,13 +21,15 @@ from telescope.report.status import read_status
 from telescope.spec.catalog import find_result
 from telescope.spec.spec import Spec
 from telescope.store.folder import DATABASE_FILE, Folder
-from telescope.sweep.answer import certificate_of
+from telescope.sweep.answer import certificate_of, chosen_point, transfer
 from telescope.sweep.memory import Memory, code_of
 from telescope.transfer.settings import at_horizon
 
 if TYPE_CHECKING:
     from telescope.ladder.portrait import Portrait
     from telescope.store.store import Store
+    from telescope.transfer.settings import Transfer
+    from telescope.transfer.shapes import Shapes
 
 
 def ladder_memory(folder: Folder) -> Memory:
@@ -155,8 +157,27 @@ class Finished:
         """The answer, its weight decay rescaled if the target has other steps; None without one."""
         if not self.ladder.choices:
             return None
-        point = self.certificate.point if self.certificate else self.ladder.choices[-1].point
+        point = chosen_point(self.ladder, self.certificate)
         return at_horizon(point, self.spec.steps, self.spec.target.steps)
+
+    def transfer(
+        self,
+        *,
+        width: int | None = None,
+        steps: int | None = None,
+        shapes: Shapes | str | Path | None = None,
+        fold_readout: bool = False,
+    ) -> Transfer:
+        """The answer, handed over at a width; see `telescope.Ladder.transfer`."""
+        return transfer(
+            self.spec,
+            self.ladder,
+            width=width,
+            steps=steps,
+            rule_checked=self.rule_checked,
+            shapes=shapes,
+            fold_readout=fold_readout,
+        )
 
     def cost_by_width(self) -> dict[int, float]:
         """Width → what its stored trials cost, in target runs; narrow first."""

@@ -11,7 +11,6 @@ from telescope.errors import SpecError, TelescopeError
 from telescope.files import write_atomic
 from telescope.report.page import Shown, render
 from telescope.spec.catalog import bundled_sweeps
-from telescope.sweep.answer import transfer
 from telescope.sweep.comparing import differences, is_data_seen
 from telescope.sweep.finished import Finished, open_result
 from telescope.transfer.settings import Transfer
@@ -81,16 +80,7 @@ def _shown(name: str, sweep: Finished) -> Shown:
 def _settings(sweep: Finished) -> tuple[Transfer | None, str]:
     """The target's settings, or why there are none."""
     try:
-        return (
-            transfer(
-                sweep.spec,
-                sweep.ladder,
-                width=None,
-                steps=None,
-                rule_checked=sweep.rule_checked,
-            ),
-            "",
-        )
+        return sweep.transfer(), ""
     except TelescopeError as error:
         return None, " ".join(str(error).split())
 

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,18 +48,12 @@ class TelescopeTrainer:
             DataError: this machine's corpus is not the driver's.
             ModelError: the model file fails.
         """
-        use_threads(self.config, trial.width)
         return train(self.config, trial)
 
     def warm(self) -> None:
         """Do ahead what every first trial of a process needs: read the corpus, import the rest."""
         load_corpus(self.config.data)
         torch.optim.SGD([torch.zeros(1)])  # the first optimizer makes torch import for a second
-
-
-def use_threads(config: TrialConfig, width: int) -> None:
-    """Give torch as many threads as a trial of this width has, alone or in a pack."""
-    torch.set_num_threads(config.threads_at.get(width, config.threads))
 
 
 def train(config: TrialConfig, trial: Trial) -> Result:
@@ -72,13 +66,21 @@ def train(config: TrialConfig, trial: Trial) -> Result:
     parts = (setup.model, setup.optimizers, setup.device)
     position = checkpoints.restore(*parts) if checkpoints else Position()
     start -= position.seconds
-
-    def keep() -> None:
-        if checkpoints and position.step % config.train.checkpoint_every == 0:
+    steps, read_every, reason = setup.train.steps, reads_every(setup.device), ""
+    unread: list[Tensor] = []
+    for step in range(position.step, steps):
+        unread.append(
+            take_step(setup.model, setup.optimizers, setup.batches, setup.train, step, setup.device)
+        )
+        if len(unread) < read_every and not must_be_read(setup.train, step + 1):
+            continue
+        reason, unread = _note_steps(setup, position, unread), []
+        if reason:
+            break
+        # The last step needs no checkpoint.
+        if checkpoints and step + 1 < steps and (step + 1) % config.train.checkpoint_every == 0:
             position.seconds = time.perf_counter() - start
             checkpoints.save(*parts, position)
-
-    reason = _run_steps(setup, position, keep)
     position.seconds = time.perf_counter() - start
     return result_of(config, trial, position, reason)
 
@@ -118,7 +120,8 @@ class Setup:
 
 
 def set_up(config: TrialConfig, trial: Trial) -> Setup:
-    """Build what a trial steps over; see `TelescopeTrainer` for what it raises."""
+    """Build what a trial steps over, and take its threads; raises as `TelescopeTrainer` does."""
+    torch.set_num_threads(config.threads_at.get(trial.width, config.threads))
     device = resolve_device(config.device)
     corpus = _drivers_corpus(config)
     if config.train.precision == "bf16":
@@ -169,25 +172,11 @@ def _drivers_corpus(config: TrialConfig) -> Corpus:
     return corpus
 
 
-def _run_steps(setup: Setup, position: Position, keep: Callable[[], None]) -> str:
-    """Take every step from `position` on, moving it; returns why it diverged, or "".
-
-    `keep` is called where a checkpoint may be due; the last step needs none.
-    """
-    train, read_every = setup.train, reads_every(setup.device)
-    unread: list[Tensor] = []
-    for step in range(position.step, train.steps):
-        unread.append(
-            take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
-        )
-        if len(unread) < read_every and not must_be_read(train, step + 1):
-            continue
-        for loss in torch.stack(unread).tolist():
-            if reason := note_step(position, loss, train, lambda: held_out_loss_of(setup)):
-                return reason
-        unread = []
-        if position.step < train.steps:
-            keep()
+def _note_steps(setup: Setup, position: Position, losses: Sequence[Tensor]) -> str:
+    """Move a trial on by steps whose batches had these losses; returns why it diverged, or ""."""
+    for loss in torch.stack(list(losses)).tolist():
+        if reason := note_step(position, loss, setup.train, lambda: held_out_loss_of(setup)):
+            return reason
     return ""
 
 

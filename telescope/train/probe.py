@@ -17,7 +17,6 @@ from telescope.train.loop import (
     set_up,
     take_step,
     token_loss,
-    use_threads,
 )
 from telescope.train.muon import DTYPES, Muon, orthogonalize_all
 
@@ -35,7 +34,6 @@ def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
         config: the sweep's training; its corpus is read, nothing is written.
         trial: which width to train; the point hardly matters.
     """
-    use_threads(config, trial.width)
     setup = set_up(config, trial)
     train = replace(config.train, steps=WARM_UP_STEPS + TIMED_STEPS, evals=1)
     per_step = seconds_per_step(setup, train)
@@ -70,7 +68,6 @@ def arithmetic_seconds(config: TrialConfig, trial: Trial) -> dict[str, dict[str,
     Raises:
         DataError, ModelError: as `loop.set_up`.
     """
-    use_threads(config, trial.width)
     in_bf16 = replace(config, train=replace(config.train, precision="bf16"))
     setup = set_up(in_bf16, trial)  # which says nothing of autocast then, whichever is timed
     inputs, targets = (tokens.to(setup.device) for tokens in setup.batches.at(0))

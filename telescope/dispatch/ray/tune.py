@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from telescope.dispatch.packs import Done, Limit, Packs
+from telescope.dispatch.packs import Packs
 from telescope.dispatch.queue import Order, Queue, Trainer, clean
 from telescope.dispatch.ray.gate import Gate
 from telescope.dispatch.ray.session import reap
 from telescope.dispatch.ray.worker import Worker, log_tail
 from telescope.errors import SpecError
-from telescope.records import Result, Trial, TrialSource
+from telescope.records import TrialSource
 
 START_PATIENCE = 15.0
 """Seconds a trial may wait for a worker before it gets one that waits at the gate: a process takes
@@ -62,24 +62,56 @@ class Session:
     driver: _Driver
     place: str | None
     """The folder that workers are to be in; None: where they start."""
+    size: Size
+    by_width: Mapping[int, Size]
+    """Width → another size; as many at once as there is room for."""
+
+    def part(self, width: int | None) -> tuple[Size, list[int]]:
+        """The size of a width's trials, and all widths of that size; none stands for every width.
+
+        Args:
+            width: None for the narrowest.
+        """
+        size = self.by_width.get(min(self.by_width, default=0) if width is None else width)
+        widths = [other for other, its in self.by_width.items() if its == size]
+        return size or self.size, widths
 
 
 @contextmanager
 def opened(
-    sizes: Iterable[Size],
+    size: Size,
+    by_width: Mapping[int, Size] | None = None,
     *,
     owner: str | None = None,
     address: str | None = None,
+    takes_any_gpu: bool = False,
 ) -> Iterator[Session]:
-    """Connect to a Ray, or start one; see `run_ray`, also for what is raised.
+    """Connect to a Ray, or start one, and check that there is room for the trials.
+
+    It is the Ray that this process is connected to, if it is; else the cluster at `address`; else
+    one that is started for this machine alone, and stopped at the end.
 
     Args:
-        sizes: of the trials.
-        owner: see `run_ray`.
-        address: see `run_ray`.
+        size: how many trials at once, each in a process of its own, and what each holds. Rounded
+            down, its CPUs are its number of threads; it shares a GPU by fractions.
+        by_width: width → another size; of so many at once as many run as there is room for. What
+            widths of one size ask for must come together.
+        owner: a name that only one run at a time may use; what an earlier run of that name, now
+            dead, left behind of its own Ray is ended first.
+        address: ``host:port`` of a running cluster, or ``auto`` to look for one.
+        takes_any_gpu: whether a trial computes on the first GPU that it sees, even if it has
+            reserved none; refused where there are GPUs.
+
+    Raises:
+        SpecError: no cluster at `address`, no room for so many trials at once, or GPUs that all
+            would share unplanned.
+        LostError: Ray's head or this machine's raylet has died. Where a call into Ray cannot be
+            interrupted, the process ends with that message instead, as Ray itself ends it later.
     """
     owner = owner or f"process {os.getpid()}"
     reap(owner)
+    sizes = by_width or {}
+    where = "the cluster" if address else "this machine"
     # Of a Ray of our own, whose processes start elsewhere; a cluster's have their own place.
     place = None if address or ray.is_initialized() else os.getcwd()
     with session_folder(owner) as folder:
@@ -88,126 +120,76 @@ def opened(
             folder,
             owner=owner,
             address=address,
-            cpus=_cpus(sizes),
+            cpus=_cpus([size, *sizes.values()]),
             on_loss=driver.stop,
         ):
-            yield Session(folder, driver, place)
+            sizes = {width: _fitting(each, where) for width, each in sizes.items()}
+            if not sizes:
+                _check_room(size, where)
+            if takes_any_gpu:
+                _check_reserved(sizes.values() or [size], where)
+            yield Session(folder, driver, place, size, sizes)
 
 
 def run_ray(
     source: TrialSource,
     trainer: Trainer,
+    session: Session,
     *,
-    workers: int,
-    cpus: float = 1,
-    gpus: float = 0,
-    address: str | None = None,
     timeout: float = 0.0,
     packs: Packs | None = None,
-    owner: str | None = None,
-    on_start: Callable[[Trial], None] | None = None,
-    on_release: Callable[[Sequence[Trial]], None] | None = None,
-    by_width: Mapping[int, Size] | None = None,
     logs: Path | None = None,
-    takes_any_gpu: bool = False,
-    session: Session | None = None,
-    is_due: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Run every trial that `source` asks for, `workers` at once; returns when it asks for no more.
+    """Run every trial that `source` asks for; returns when it asks for no more.
 
-    Uses the Ray that this process is connected to, if it is; else the cluster at `address`; else
-    starts one for this machine alone, and stops it at the end.
+    Until the source is due, workers start, import what they need and wait at the gate, on all CPUs
+    but one; of several sizes, those of the narrowest width.
 
     Args:
         source: asked and told in this process only.
         trainer: pickled once; each worker process keeps one copy for all its trials.
-        workers: trials at once, each in a process of its own.
-        cpus: CPUs of one trial, and, rounded down, its number of threads.
-        gpus: GPUs of one trial; trials share one by fractions.
-        address: ``host:port`` of a running cluster, or ``auto`` to look for one.
+        session: the Ray; see `opened`, also for what is raised.
         timeout: seconds after which a trial counts as hung; 0: never. One that cannot be
             interrupted has its process ended `worker.HANG_GRACE` later.
         packs: which trials a worker trains as one; left out, none.
-        owner: a name that only one run at a time may use; what an earlier run of that name, now
-            dead, left behind of its own Ray is ended first.
-        on_start: called when a worker takes a trial.
-        on_release: called with trials of a pack that have not been trained, for whoever is free.
-        by_width: width → another size than workers, cpus and gpus say; of so many at once as many
-            run as there is room for. What widths of one size ask for must come together.
         logs: where each trial's output is kept as ``TRIAL.log``; left out, nowhere.
-        takes_any_gpu: whether a trial computes on the first GPU that it sees, even if it has
-            reserved none; refused where there are GPUs.
-        session: a Ray that has been opened ahead, of the same owner, address and sizes.
-        is_due: whether `source` can be asked already. Until then workers start, import what they
-            need and wait at the gate, on all CPUs but one; of several sizes, those of the narrowest
-            width.
 
     Raises:
-        SpecError: no cluster at `address`, no room for `workers` trials at once, or GPUs that all
-            would share unplanned.
-        LostError: Ray's head or this machine's raylet has died. Where a call into Ray cannot be
-            interrupted, the process ends with that message instead, as Ray itself ends it later.
         KeyboardInterrupt: Ctrl-C; what ran is killed, what had finished is told.
     """
-    if is_due() and not source.ask():
-        return
-    packs = packs or Packs()
-    default, sizes = Size(workers, cpus, gpus), dict(by_width or {})
-    with ExitStack() as stack:
-        if session is None:
-            all_sizes = [default, *sizes.values()]
-            session = stack.enter_context(opened(all_sizes, owner=owner, address=address))
-        driver, folder, place = session.driver, session.folder, session.place
-        if logs:
-            logs.mkdir(parents=True, exist_ok=True)
-        driver.logs = logs = (logs or folder).absolute()
-        where = "the cluster" if address else "this machine"
-        sizes = {width: _fitting(size, where) for width, size in sizes.items()}
-        if not sizes:
-            _check_room(default, where)
-        if takes_any_gpu:
-            _check_reserved(sizes.values() or [default], where)
-        driver.gate = ray.remote(Gate).options(num_cpus=0).remote()
-        given = {
-            **{"trainer": cloudpickle.dumps(trainer), "gate": driver.gate},
-            **{"timeout": timeout, "logs": str(logs), "pack": packs.size, "place": place},
-        }
-        try:
-            while True:
-                asked = source.ask() if is_due() else None  # which may be due a moment later
-                if asked is not None and not asked:
-                    break
-                size = sizes.get(asked[0].width if asked else min(sizes, default=0), default)
-                widths = [width for width, other in sizes.items() if other == size]
-                part = _Part(source, widths) if widths else source
-                queue = Queue(
-                    part,
-                    on_start=on_start,
-                    on_release=on_release,
-                    packs=packs,
-                    workers=size.workers,
-                    is_due=is_due,
-                )
-                _run_experiment(queue, driver, given, size, folder)
-        finally:
-            ray.kill(driver.gate)
+    driver, packs = session.driver, packs or Packs()
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
+    driver.logs = logs = (logs or session.folder).absolute()
+    driver.gate = ray.remote(Gate).options(num_cpus=0).remote()
+    given = {
+        **{"trainer": cloudpickle.dumps(trainer), "gate": driver.gate, "place": session.place},
+        **{"timeout": timeout, "logs": str(logs), "pack": packs.size},
+    }
+    try:
+        while True:
+            asked = source.begun().ask() if source.is_due else None  # due a moment later, perhaps
+            if asked is not None and not asked:
+                break
+            size, widths = session.part(asked[0].width if asked else None)
+            queue = Queue(source, packs=packs, workers=size.workers, widths=widths)
+            driver.serve(queue, ahead=_ahead(size))
+            with suppress(_Leave):
+                _tuner(_worker(given, size), driver, size.workers, session.folder).fit()
+            if driver.error:
+                raise driver.error
+            if not queue.is_done:
+                raise KeyboardInterrupt  # on a Ray not ours, Tune's own handler swallowed it
+    finally:
+        ray.kill(driver.gate)
 
 
-def _run_experiment(
-    queue: Queue, driver: _Driver, given: Mapping[str, Any], size: Size, folder: Path
-) -> None:
-    """Run what a queue has, on workers of one size."""
+def _worker(given: Mapping[str, Any], size: Size) -> Any:
+    """The class of a size's workers, as Tune takes it."""
     # Of its device: GPUs that are reserved in fractions are shared, and so is one that nobody does.
     share = min(1.0, size.gpus) if size.gpus else 1.0 / size.workers
-    worker = tune.with_parameters(Worker, **given, threads=max(1, int(size.cpus)), share=share)
-    worker = tune.with_resources(worker, {"cpu": size.cpus, "gpu": size.gpus})
-    driver.serve(queue, ahead=_ahead(size))
-    with suppress(_Leave):
-        _tuner(worker, driver, size.workers, folder).fit()
-    if driver.error:
-        raise driver.error
-    if not queue.is_done:
-        raise KeyboardInterrupt  # on a Ray not ours, Tune's own handler swallowed it
+    worker = tune.with_parameters(Worker, **given, share=share)
+    return tune.with_resources(worker, {"cpu": size.cpus, "gpu": size.gpus})
 
 
 def _ahead(size: Size) -> int:
@@ -219,30 +201,18 @@ def _ahead(size: Size) -> int:
     return max(1, min(size.workers, math.floor(free / (size.cpus or 1))))
 
 
-class _Part:
-    """What a source asks for at some of its widths."""
-
-    def __init__(self, source: TrialSource, widths: list[int]) -> None:
-        self._source = source
-        self._widths = widths
-
-    def ask(self) -> Sequence[Trial]:
-        """The trials of these widths, which are none when the source has gone on to others."""
-        return [trial for trial in self._source.ask() if trial.width in self._widths]
-
-    def tell(self, *results: Result) -> None:
-        """Pass them on."""
-        self._source.tell(*results)
-
-
 class _Leave(BaseException):
     """Ends `fit()` at once, as Ctrl-C does; Tune's own way out waits 12 s for running trials."""
 
 
-class _Driver:
-    """The driver's side: which worker does what, and the first error of the source."""
+class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
+    """The driver's side: which worker does what, and the first error of the source.
+
+    Tune's searcher, which must not raise: it keeps the error.
+    """
 
     def __init__(self, *, leave_at_once: bool, logs: Path) -> None:
+        super().__init__()
         self.gate: Any = None
         self.logs = logs
         self.error: Exception | None = None
@@ -272,56 +242,77 @@ class _Driver:
         """Tune pickles its searcher and callbacks into its own folder; nobody reads it."""
         return (object, ())
 
-    def assign(self, tune_id: str) -> dict[str, Any] | None:
-        """What a free worker does next: trials, the gate, or None when the sweep is over.
+    def suggest(self, tune_id: str) -> dict[str, Any] | str | None:
+        """What a free worker does next: trials, or wait at the gate; FINISHED when all is over.
 
-        An empty order is none for now: the worker is left for a trial that has found no other, or
-        its CPU for what the queue waits for.
+        None is none for now: the worker is left for a trial that has found no other, or its CPU for
+        what the queue waits for.
         """
+        finished: str = Searcher.FINISHED
         if self.error:
-            return None
+            return finished
         try:
             order = self._queue.take()
             if not order and self._queue.is_done:
+                return finished
+            if not order and (self._has_stranded() or self._are_enough_ahead()):
                 return None
-            if not order and self._has_stranded():
-                return {}
-            if not self._queue.is_due and len(self._running) >= self._ahead:
-                return {}
         except Exception as error:
             self.error = error
-            return None
+            return finished
         self._running[tune_id] = order
         if order:
             self._unstarted[tune_id] = time.monotonic()
         return {"order": order} if order else {"turn": self._turn}
 
-    def answer(self, tune_id: str, done: Done | Limit | None) -> None:
-        """Take what a worker brought back; from the gate it brings nothing."""
+    def on_trial_complete(
+        self, tune_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Take what a worker brought back; errors go to `lose`, which knows their reason."""
+        if result is None or error:
+            return
         order = self._end(tune_id)
-        if order and done is not None and not self.error:
-            self._tell(lambda: self._queue.settle(order, done))
+        with self._keeping_errors():
+            if order and not self.error and (done := result.get("work")) is not None:
+                self._queue.settle(order, done)
+                self._open_gate()
 
     def lose(self, tune_id: str, reason: str) -> None:
         """Take the loss of a worker process: its trials have failed; a gate trial is forgotten."""
         order = self._end(tune_id)
-        if order and not self.error:
-            reason = clean([reason, *log_tail(self.logs, order.trials[0])])
-            self._tell(lambda: self._queue.lose(order, reason))
+        with self._keeping_errors():
+            if order and not self.error:
+                reason = clean([reason, *log_tail(self.logs, order.trials[0])])
+                self._queue.lose(order, reason)
+                self._open_gate()
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the store is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing."""
 
     def _end(self, tune_id: str) -> Order | None:
         self._unstarted.pop(tune_id, None)
         return self._running.pop(tune_id)
 
-    def _tell(self, settle: Callable[[], None]) -> None:
-        """Tell the queue, and let go who waits at the gate if there is something to do now."""
+    @contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        """Keep what the source raises."""
         try:
-            settle()
-            if None in self._running.values() and (self._queue.has_work or self._queue.is_done):
-                self._turn += 1
-                self.gate.open.remote(self._turn)
+            yield
         except Exception as error:
             self.error = error
+
+    def _open_gate(self) -> None:
+        """Let go who waits at the gate if there is something to do now."""
+        if None in self._running.values() and (self._queue.has_work or self._queue.is_done):
+            self._turn += 1
+            self.gate.open.remote(self._turn)
+
+    def _are_enough_ahead(self) -> bool:
+        """Whether as many workers wait for the queue to be due as should."""
+        return not self._queue.is_due and len(self._running) >= self._ahead
 
     def stop(self, error: Exception) -> None:
         """Give up for a reason that comes from outside."""
@@ -348,37 +339,12 @@ class _Driver:
         """Whether the experiment has to end before its trials do; asked all the time."""
         if self._queue.is_due and not self._was_due:
             self._was_due = True
-            self._tell(lambda: None)
+            with self._keeping_errors():
+                self._open_gate()
         self._free_workers_for_stranded()
         if self.error and self._leave_at_once:
             raise _Leave
         return self.error is not None
-
-
-class _Asker(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
-    """Tune's searcher: asks the driver, which keeps its errors, for a searcher must not raise."""
-
-    def __init__(self, driver: _Driver) -> None:
-        super().__init__()
-        self._driver = driver
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next order for a free worker; None: none for now."""
-        order = self._driver.assign(trial_id)
-        return Searcher.FINISHED if order is None else order or None
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Pass on what a worker brought back; errors go another way, which knows their reason."""
-        if result is not None and not error:
-            self._driver.answer(trial_id, result.get("work"))
-
-    def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the store is the state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing."""
 
 
 class _Scheduler(FIFOScheduler):  # type: ignore[misc]
@@ -431,7 +397,7 @@ def _tuner(worker: Any, driver: _Driver, workers: int, folder: Path) -> tune.Tun
     return tune.Tuner(
         worker,
         tune_config=tune.TuneConfig(
-            search_alg=_Asker(driver),
+            search_alg=driver,
             scheduler=_Scheduler(),
             num_samples=-1,
             max_concurrent_trials=workers,

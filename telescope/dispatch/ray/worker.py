@@ -35,7 +35,6 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         *,
         trainer: bytes,
         gate: Any,
-        threads: int,
         timeout: float,
         logs: str,
         pack: PackSize,
@@ -49,9 +48,9 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         # Loaded when it is first needed: a trainer that cannot load is a trial's failure.
         self._packer = Packer(self._load, pack, timeout=timeout, share=share, guard=_ended_if_hung)
         self._gate = gate
-        self._threads = threads
         self._logs = Path(logs)
-        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(max(1, int(cpus)))))
         spell_what_is_lacking()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -72,8 +71,6 @@ class Worker(tune.Trainable):  # type: ignore[misc]
 
     def _load(self) -> Trainer:
         trainer: Trainer = cloudpickle.loads(self._pickled)
-        if torch := sys.modules.get("torch"):
-            torch.set_num_threads(self._threads)
         return trainer
 
 
