@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from telescope.foreign.outcome import Curve, Prices, as_result
+from telescope.foreign.outcome import CurveRows, Prices, as_result
 from telescope.foreign.output import LONGEST_LINE, NoResult, read_output, tail
 from telescope.losses import as_number, in_text, judged
 from telescope.records import Point, Status, Trial
@@ -33,7 +33,7 @@ def read(folder: Path, text: str | bytes) -> dict[str, Any]:
 
 def ended(said: dict[str, Any]) -> tuple[Status, float | None, str]:
     trial, notes = Trial(32, Point.of(lr=0.1), 0), list[str]()
-    result = as_result(trial, said, Prices(), seconds=1, curve=Curve(), note=notes.append)
+    result = as_result(trial, said, Prices(), seconds=1, curve=CurveRows(), note=notes.append)
     return result.status, result.loss, result.reason
 
 
@@ -189,7 +189,7 @@ def test_a_loss_that_is_no_number_is_never_an_earlier_one(loss: str, tmp_path: P
 def test_a_number_in_quotes_is_taken_with_a_note(tmp_path: Path) -> None:
     trial, notes = Trial(32, Point.of(lr=0.1), 0), list[str]()
     said = read(tmp_path, '{"loss": "1.9"}')
-    result = as_result(trial, said, Prices(), seconds=1, curve=Curve(), note=notes.append)
+    result = as_result(trial, said, Prices(), seconds=1, curve=CurveRows(), note=notes.append)
     assert result.loss == 1.9
     assert "the quotes of loss '1.9': taken as the number that they hold" in notes[0]
 

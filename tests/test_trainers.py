@@ -23,23 +23,20 @@ import pytest
 from conftest import attempt, left_over
 
 from telescope.errors import SpecError
-from telescope.foreign import guard, trainers
+from telescope.foreign import command as command_trainer
+from telescope.foreign import guard
+from telescope.foreign.command import CommandTrainer
+from telescope.foreign.function import FunctionTrainer, accepted, check_signature
 from telescope.foreign.loading import load_function
 from telescope.foreign.outcome import (
     MOST_ROWS,
-    Curve,
+    CurveRows,
     Prices,
     as_result,
     latest_row,
     parse_line,
 )
-from telescope.foreign.trainers import (
-    CommandTrainer,
-    FunctionTrainer,
-    Place,
-    accepted,
-    check_signature,
-)
+from telescope.foreign.place import Place
 from telescope.records import CurvePoint, Point, Result, Status, Trial
 from telescope.spec.placeholders import filled, names_in
 
@@ -243,8 +240,8 @@ def test_the_curve_and_what_was_spent(tmp_path: Path) -> None:
     )
     assert result.flops == 6 * 10 * 100
     planned, said = Prices(flops={32: 7.0}), {"loss": 1.0, "flops": 5}
-    assert as_result(TRIAL, said, planned, seconds=1.0, curve=Curve()).flops == 5
-    assert as_result(TRIAL, {"loss": 1}, planned, seconds=1.0, curve=Curve()).flops == 7
+    assert as_result(TRIAL, said, planned, seconds=1.0, curve=CurveRows()).flops == 5
+    assert as_result(TRIAL, {"loss": 1}, planned, seconds=1.0, curve=CurveRows()).flops == 7
 
 
 def test_where_a_running_trial_is(tmp_path: Path) -> None:
@@ -259,7 +256,7 @@ def test_where_a_running_trial_is(tmp_path: Path) -> None:
 
 
 def test_a_long_curve_is_thinned_not_cut() -> None:
-    curve = Curve()
+    curve = CurveRows()
     for step in range(5 * MOST_ROWS):
         curve.add({"step": step, "loss": 1.0})
     assert MOST_ROWS / 2 < len(curve.rows) <= MOST_ROWS
@@ -288,7 +285,7 @@ FAMILY = """
 def test_a_timeout_ends_the_whole_family(
     tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainers, "GRACE", 0.3)
+    monkeypatch.setattr(command_trainer, "GRACE", 0.3)
     result = command(tmp_path, f"{FAMILY} sleep 60; sleep 60", timeout=0.7)
     assert result.status is Status.FAILED
     assert result.reason == "no end after 0.7 s (trainer.timeout)"
@@ -298,7 +295,7 @@ def test_a_timeout_ends_the_whole_family(
 def test_what_a_finished_trial_leaves_running_is_ended(
     tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainers, "GRACE", 0.3)
+    monkeypatch.setattr(command_trainer, "GRACE", 0.3)
     assert command(tmp_path, f"{FAMILY} {SAYS}").loss == 1.5
     assert not left_over(mark)
 
@@ -312,7 +309,7 @@ def test_where_processes_cannot_be_looked_at_the_group_is_ended(
     blind = tmp_path / "guard.py"
     blind.write_text(text.replace(found, "HAS_PROC = False"))
     monkeypatch.setattr(guard, "__file__", str(blind))
-    monkeypatch.setattr(trainers, "GRACE", 0.3)
+    monkeypatch.setattr(command_trainer, "GRACE", 0.3)
     assert command(tmp_path, f"(trap '' TERM; sleep 60; sleep 60) & {SAYS}").loss == 1.5
     assert not left_over(mark)
 
@@ -328,7 +325,8 @@ def driver(folder: Path, script: str, mark: str) -> subprocess.Popen[str]:
     code = f"""
     import sys, threading, time
     from pathlib import Path
-    from telescope.foreign.trainers import CommandTrainer, Place
+    from telescope.foreign.command import CommandTrainer
+    from telescope.foreign.place import Place
     from telescope.records import Point, Trial
     trainer = CommandTrainer(
         command=("sh", "-c", {script!r}), folder={str(folder)!r}, logs={str(folder / "logs")!r},

@@ -57,7 +57,7 @@ class Prices:
         return self.flops.get(width, 0.0)
 
 
-class Curve:
+class CurveRows:
     """The rows of a training curve that a trial has reported, in bounded memory."""
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ def as_result(
     prices: Prices,
     *,
     seconds: float,
-    curve: Curve,
+    curve: CurveRows,
     steps: int | None = None,
     note: Callable[[str], None] = on_stderr,
 ) -> Result:

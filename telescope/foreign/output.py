@@ -16,7 +16,7 @@ from telescope.errors import TrialError
 from telescope.foreign.outcome import (
     EXPECTED,
     HELD_OUT_KEYS,
-    Curve,
+    CurveRows,
     curve_point,
     is_verdict,
     log_end,
@@ -52,7 +52,7 @@ class _Piece(NamedTuple):
     """It says something of a loss; asked only of one that is too long."""
 
 
-def read_output(out: Path, file: Path | None) -> tuple[dict[str, Any], Curve]:
+def read_output(out: Path, file: Path | None) -> tuple[dict[str, Any], CurveRows]:
     """A trial's last verdict, and its curve from the lines before.
 
     Args:
@@ -68,7 +68,7 @@ def read_output(out: Path, file: Path | None) -> tuple[dict[str, Any], Curve]:
         return word.taken(), printed.curve
     if not printed.verdict and not printed.problem:
         ends = tail(out)[-1:]
-        return printed.taken(f"; it ends with {shown_line(ends[0])!r}" if ends else ""), Curve()
+        return printed.taken(f"; it ends with {shown_line(ends[0])!r}" if ends else ""), CurveRows()
     return printed.taken(), printed.curve
 
 
@@ -77,7 +77,7 @@ class _LastWord:
 
     def __init__(self, where: str, pieces: Iterable[_Piece]) -> None:
         """Read them all."""
-        self.curve = Curve()
+        self.curve = CurveRows()
         self.verdict: dict[str, Any] | None = None
         self.problem = ""  # why a line after the verdict cannot be read
         self._other: dict[str, Any] | None = None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from telescope.errors import SpecError
+from telescope.errors import SpecError, TrialError
 
 PACKAGES = b"# /// script"
 """Begins a comment that names the packages that a script is run with, which can change losses."""
@@ -35,6 +36,27 @@ def read_program(path: Path) -> ProgramText:
         raise SpecError(f"trainer: cannot read {path}: {error.strerror}") from error
     text = _digest(data)
     return ProgramText(text, _code(data) or text if path.suffix == ".py" else text)
+
+
+def check_unchanged(sources: Mapping[str, str]) -> None:
+    """Check that the trainer is still the one that the sweep began with.
+
+    Args:
+        sources: file → digest of its code then.
+
+    Raises:
+        TrialError: it is not; losses of two programs are not one ladder.
+    """
+    for name, before in sources.items():
+        try:
+            is_same = read_program(Path(name)).code == before
+        except SpecError as error:
+            raise TrialError(str(error)) from error
+        if not is_same:
+            raise TrialError(
+                f"{name} has changed since the sweep began; undo the change and the same command "
+                "goes on, with --accept-trainer if it trains alike, or use --name for another sweep"
+            )
 
 
 def _code(data: bytes) -> str | None:

@@ -16,15 +16,12 @@ from typing import Any
 
 from telescope.dispatch.queue import Trainer
 from telescope.errors import SpecError
+from telescope.foreign.command import CommandTrainer
+from telescope.foreign.function import FunctionTrainer, check_signature
 from telescope.foreign.loading import forget, load_function, module_file
 from telescope.foreign.outcome import Prices
+from telescope.foreign.place import Place
 from telescope.foreign.program import ProgramText, read_program
-from telescope.foreign.trainers import (
-    CommandTrainer,
-    FunctionTrainer,
-    Place,
-    check_signature,
-)
 from telescope.spec.placeholders import OWN, names_in
 from telescope.spec.spec import Spec
 from telescope.spec.tables import TrainerTable

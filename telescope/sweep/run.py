@@ -187,7 +187,7 @@ def _checked(
     options: Options,
     screen: Screen,
     at_once: Mapping[int, int],
-) -> Iterator[_Start]:
+) -> Iterator[_Opening]:
     """Check that the sweep can be run or gone on with; its model is checked in another thread."""
     spec = sweep.spec
     trainer = check_comparable(
@@ -207,7 +207,7 @@ def _checked(
     with check_before_run(
         sweep, folder, wanted=options.check, say=screen.note, phase=screen.phase
     ) as verdict:
-        yield _Start(
+        yield _Opening(
             sweep=sweep,
             folder=folder,
             screen=screen,
@@ -220,7 +220,7 @@ def _checked(
 
 
 @dataclass(frozen=True)
-class _Start:
+class _Opening:
     """A sweep that begins, or goes on, as soon as its verdict is there."""
 
     sweep: Runnable
@@ -293,7 +293,7 @@ class _Start:
 class _Late(TrialSource):
     """A sweep as a source of trials, which begins when it is first asked for one."""
 
-    def __init__(self, start: _Start, stack: ExitStack) -> None:
+    def __init__(self, start: _Opening, stack: ExitStack) -> None:
         """Nothing has begun.
 
         Args:
