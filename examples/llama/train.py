@@ -31,7 +31,6 @@ from telescope.transfer.shapes import write_shapes  # noqa: E402
 BASE_WIDTH = 32
 WIDTHS = (32, 64, 128)
 STEPS, BATCH, SEQUENCE = 60, 8, 64
-ROLES = {"*.o_proj.weight": "residual", "*.down_proj.weight": "residual"}
 
 
 def build(width: int) -> LlamaForCausalLM:
@@ -52,8 +51,8 @@ def build(width: int) -> LlamaForCausalLM:
 
 
 def shapes_at(width: int) -> Shapes:
-    """What each parameter is at a width; the ends of residual branches are named."""
-    return Shapes.of(build, width=width, base_width=BASE_WIDTH, roles=ROLES)
+    """What each parameter is at a width."""
+    return Shapes.of(build, width=width, base_width=BASE_WIDTH)
 
 
 def initialise(model: torch.nn.Module, groups: list[dict]) -> None:

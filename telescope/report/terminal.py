@@ -247,7 +247,7 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
     _print_table(console, columns, expendable=(*fixed, "trials"))
     if settings and settings.groups is not None:
         console.print(f"for torch.optim at width {settings.width}:")
-        _print_groups(console, settings.groups)
+        _print_groups(console, settings.groups, settings.starts)
     facts = show_as_json(finished)
     for skipped in finished.ladder.skipped:
         _print_item(console, "skipped", f"width {skipped.width}: {skipped.reason}")
@@ -396,7 +396,7 @@ def print_transfer(console: Console, settings: Transfer, spec: Spec) -> None:
     steps = f", {settings.steps} steps" if settings.steps else ""
     console.print(f"width {settings.width}{steps}: {settings.point} (base-width units)")
     if settings.groups is not None:
-        _print_groups(console, settings.groups)
+        _print_groups(console, settings.groups, settings.starts)
         notes = {g["note"]: g["role"] for g in settings.groups if g["optimizer"] is None}
         for note, role in notes.items():
             console.print(f"{role}: {note}", soft_wrap=True)
@@ -411,9 +411,10 @@ def print_transfer(console: Console, settings: Transfer, spec: Spec) -> None:
     console.print("`--json` has the names and all keyword arguments")
 
 
-def _print_groups(console: Console, groups: Sequence[Mapping[str, Any]]) -> None:
-    """One row per (role, shape)."""
-    as_built = ("vector", "finite")
+def _print_groups(
+    console: Console, groups: Sequence[Mapping[str, Any]], starts: Sequence[str]
+) -> None:
+    """One row per group."""
     columns = {
         "role": [group["role"] for group in groups],
         "shape": ["×".join(map(str, group["shape"])) for group in groups],
@@ -421,10 +422,7 @@ def _print_groups(console: Console, groups: Sequence[Mapping[str, Any]]) -> None
         "optimizer": [group["optimizer"] or "see note" for group in groups],
         "lr": [f"{group['lr']:.6g}" for group in groups],
         "weight_decay": [f"{group['weight_decay']:.6g}" for group in groups],
-        "init std": [
-            "as built" if group["role"] in as_built else f"{group['init_std']:.4g}"
-            for group in groups
-        ],
+        "init std": list(starts),
         "output ×": [f"{group['multiplier']:.4g}" for group in groups],
     }
     _print_table(console, columns, expendable=("count", "output ×", "init std"))

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from telescope.config import OptimizerConfig
 from telescope.records import Point
 from telescope.rules.quintics import NS_EPS, quintics
-from telescope.rules.scaling import RMS_MATCH, Role, Tag, scaling
+from telescope.rules.scaling import RMS_MATCH, Role, Start, Tag, scaling
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All parameters of one role and shape, with the settings of the optimizer that trains them."""
+    """All parameters of one role, shape and start, and what to train them with."""
 
     role: Role
     shape: tuple[int, ...]
+    """As the model has it."""
     names: tuple[str, ...]
     is_muon: bool
     lr: float
@@ -36,10 +37,14 @@ class Group:
     for vectors, as the model's own code initialises them."""
     multiplier: float
     """Factor of the module's output; 1 except for readouts."""
+    start: Start | None
+    """How it is initialised; None for vectors where that is not known."""
+    is_transposed: bool = False
+    """True if the model stores the matrix as (…, in, out)."""
 
 
 def parameter_groups(tags: Mapping[str, Tag], point: Point, config: OptimizerConfig) -> list[Group]:
-    """Turn a point into settings, one group per (role, shape).
+    """Turn a point into settings, one group per role, shape and initialisation.
 
     torch itself scales a Muon step by 0.2·√max(out, in). So a group's lr is the rule's step length
     divided by that, and its weight_decay is converted so that lr · weight_decay is the rule's
@@ -50,12 +55,12 @@ def parameter_groups(tags: Mapping[str, Tag], point: Point, config: OptimizerCon
         point: the hyperparameters in base-width units.
         config: the spec's optimizer.
     """
-    members: dict[tuple[Role, tuple[int, ...], tuple[int, ...], float], list[str]] = {}
+    members: dict[Tag, list[str]] = {}
     for tag in tags.values():
-        key = (tag.role, tag.shape, tag.base_shape, tag.output_mult)
-        members.setdefault(key, []).append(tag.name)
+        members.setdefault(replace(tag, name=""), []).append(tag.name)
     groups = []
-    for (role, shape, base_shape, output_mult), names in members.items():
+    for tag, names in members.items():
+        role, shape, base_shape = tag.role, tag.shape, tag.base_shape
         rule = scaling(role, shape, base_shape, optimizer=config.name, rule=config.rule)
         is_muon = config.name == "muon" and role.is_hidden
         ratio = 1.0 if is_muon else point.get("adamw_lr_ratio", config.adamw_lr_ratio)
@@ -65,17 +70,23 @@ def parameter_groups(tags: Mapping[str, Tag], point: Point, config: OptimizerCon
         groups.append(
             Group(
                 role=role,
-                shape=shape,
+                shape=tag.stored_shape,
                 names=tuple(names),
                 is_muon=is_muon,
                 lr=lr,
                 weight_decay=decay_per_step / lr,
                 kwargs=_muon_kwargs(config) if is_muon else _adamw_kwargs(config),
                 init_std=rule.init_std * point.get("init_scale", 1.0),
-                multiplier=rule.multiplier * output_mult,
+                multiplier=rule.multiplier * tag.output_mult,
+                start=tag.start if role.is_vector else _matrix_start(rule.init_std),
+                is_transposed=tag.is_transposed,
             )
         )
     return groups
+
+
+def _matrix_start(std: float) -> Start:
+    return Start.NORMAL if std else Start.ZEROS
 
 
 def _muon_kwargs(config: OptimizerConfig) -> dict[str, Any]:

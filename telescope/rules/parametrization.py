@@ -166,7 +166,7 @@ def initialise(
         tags: name → tag of every trained parameter.
         seed: the generator's seed.
         init_scale: factor of every standard deviation, at every width.
-        zeroed: the biases that start at zero, see `layer_biases`.
+        zeroed: the biases that start at zero, see `telescope.rules.scaling.layer_biases`.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters, padding = dict(model.named_parameters()), _padding_rows(model)
@@ -193,28 +193,6 @@ def _padding_rows(model: nn.Module) -> dict[int, set[int]]:
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             rows.setdefault(id(module.weight), set()).add(module.padding_idx)
     return rows
-
-
-def layer_biases(model: nn.Module) -> list[str]:
-    """Return the names of all biases of modules that also hold a matrix, such as nn.Linear's.
-
-    Unless the model file sets them, torch draws them at random, with a size that depends on the
-    width.
-    """
-    owners = owners_of(model)
-    layers = {
-        id(owner)
-        for parameter in model.parameters()
-        if parameter.ndim > 1
-        for owner in owners[id(parameter)]
-    }
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1
-        and (name.rsplit(".", 1)[-1] == "bias" or name.rsplit(".", 1)[-1].startswith("bias_"))
-        and any(id(owner) in layers for owner in owners[id(parameter)])
-    ]
 
 
 def set_multipliers(model: nn.Module, *, optimizer: str, rule: str) -> None:

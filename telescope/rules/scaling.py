@@ -56,6 +56,22 @@ class Role(StrEnum):
         """True if Muon trains it."""
         return self in (Role.HIDDEN, Role.RESIDUAL)
 
+    @property
+    def is_vector(self) -> bool:
+        """True if the model's own code initialises it."""
+        return self in (Role.VECTOR, Role.FINITE)
+
+
+class Start(StrEnum):
+    """A parameter's initialisation."""
+
+    NORMAL = "normal"
+    """Drawn at random with the group's standard deviation."""
+    ZEROS = "zeros"
+    ONES = "ones"
+    AS_BUILT = "as built"
+    """As the model's own code has it, which is not known to be zeros or ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tag:
@@ -67,6 +83,16 @@ class Tag:
     base_shape: tuple[int, ...]
     output_mult: float = 1.0
     """The factor that the model file itself gives a readout, besides the rule's."""
+    start: Start | None = None
+    """Initialisation of a vector, which its model's own code sets; None where it is not known. A
+    matrix is initialised by its role."""
+    is_transposed: bool = False
+    """True if the model stores it as (…, in, out); `shape` is (…, out, in) even then."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The parameter's shape in the model."""
+        return transposed(self.shape) if self.is_transposed else self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +201,18 @@ def check_growth(name: str, shapes: Sequence[tuple[int, ...]], widths: Sequence[
             )
 
 
+def transposed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Swap the last two sides of a matrix's or a stack's shape."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def vector_start(number: float | None) -> Start:
+    """Name the initialisation of a vector of one number; None if it holds several."""
+    return {0.0: Start.ZEROS, 1.0: Start.ONES}.get(
+        math.nan if number is None else number, Start.AS_BUILT
+    )
+
+
 def owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
     """Map each parameter's id to the modules that hold it; several where weights are tied.
 
@@ -190,3 +228,25 @@ def owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(wrapped.get(id(module), module))
     return owners
+
+
+def layer_biases(model: nn.Module) -> list[str]:
+    """Return the names of all biases of modules that also hold a matrix, such as nn.Linear's.
+
+    Unless the model file sets them, torch draws them at random, with a size that depends on the
+    width.
+    """
+    owners = owners_of(model)
+    layers = {
+        id(owner)
+        for parameter in model.parameters()
+        if parameter.ndim > 1
+        for owner in owners[id(parameter)]
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1
+        and (name.rsplit(".", 1)[-1] == "bias" or name.rsplit(".", 1)[-1].startswith("bias_"))
+        and any(id(owner) in layers for owner in owners[id(parameter)])
+    ]

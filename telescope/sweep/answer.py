@@ -166,10 +166,12 @@ def transfer(
 
 
 def _tags_of_model(model: ModelConfig, width: int, base_width: int) -> dict[str, Tag]:
-    """The parameters of a model file at a width."""
-    from telescope.train.model import build_meta
+    """The parameters of a model file at a width, and how its vectors start."""
+    from telescope.train.model import build_meta, vector_starts
 
-    return dict(build_meta(model, width=width, base_width=base_width).tags)
+    tags = build_meta(model, width=width, base_width=base_width).tags
+    starts = vector_starts(model, base_width=base_width)
+    return {name: replace(tag, start=starts.get(name)) for name, tag in tags.items()}
 
 
 def _tags(spec: Spec, width: int, shapes: Shapes | str | Path | None) -> Mapping[str, Tag] | None:

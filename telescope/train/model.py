@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from telescope.config import ModelConfig
 from telescope.errors import ModelError, SpecError, TelescopeError
-from telescope.rules.parametrization import initialise, layer_biases, set_multipliers, tag
-from telescope.rules.scaling import Tag
+from telescope.rules.parametrization import initialise, set_multipliers, tag
+from telescope.rules.scaling import Start, Tag, layer_biases, vector_start
 
 
 @dataclass(frozen=True)
@@ -207,17 +207,38 @@ def ungiven_biases(config: ModelConfig, *, base_width: int) -> frozenset[str]:
     Raises:
         ModelError: the file fails, or leaves another vector or a frozen parameter without a start.
     """
-    key = (config.name, config.digest, repr(sorted(config.kwargs.items())), base_width)
-    if key not in _UNGIVEN:
-        _UNGIVEN[key] = _find_ungiven_biases(config, base_width)
-    return _UNGIVEN[key]
+    return _starts(config, base_width).ungiven
 
 
-_UNGIVEN: dict[tuple[Any, ...], frozenset[str]] = {}
+def vector_starts(config: ModelConfig, *, base_width: int) -> Mapping[str, Start]:
+    """How every vector and scalar that is trained starts, by its name.
+
+    Raises:
+        ModelError: as `ungiven_biases`.
+    """
+    return _starts(config, base_width).vectors
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """What a model file's own parameters start at."""
+
+    ungiven: frozenset[str]
+    vectors: Mapping[str, Start]
+
+
+_STARTS: dict[tuple[Any, ...], _Starts] = {}
 """By model file, its keywords and base width: what is worked out once per process."""
 
 
-def _find_ungiven_biases(config: ModelConfig, base_width: int) -> frozenset[str]:
+def _starts(config: ModelConfig, base_width: int) -> _Starts:
+    key = (config.name, config.digest, repr(sorted(config.kwargs.items())), base_width)
+    if key not in _STARTS:
+        _STARTS[key] = _find_starts(config, base_width)
+    return _STARTS[key]
+
+
+def _find_starts(config: ModelConfig, base_width: int) -> _Starts:
     first, second = (_marked_start(config, base_width, seed) for seed in (0, 1))
     biases = layer_biases(first.model)
     for name, value in first.own.items():
@@ -228,26 +249,39 @@ def _find_ungiven_biases(config: ModelConfig, base_width: int) -> frozenset[str]
                 "it, as torch.ones or torch.zeros"
             )
     seeds_itself = torch.equal(first.random_state, second.random_state)
-    return frozenset(
+    ungiven = frozenset(
         name
         for name in biases
         if not torch.equal(first.own[name], second.own[name])
         or (seeds_itself and len(set(first.own[name].tolist())) > 1)
     )
+    vectors = {
+        name: Start.ZEROS if name in ungiven else vector_start(_one_number(first.own[name]))
+        for name in first.own.keys() & first.trained
+    }
+    return _Starts(ungiven, vectors)
+
+
+def _one_number(values: Tensor) -> float | None:
+    """The number that a vector or a scalar holds everywhere; None where there are several."""
+    numbers = set(values.flatten().tolist())
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 @dataclass(frozen=True)
-class _Start:
+class _MarkedStart:
     """A model as its file has built it, and what in it is the file's own."""
 
     model: nn.Module
     own: Mapping[str, Tensor]
     """Name → vectors, scalars, and what is frozen."""
+    trained: frozenset[str]
+    """The names of all that is not frozen."""
     random_state: Tensor
     """The generator's, after it."""
 
 
-def _marked_start(config: ModelConfig, width: int, seed: int) -> _Start:
+def _marked_start(config: ModelConfig, width: int, seed: int) -> _MarkedStart:
     """Build on the CPU, with NaN where memory is left as it was; the random state is kept."""
     is_strict = torch.are_deterministic_algorithms_enabled()
     is_lenient = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -260,7 +294,8 @@ def _marked_start(config: ModelConfig, width: int, seed: int) -> _Start:
             torch.use_deterministic_algorithms(is_strict, warn_only=is_lenient)
         state = torch.get_rng_state()
     own = {n: p.detach() for n, p in model.named_parameters() if p.ndim < 2 or not p.requires_grad}
-    return _Start(model, own, state)
+    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    return _MarkedStart(model, own, trained, state)
 
 
 @contextmanager

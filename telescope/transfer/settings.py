@@ -15,7 +15,7 @@ from telescope.errors import RefusedError
 from telescope.markup import table, text
 from telescope.records import Certificate, Point, as_json
 from telescope.rules.groups import Group, parameter_groups
-from telescope.rules.scaling import Role, Tag
+from telescope.rules.scaling import Role, Start, Tag
 
 HORIZON_NOTE = (
     "weight_decay is rescaled so that lr · weight_decay · steps stays as in the sweep, to "
@@ -39,8 +39,6 @@ CONVENTION_NOTE = (
     "the schedule's peak; what other libraries call these rules is in docs/width-rules.md"
 )
 
-AS_BUILT = (Role.VECTOR, Role.FINITE)
-"""Roles that the model's own code initialises."""
 EQUILIBRIUM = 3.0
 """lr · weight_decay · steps above which weight decay has had its full effect: a twentieth of the
 initial weights is left. Derived, for a constant lr."""
@@ -71,6 +69,16 @@ class Transfer:
         """Weight decay in base-width units; KeyError where it is no axis."""
         return self.point.weight_decay
 
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Each group's initialisation for a table: a standard deviation, or a word."""
+        return tuple(
+            f"{group['init_std']:.4g}"
+            if group["init"] == Start.NORMAL
+            else group["init"] or str(Start.AS_BUILT)
+            for group in self.groups or ()
+        )
+
     def __repr__(self) -> str:
         """Describe settings and verdict in one line."""
         groups = "no groups" if self.groups is None else f"{len(self.groups)} groups"
@@ -95,10 +103,10 @@ class Transfer:
                 group["optimizer"] or group["note"],
                 f"{group['lr']:.6g}",
                 f"{group['weight_decay']:.6g}",
-                "as built" if group["role"] in AS_BUILT else f"{group['init_std']:.4g}",
+                start,
                 f"{group['multiplier']:.4g}",
             ]
-            for group in self.groups
+            for group, start in zip(self.groups, self.starts, strict=True)
         ]
         return table(head, rows)
 
@@ -292,6 +300,8 @@ def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
         notes.append(
             "needs a Muon that orthogonalises each matrix of a stack; torch's takes 2-D only"
         )
+    if group.is_transposed:
+        notes.append("kept as (in, out), transposed, so init_std is by the first of the two sides")
     if group.role in (Role.READOUT, Role.TIED) and group.multiplier != 1:
         notes.append(f"the logits are multiplied by {group.multiplier:g}, as mup's readout does")
     return {
@@ -303,6 +313,7 @@ def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
         "kwargs": as_json(group.kwargs),
         "lr": group.lr,
         "weight_decay": group.weight_decay,
+        "init": group.start and str(group.start),
         "init_std": group.init_std,
         "multiplier": group.multiplier,
         "note": "; ".join(note for note in notes if note),
@@ -311,6 +322,14 @@ def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
 
 def _init_note(group: Group) -> str:
     """Describe the initialisation where the standard deviation does not; else ""."""
-    if group.role in AS_BUILT:
-        return "starts as the model's own code has it, a layer's bias at 0"
-    return "starts at zero" if group.init_std == 0 else ""
+    if not group.role.is_vector:
+        return "starts at zero" if group.start is Start.ZEROS else ""
+    match group.start:
+        case None:
+            return "starts as the model's own code has it, a layer's bias at 0"
+        case Start.ONES:
+            return "starts at 1, as the model's own code has it"
+        case Start.ZEROS:
+            return "starts at 0, as the model's own code has it, or a layer's bias"
+        case _:
+            return "starts as the model's own code has it"

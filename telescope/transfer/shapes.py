@@ -21,7 +21,7 @@ from telescope.errors import ModelError, SpecError
 from telescope.files import write_atomic
 from telescope.records import Point
 from telescope.rules.groups import parameter_groups
-from telescope.rules.scaling import Role, Tag, check_growth, owners_of
+from telescope.rules.scaling import Role, Start, Tag, check_growth, owners_of, transposed
 from telescope.transfer.settings import group_settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 
 KEYS = ("role", "shape", "base_shape")
 """Keys of a parameter's entry in the file."""
+MORE_KEYS = ("init", "transposed")
+"""Optional keys: a vector's initialisation, and whether a matrix is stored as (…, in, out)."""
+RESIDUAL_ENDS = ("o_proj", "down_proj", "c_proj")
+"""The matrices of Hugging Face transformers' language models that end a residual branch."""
+NORM_AFTER = "post_feedforward_layernorm"
+"""A block with this child has norms behind its branches, as in Gemma 2 and 3 and OLMo 2. A branch
+then has the norm's size from the first step on, so its last matrix is not initialised at zero."""
 GROWING = {
     # role: True for each side that grows with the width; of a stack of matrices the last two
     Role.HIDDEN: (True, True),
@@ -74,7 +81,9 @@ class Shapes:
 
         A table that an `nn.Embedding` holds is an embedding, or tied if a Linear holds it too. The
         one `nn.Linear` that grows only in its input is the readout; one that grows only in its
-        output is an input. Matrices that grow on both sides are hidden. `roles` names the others.
+        output is an input. Matrices that grow on both sides are hidden. The last matrix of a
+        residual branch is recognised in the models of Hugging Face transformers, and elsewhere by
+        the attribute ``residual_output = True`` of its module. `roles` names the others.
 
         Args:
             build: builds the model at a width; called on the meta device at `width`, `base_width`
@@ -88,13 +97,17 @@ class Shapes:
             ModelError: a parameter has no clear role, a side grows by another factor than the
                 width, or a pattern matches nothing.
         """
-        import torch
+        from telescope.transfer.fills import watched
 
         widths = (width, base_width, 2 * base_width)
-        with torch.device("meta"):
-            models = [build(each) for each in widths]
+        models, starts = zip(*(watched(build, each) for each in widths), strict=True)
+        turned = _transposed_weights(models[0])
         shapes = [
-            {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+            {
+                n: transposed(tuple(p.shape)) if n in turned else tuple(p.shape)
+                for n, p in model.named_parameters()
+                if p.requires_grad
+            }
             for model in models
         ]
         if not shapes[0].keys() == shapes[1].keys() == shapes[2].keys():
@@ -108,7 +121,17 @@ class Shapes:
             for name in shapes[0]
         }
         found = _roles(models[0], grows, roles or {})
-        tags = {n: Tag(n, found[n], shapes[0][n], shapes[1][n]) for n in shapes[0]}
+        tags = {
+            n: Tag(
+                n,
+                found[n],
+                shapes[0][n],
+                shapes[1][n],
+                start=starts[0].get(n),
+                is_transposed=n in turned,
+            )
+            for n in shapes[0]
+        }
         for name, tag in tags.items():
             _check_role(tag, grows[name], ModelError)
         return cls(width, base_width, tags)
@@ -152,10 +175,7 @@ class Shapes:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return the content of a file: name → role, shape and base shape."""
-        return {
-            name: {"role": str(t.role), "shape": list(t.shape), "base_shape": list(t.base_shape)}
-            for name, t in self.tags.items()
-        }
+        return {name: _entry(tag) for name, tag in self.tags.items()}
 
     def groups(
         self,
@@ -256,9 +276,18 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
+def _entry(tag: Tag) -> dict[str, Any]:
+    """Return a parameter's entry in the file."""
+    base = transposed(tag.base_shape) if tag.is_transposed else tag.base_shape
+    entry = {"role": str(tag.role), "shape": list(tag.stored_shape), "base_shape": list(base)}
+    if tag.start:
+        entry["init"] = str(tag.start)
+    return entry | ({"transposed": True} if tag.is_transposed else {})
+
+
 def _tag(where: str, name: str, entry: object) -> Tag:
     """Parse and check one entry of the file."""
-    if not isinstance(entry, dict) or entry.keys() != set(KEYS):
+    if not isinstance(entry, dict) or entry.keys() - set(MORE_KEYS) != set(KEYS):
         got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
         raise SpecError(f"{where}: got {got or 'nothing'}, must be a table of {', '.join(KEYS)}")
     if entry["role"] not in list(Role):
@@ -275,7 +304,28 @@ def _tag(where: str, name: str, entry: object) -> Tag:
             f"{where}: shape {entry['shape']} and base_shape {entry['base_shape']} must have the "
             "same number of sides"
         )
-    return Tag(name, Role(entry["role"]), sides["shape"], sides["base_shape"])
+    role, start, turned = Role(entry["role"]), entry.get("init"), entry.get("transposed", False)
+    starts = [str(each) for each in Start if each is not Start.NORMAL]
+    if start is not None and not (role.is_vector and start in starts):
+        raise SpecError(
+            f"{where}: init: got {start!r}, must be one of {', '.join(starts)}, of a vector or "
+            "finite alone; a matrix starts by its role"
+        )
+    if turned is not False and not (turned is True and role.is_hidden and len(sides["shape"]) > 1):
+        raise SpecError(
+            f"{where}: transposed: got {turned!r}, must be true or false, and true of a hidden or "
+            "residual matrix alone"
+        )
+    if turned:
+        sides = {key: transposed(shape) for key, shape in sides.items()}
+    return Tag(
+        name,
+        role,
+        sides["shape"],
+        sides["base_shape"],
+        start=Start(start) if start else None,
+        is_transposed=turned,
+    )
 
 
 def _check_tag(where: str, tag: Tag, width: int, base_width: int) -> None:
@@ -317,7 +367,7 @@ def _roles(
     model: nn.Module, grows: Mapping[str, tuple[bool, ...]], given: Mapping[str, str]
 ) -> dict[str, Role]:
     """Map each name to its role: as given, else from its growing sides and its module."""
-    owners = owners_of(model)
+    owners, ends = owners_of(model), _residual_ends(model)
     unused = {pattern for pattern in given if not any(fnmatchcase(n, pattern) for n in grows)}
     if unused:
         raise ModelError(f"roles: {sorted(unused)[0]!r} matches no parameter")
@@ -326,7 +376,7 @@ def _roles(
     for name, parameter in trained.items():
         named = next((role for p, role in given.items() if fnmatchcase(name, p)), None)
         if named is None:
-            roles[name] = _role(name, grows[name], owners[id(parameter)])
+            roles[name] = _role(name, grows[name], owners[id(parameter)], ends)
             derived.append(name)
         elif named not in list(Role):
             raise ModelError(f"roles: got {named!r}, must be one of {', '.join(Role)}")
@@ -342,20 +392,59 @@ def _roles(
     return roles
 
 
-def _role(name: str, grows: tuple[bool, ...], owners: list[nn.Module]) -> Role:
+def _residual_ends(model: nn.Module) -> set[int]:
+    """Return the ids of the modules that end a residual branch of a transformers model."""
+    blocks = [m for m in model.modules() if _is_of_transformers(m)]
+    normed = {
+        id(part) for b in blocks if hasattr(b, NORM_AFTER) for part in b.modules() if part is not b
+    }
+    return {
+        id(child)
+        for block in blocks
+        if id(block) not in normed
+        for name, child in block.named_children()
+        if name in RESIDUAL_ENDS
+    }
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    """Tell whether a module's class is from, or derives from, transformers' models."""
+    return any(kind.__module__.startswith("transformers.models.") for kind in type(module).__mro__)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is transformers' `Conv1D`, a Linear whose weight is (in, out)."""
+    sides = (getattr(module, "nx", None), getattr(module, "nf", None))
+    weight = getattr(module, "weight", None)
+    is_named = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+    return is_named and weight is not None and tuple(weight.shape) == sides
+
+
+def _transposed_weights(model: nn.Module) -> set[str]:
+    """Return the names of the matrices that the model stores as (in, out)."""
+    turned = {id(module.weight) for module in model.modules() if _is_conv1d(module)}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in turned}
+
+
+def _role(
+    name: str, grows: tuple[bool, ...], owners: list[nn.Module], residual_ends: set[int]
+) -> Role:
     """Derive a parameter's role from its growing sides and its modules."""
     from torch import nn
 
     if len(grows) <= 1:
         return Role.VECTOR if any(grows) else Role.FINITE
     embeddings = sum(isinstance(owner, nn.Embedding) for owner in owners)
-    linears = sum(isinstance(owner, nn.Linear) for owner in owners)
+    linears = sum(isinstance(owner, nn.Linear) or _is_conv1d(owner) for owner in owners)
     if embeddings:
         return Role.TIED if linears else Role.EMBEDDING
     if linears == len(owners):
         match grows:
             case (True, True):
-                ends = any(getattr(owner, "residual_output", False) for owner in owners)
+                ends = any(
+                    getattr(owner, "residual_output", False) or id(owner) in residual_ends
+                    for owner in owners
+                )
                 return Role.RESIDUAL if ends else Role.HIDDEN
             case (False, True):
                 return Role.READOUT
