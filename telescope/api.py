@@ -51,7 +51,7 @@ class Ladder:
     ...     for trial in trials:
     ...         ladder.tell(trial, loss=2.0 + math.log2(trial.lr / 0.1) ** 2 / 50)
     >>> [choice.width for choice in ladder.choices], round(ladder.choices[-1].point.lr, 2)
-    ([32, 64], 0.1)
+    ([32, 64, 128], 0.1)
     """
 
     def __init__(

@@ -98,7 +98,6 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
     assert {page for page in PAGES if page.startswith("docs/")} <= reached
 
 
-@pytest.mark.timeout(120)
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """With mkdocs' own check of links, anchors, and of the names that the API page shows."""
     site = tmp_path / "site"

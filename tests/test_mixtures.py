@@ -382,7 +382,7 @@ def test_a_cache_folder_that_cannot_be_used_is_one_line(
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("TELESCOPE_CACHE", str(tmp_path / "cache"))
     write_jsonl(tmp_path / "d.jsonl", sentences(9))
-    with pytest.raises(DataError, match="name another folder in TELESCOPE_CACHE"):
+    with pytest.raises(DataError, match="name another one in TELESCOPE_CACHE"):
         read_corpus(DataConfig(source=str(tmp_path / "d.jsonl")))
     monkeypatch.delenv("TELESCOPE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
