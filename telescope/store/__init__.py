@@ -1,1 +1,1 @@
-"""What is kept: the database of results, and the results folder."""
+"""Storage: the database of results, and the results folder."""

@@ -1,6 +1,6 @@
-"""The results folder of one sweep: what lies where, who holds it, and what the driver last said.
+"""The results folder of one sweep: its files, its lock, and the driver's heartbeat.
 
-Standard library only, because `status` and `ls` read it and must start at once.
+It uses only the standard library, because `status` and `ls` read it and must start at once.
 
     results/<name>/
         spec.json      the resolved spec, its fingerprint, versions
@@ -8,16 +8,16 @@ Standard library only, because `status` and `ls` read it and must start at once.
         trials.db      every result (Optuna on SQLite), unless --storage names another place
         trials.csv     the same as a table
         curves/        one CSV per trial
-        packs.jsonl    which trials are trained as one, if any are, and how that was decided
+        packs.jsonl    the packs (trials trained as one model), if any, and how they were decided
         unstored.json  results of a pack, while they are stored one by one
-        logs/          what each trial of a foreign trainer printed
-        trials/        folders of the trials' own, where a foreign trainer asks for them
-        checkpoints/   of the trials that are running, where the spec asks for them
+        logs/          the output of each trial of a foreign trainer
+        trials/        a folder per trial, where a foreign trainer asks for it
+        checkpoints/   checkpoints of running trials, where the spec asks for them
         loss.png       optimum against width, and excess loss per width with the fit
-        report.html    what `telescope report` wrote
+        report.html    the page that `telescope report` writes
         coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure
         status.json    the driver's heartbeat
-        fits.json      what the fits decided, by the content that they are of; can be deleted
+        fits.json      cached decisions of the fits, by their content; can be deleted
         lock           held by the running driver
 """
 
@@ -43,7 +43,7 @@ from telescope.records import CurvePoint, Result, Trial
 from telescope.spec.catalog import KEPT_MODEL_FILE, SPEC_FILE
 
 FORMAT = 1
-"""Of what a results folder holds; a folder with a higher one is a newer version's."""
+"""Version of the results folder's format; a higher one was written by a newer telescope."""
 RECORD: dict[str, Any] = {
     "spec": dict,
     "fingerprint": str,
@@ -51,7 +51,7 @@ RECORD: dict[str, Any] = {
     "storage": (str, NoneType),
     "target_flops": (int, float),
 }
-"""What `spec.json` must hold, of which types."""
+"""Required keys of `spec.json`, with their types."""
 DATABASE_FILE = "trials.db"
 MEMORY_FILE = "fits.json"
 CHECK_FILE = "coordcheck.json"
@@ -61,26 +61,26 @@ PACKS_FILE = "packs.jsonl"
 UNSTORED_FILE = "unstored.json"
 LOCK_FILE = "lock"
 LOCK_TRIES = 25
-"""Tries, 20 ms apart, before a lock counts as another driver's."""
+"""Number of tries, 20 ms apart, before a lock counts as held by another driver."""
 
 
 class Folder:
     """One sweep's results folder."""
 
     def __init__(self, path: Path) -> None:
-        """Name the folder; nothing is made before `create`."""
+        """Remember the path; nothing is created before `create`."""
         self.path = path
 
     @property
     def exists(self) -> bool:
-        """Whether a sweep has been started here."""
+        """True if a sweep has been started here."""
         return (self.path / SPEC_FILE).is_file()
 
     def create(self) -> None:
-        """Make the folder and its parents.
+        """Create the folder and its parents.
 
         Raises:
-            ResumeError: it cannot be made.
+            ResumeError: it cannot be created.
         """
         try:
             (self.path / "curves").mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class Folder:
             raise ResumeError(f"--results {self.path}: cannot be made: {error.strerror}") from error
 
     def read_spec(self) -> dict[str, Any]:
-        """What `write_spec` wrote.
+        """Return the record written by `write_spec`.
 
         Raises:
             ResumeError: the file is missing or damaged.
@@ -107,57 +107,57 @@ class Folder:
             ) from error
 
     def write_spec(self, data: Mapping[str, Any], model_text: str | None) -> None:
-        """Keep what the sweep is: its resolved spec and its model file, if it has one."""
+        """Write the sweep's resolved spec, and its model file if it has one."""
         if model_text is not None:
             write_atomic(self.path / KEPT_MODEL_FILE, model_text)
         write_json(self.path / SPEC_FILE, {"format": FORMAT, **data})
 
     @property
     def memory_file(self) -> Path:
-        """The decisions of this sweep's fits, kept so that no verb need make them again."""
+        """The file with cached decisions of this sweep's fits, so that no command repeats them."""
         return self.path / MEMORY_FILE
 
     @property
     def logs(self) -> Path:
-        """Where each trial of a foreign trainer leaves what it printed."""
+        """The folder with the output of a foreign trainer's trials."""
         return self.path / "logs"
 
     @property
     def trial_folders(self) -> Path:
-        """Where such a trial has a folder of its own, if it asks for one; never removed."""
+        """The folder with one folder per foreign trial that asks for it; never removed."""
         return self.path / "trials"
 
     @property
     def checkpoints(self) -> Path:
-        """Where trials keep their checkpoints while they run, each in a folder of its name."""
+        """The folder with the checkpoints of running trials, each in a folder of its name."""
         return self.path / "checkpoints"
 
     def remove_checkpoints(self, trial: Trial) -> None:
-        """Remove what a trial that has ended kept to go on from."""
+        """Remove the checkpoints of a trial that has ended."""
         shutil.rmtree(self.checkpoints / str(trial), ignore_errors=True)
 
     def tidy(self, ended: Iterable[Trial]) -> None:
-        """Remove what a killed driver left: half-written files, checkpoints of ended trials.
+        """Remove half-written files and checkpoints of ended trials that a killed driver left.
 
-        Only for the driver that holds the folder.
+        Only the driver that holds the folder may call this.
         """
         remove_unfinished(self.path)
         remove_unfinished(self.path / "curves")
         for trial in ended:
             self.remove_checkpoints(trial)
-        with suppress(OSError):  # trials that have not ended have theirs in it
+        with suppress(OSError):  # not empty while trials have not ended
             self.checkpoints.rmdir()
 
     def write_check(self, check: Mapping[str, Any]) -> None:
-        """Keep the verdict of the coordinate check; null where there was none, with the reason."""
+        """Write the verdict of the coordinate check; a null verdict has the reason with it."""
         write_json(self.path / CHECK_FILE, check)
 
     def read_check(self) -> dict[str, Any] | None:
-        """What `write_check` wrote; None where there has been no check."""
+        """Return the record written by `write_check`; None if there was no check."""
         return _read_json(self.path / CHECK_FILE, "verdict")
 
     def write_curve(self, result: Result) -> None:
-        """Keep one trial's training curve as a CSV file."""
+        """Write one trial's training curve as a CSV file."""
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(("step", "train_loss", "held_out_loss"))
@@ -165,7 +165,7 @@ class Folder:
         write_atomic(self.path / "curves" / f"{result.trial}.csv", text.getvalue(), durable=False)
 
     def read_curve(self, trial: Trial) -> tuple[CurvePoint, ...]:
-        """The curve that `write_curve` wrote of a trial; empty where none can be read."""
+        """Return the curve that `write_curve` wrote for a trial; empty if it cannot be read."""
         path = self.path / "curves" / f"{trial}.csv"
         try:
             rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
@@ -179,19 +179,19 @@ class Folder:
             return ()
 
     def note_pack(self, line: Mapping[str, Any]) -> None:
-        """Keep what was decided about packs, before it is acted upon."""
+        """Append a decision about packs to the log, before it is carried out."""
         data = json.dumps(line).encode()
         with (self.path / PACKS_FILE).open("ab+") as file:
             if size := file.tell():
                 file.seek(size - 1)
-                if file.read() != b"\n":  # the line before was cut off by a kill
+                if file.read() != b"\n":  # a kill has cut off the line before
                     data = b"\n" + data
             file.write(data + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def packs(self) -> list[dict[str, Any]]:
-        """What was decided about packs, in order, without what was cut off."""
+        """Return the decisions about packs, in order, without lines that were cut off."""
         try:
             text = (self.path / PACKS_FILE).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -203,11 +203,11 @@ class Folder:
         return [line for line in found if isinstance(line, dict)]
 
     def write_unstored(self, results: Iterable[Result]) -> None:
-        """Keep the results of a pack while they are stored one by one."""
+        """Write the results of a pack to a file while they are stored one by one."""
         write_json(self.path / UNSTORED_FILE, [result.as_dict() for result in results])
 
     def unstored(self) -> list[Result]:
-        """The results of a pack whose storing was cut off, those among them that were stored too.
+        """Return all results of a pack whose storing was interrupted, stored or not.
 
         Raises:
             ResumeError: the file is damaged.
@@ -223,15 +223,15 @@ class Folder:
             ) from error
 
     def remove_unstored(self) -> None:
-        """Note that all are stored."""
+        """Remove the file of `write_unstored`, once all results are stored."""
         (self.path / UNSTORED_FILE).unlink(missing_ok=True)
 
     def write_status(self, heartbeat: Mapping[str, Any]) -> None:
-        """Say how far the sweep is, for `status` in another process."""
+        """Write the sweep's progress, for `status` in another process."""
         write_json(self.path / STATUS_FILE, heartbeat, durable=False)
 
     def read_status(self) -> dict[str, Any] | None:
-        """The last heartbeat, "interrupted" when its driver is gone; None before the first."""
+        """Return the last heartbeat, "interrupted" if its driver is gone; None before the first."""
         heartbeat = _read_json(self.path / STATUS_FILE, "state")
         if heartbeat and heartbeat["state"] == "running" and not self._is_held():
             heartbeat |= {"state": "interrupted", "running": 0, "eta_seconds": None}
@@ -239,12 +239,12 @@ class Folder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder and hold it for one driver; the system lets go however it ends.
+        """Create the folder and lock it for one driver; the lock ends with the process.
 
-        A folder that no sweep has been started in by then is taken away again.
+        A folder in which no sweep has been started by the end is removed again.
 
         Raises:
-            ResumeError: another process holds it, or it cannot be made.
+            ResumeError: another process holds it, or it cannot be created.
         """
         with self._open_lock() as lock:
             lock.truncate(0)
@@ -257,16 +257,16 @@ class Folder:
                     self._remove_if_empty()
 
     def _open_lock(self) -> TextIO:
-        """Make the folder and take its lock; closing the file lets go.
+        """Create the folder and take its lock; closing the file releases it.
 
-        A driver that leaves takes an empty folder away, lock and all. Whoever waited then holds a
-        file that is no longer the lock, and begins again: two could hold the folder otherwise.
+        A driver that ends removes an empty folder with its lock file. A process that was waiting
+        then has locked a deleted file; it must begin again, or two could hold the folder.
         """
         for _ in range(LOCK_TRIES):
             self.create()
             try:
                 lock = (self.path / LOCK_FILE).open("a+")
-            except FileNotFoundError:  # taken away since
+            except FileNotFoundError:  # removed in the meantime
                 continue
             if not _locked(lock):
                 with lock:
@@ -277,15 +277,15 @@ class Folder:
                 )
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), (self.path / LOCK_FILE).stat()):
-                    self.create()  # what the driver before took away
+                    self.create()  # folders that the driver before removed
                     return lock
             lock.close()
-        raise ResumeError(f"{self.path}: others come and go; try again")
+        raise ResumeError(f"{self.path}: other drivers keep creating and removing it; try again")
 
     def _remove_if_empty(self) -> None:
-        """Take away what `_open_lock` made; whatever else lies there stays.
+        """Remove what `_open_lock` created, and nothing else.
 
-        The lock after the rest of it: without it the folder is the next one's.
+        The lock goes last, because without it another driver may take the folder.
         """
         with suppress(OSError):
             (self.path / "curves").rmdir()
@@ -294,7 +294,7 @@ class Folder:
             self.path.rmdir()
 
     def _is_held(self) -> bool:
-        """Whether a driver holds the folder: one that does refuses a shared lock."""
+        """Tell whether a driver holds the folder: then a shared lock is refused."""
         try:
             with (self.path / LOCK_FILE).open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -306,7 +306,7 @@ class Folder:
 
 
 def _check_format(record: Mapping[str, Any], path: Path) -> None:
-    """Refuse what a newer version wrote, whose meaning this one cannot know."""
+    """Refuse a folder written by a newer version, whose meaning this one cannot know."""
     found = record.get("format", FORMAT)
     if not isinstance(found, int) or found > FORMAT:
         raise ResumeError(
@@ -316,12 +316,12 @@ def _check_format(record: Mapping[str, Any], path: Path) -> None:
 
 
 def _number(cell: str) -> float | None:
-    """A cell of a curve; None where it is empty."""
+    """Convert a cell of a curve; None if it is empty."""
     return float(cell) if cell else None
 
 
 def _read_json(path: Path, key: str) -> dict[str, Any] | None:
-    """A small file of ours as a table that has `key`; None where it is missing or damaged."""
+    """Read a small JSON file with a table that has `key`; None if it is missing or damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -330,7 +330,7 @@ def _read_json(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _locked(lock: TextIO) -> bool:
-    """Take the exclusive lock; patient for a moment, because `status` looks in for microseconds."""
+    """Take the exclusive lock; retry for a moment, because `status` holds it for microseconds."""
     for _ in range(LOCK_TRIES):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
 """The results of a sweep in an Optuna storage: one study per stage, one transaction per trial.
 
-The driver is the only writer; readers are many. What is stored opens in optuna-dashboard as it is:
-complete trials are COMPLETE with their loss, diverged ones PRUNED without a value, failed ones
-FAIL. Curves are not kept here but in files of their own.
+The driver is the only writer; there may be many readers. optuna-dashboard opens the storage as it
+is: complete trials are COMPLETE with their loss, diverged ones PRUNED without a value, failed ones
+FAIL. Curves are in files of their own.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ LOCK_TIMEOUT = 10.0
 """Seconds to wait for another process, a dashboard say, to let go of an SQLite file; Optuna tries
 five times to add a trial, so that a result waits for about five times as long."""
 SQLITE_HEADER = 100
-"""Bytes that every SQLite file has; a shorter one would be taken for a new, empty database."""
+"""Least size of an SQLite file, bytes; SQLite takes a shorter one for a new, empty database."""
 CONNECTION_PATIENCE = 60.0
-"""Seconds to wait for a database server that has gone away in mid-sweep."""
+"""Seconds to wait for a database server that is lost during a sweep."""
 
 
 class Store:
@@ -46,15 +46,15 @@ class Store:
         url: an Optuna RDB URL.
         sweep: the sweep's name, the first part of its studies' names.
         axes: the spec's axes, for the ranges that a dashboard shows.
-        fingerprint: of all that makes results comparable; kept with each study.
+        fingerprint: hash of everything that makes results comparable; stored with each study.
 
     Raises:
         ResumeError: the storage cannot be opened.
     """
 
     def __init__(self, url: str, sweep: str, axes: tuple[Axis, ...], fingerprint: str) -> None:
-        """Open the storage, making its tables if it is new."""
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what it warns of is raised or retried
+        """Open the storage; create its tables if it is new."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # we raise or retry what it warns of
         self._is_file = url.startswith("sqlite")
         self._name = without_password(url)
         try:
@@ -68,13 +68,13 @@ class Store:
         self._axes = axes
         self._fingerprint = fingerprint
         self._studies: dict[int, optuna.Study] = {}
-        self._scales: dict[int, dict[str, bool]] = {}  # width → axis → whether it is log-spaced
+        self._scales: dict[int, dict[str, bool]] = {}  # width → axis → True if it is log-spaced
 
     def add(self, result: Result) -> None:
-        """Store one finished trial, in one transaction; waits for a server that has gone away.
+        """Store one finished trial in one transaction; wait for a lost server.
 
         Raises:
-            StoreError: the disk is full, the file locked or gone, the server away for too long.
+            StoreError: the disk is full, the file is locked or missing, or the server stays away.
         """
         deadline = time.monotonic() + CONNECTION_PATIENCE
         while True:
@@ -83,7 +83,7 @@ class Store:
             except (SQLAlchemyError, OptunaError) as error:
                 if self._is_file or time.monotonic() > deadline:
                     raise self._error("cannot keep a result", error) from error
-                # Should the transaction have been done, the second one is a duplicate, which
+                # If the first transaction did succeed, the second one makes a duplicate, which
                 # `results` drops.
                 time.sleep(1.0)
 
@@ -91,14 +91,14 @@ class Store:
         trial = result.trial
         axes, study = {axis.name: axis for axis in self._axes}, self._study(trial.width)
         is_log = {name: self._is_log(trial.width, name, v) for name, v in trial.point.items()}
-        # An axis that is log-spaced in this study, and fixed at 0 since, is no parameter there.
+        # An axis that is log-spaced in this study, but fixed at 0 now, cannot be a parameter there.
         shown = {name: v for name, v in trial.point.items() if v > 0 or not is_log[name]}
         study.add_trial(
             create_trial(
                 state=STATES[result.status],
                 value=result.loss,
                 params=shown,
-                # Of the point's own axes: a pack whose storing was cut off may have had others.
+                # The point's own axes: an interrupted pack may have had other axes than the spec.
                 distributions={
                     name: _range(axes.get(name), value, is_log=is_log[name])
                     for name, value in shown.items()
@@ -110,9 +110,9 @@ class Store:
         )
 
     def _is_log(self, width: int, axis: str, value: float) -> bool:
-        """Tell whether an axis is log-spaced in a width's study: as its first trial has it.
+        """Tell whether an axis is log-spaced in a width's study; its first trial decides.
 
-        Optuna refuses a study in which the same parameter is so in one trial and not in another.
+        Optuna refuses a study in which a parameter is log-spaced in some trials only.
         """
         kept = self._scales.setdefault(width, {})
         if not kept:
@@ -122,11 +122,11 @@ class Store:
         return kept.setdefault(axis, value > 0)
 
     def results(self) -> list[Result]:
-        """Everything stored of this sweep, in the order of storing within each width.
+        """Return all stored results of this sweep, in the order of storing within each width.
 
         Raises:
-            ResumeError: the studies of that name are of another sweep, not comparable with this.
-            StoreError: the database cannot be read, or holds what this program did not write.
+            ResumeError: the studies of that name belong to another sweep, not comparable to this.
+            StoreError: the database cannot be read, or has content that telescope did not write.
         """
         with self._reading():
             return self._results()
@@ -142,16 +142,16 @@ class Store:
         results = (
             _as_result(trial, self._axes) for trial in trials if "status" in trial.user_attrs
         )
-        return list(dict.fromkeys(results))  # a lost connection may leave one twice
+        return list(dict.fromkeys(results))  # a lost connection may have stored one twice
 
     def close(self) -> None:
-        """Let go of the database's connections."""
+        """Close the database's connections."""
         self._storage.remove_session()
         self._storage.engine.dispose()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Turn what a locked, damaged or lost database raises into one line."""
+        """Turn the exceptions of a locked, damaged or lost database into a one-line error."""
         try:
             yield
         except (SQLAlchemyError, OptunaError) as error:
@@ -163,7 +163,7 @@ class Store:
     def _error(self, problem: str, error: Exception | str) -> StoreError:
         reason = error if isinstance(error, str) else _reason(error)
         return StoreError(
-            f"{self._name}: {problem}: {reason}; what was stored before is kept: mend it, or put "
+            f"{self._name}: {problem}: {reason}; results stored before are kept: mend it, or put "
             "back a copy, and the same command goes on"
         )
 
@@ -180,7 +180,7 @@ class Store:
         return self._studies[width]
 
     def _check(self, study: optuna.Study) -> None:
-        """Refuse results that were made by other training, whoever stored them."""
+        """Refuse results of a training that is not comparable."""
         found = study.user_attrs.get("fingerprint", self._fingerprint)
         if found != self._fingerprint:
             raise ResumeError(
@@ -190,30 +190,30 @@ class Store:
 
 
 def _range(axis: Axis | None, value: float, *, is_log: bool) -> FloatDistribution:
-    """The axis's range, stretched to a value outside it; a study's floats may have any."""
+    """Return the axis's range, widened to include `value`; ranges may differ within a study."""
     low, high = (axis.low, axis.high) if axis else (value, value)
     least = min(low, value) if low > 0 or not is_log else value
     return FloatDistribution(least, max(high, value), log=is_log)
 
 
 def _attributes(result: Result, unshown: Mapping[str, float]) -> dict[str, Any]:
-    """The facts of a result besides its parameters and value. Each costs a few queries: few.
+    """Return a result's remaining fields. There are few, because each costs several queries.
 
     Args:
         result: the result.
-        unshown: axes of its point that are no parameters of its study.
+        unshown: axes of its point that are not parameters of its study.
     """
     width, seed = result.trial.width, result.trial.seed
     run: dict[str, Any] = {"width": width, "seed": seed, "worker": result.worker}
     run |= {"flops": result.flops, "seconds": result.seconds}
     run |= {"point": dict(unshown)} if unshown else {}
     reason = {"reason": result.reason} if result.reason else {}
-    # Width and seed once more, alone: what a dashboard can sort and filter by.
+    # Width and seed are repeated outside `run`, so that a dashboard can sort and filter by them.
     return {"status": str(result.status), **reason, "width": width, "seed": seed, "run": run}
 
 
 def _as_result(trial: FrozenTrial, axes: tuple[Axis, ...]) -> Result:
-    """A stored trial as a record; the axes in the spec's order, which a database does not keep."""
+    """Turn a stored trial into a result, with its axes in the spec's order."""
     run: dict[str, Any] = trial.user_attrs["run"]
     point = {**trial.params, **run.get("point", {})}
     order = [axis.name for axis in axes if axis.name in point]
@@ -234,16 +234,16 @@ def _as_result(trial: FrozenTrial, axes: tuple[Axis, ...]) -> Result:
 
 
 def sqlite_url(folder: Path) -> str:
-    """The URL of the store beside the results."""
+    """Return the URL of the SQLite file in a results folder."""
     path = str((folder / DATABASE_FILE).absolute())
     return sqlalchemy.URL.create("sqlite", database=path).render_as_string()
 
 
 def check_exists(url: str) -> None:
-    """Check that an existing sweep's SQLite file is there; opening would make an empty one.
+    """Check that an existing sweep's SQLite file exists; opening it would create an empty one.
 
     Raises:
-        ResumeError: it is not, or is too short for what SQLite would take for a database.
+        ResumeError: it is missing, or too short to be an SQLite database.
     """
     try:
         parsed = sqlalchemy.make_url(url)
@@ -260,14 +260,14 @@ def check_exists(url: str) -> None:
 
 
 def _engine_options(is_file: bool) -> dict[str, Any]:
-    """What SQLAlchemy is told: how long a lock is waited for, or to look before it asks."""
+    """Return SQLAlchemy's options: a lock's timeout for a file, a ping before use for a server."""
     if is_file:
         return {"connect_args": {"timeout": LOCK_TIMEOUT}}
     return {"pool_pre_ping": True}
 
 
 def _reason(error: BaseException) -> str:
-    """The database's own account on one line, without what SQLAlchemy and Optuna put around it."""
+    """Return the database's own message on one line, without SQLAlchemy's and Optuna's wrapping."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(getattr(error, "orig", None) or error)
@@ -281,12 +281,12 @@ def _opening_advice(error: BaseException) -> str:
 
 
 def without_password(url: str) -> str:
-    """A storage URL that may be written down; the password comes from the environment."""
+    """Return a storage URL without its password, fit to be shown and stored."""
     try:
         full = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
-        return url  # no URL at all, so no password either
-    # Not `set(password=None)`: it leaves out what is None, and so leaves the password in.
+        return url  # not a URL, so without a password
+    # `set(password=None)` would ignore the None and leave the password in.
     query = {key: value for key, value in full.query.items() if "pass" not in key.lower()}
     bare = sqlalchemy.URL.create(
         full.drivername, full.username, None, full.host, full.port, full.database, query

@@ -1,9 +1,9 @@
-"""Checkpoints of one trial: tensors as safetensors, all else as JSON, each whole or ignored.
+"""Checkpoints of one trial: tensors as safetensors, everything else as JSON.
 
-A checkpoint is two files. The JSON is written last and has the hash of the other, so that one that
-was cut off anywhere does not count, and the one before it does. What a trial goes on from is all
-that its next step depends on: parameters, buffers, optimizer state, the random state, and how far
-it is; its batches are a function of (seed, step).
+A checkpoint is two files. The JSON is written last and has the hash of the other, so an incomplete
+checkpoint does not count and the one before it is used. A checkpoint holds all that the next step
+depends on: parameters, buffers, optimizer state, random state and position. The batches are a
+function of (seed, step).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from telescope.records import CurvePoint, Trial
 
 END_FILE = "end.json"
 KEPT = 2
-"""How many checkpoints a trial keeps: the last one, and the one before should it be damaged."""
+"""Number of checkpoints that a trial keeps: the latest, and the one before in case of damage."""
 
 
 @dataclass
 class Position:
-    """How far a trial is, besides what its tensors say."""
+    """The progress of a trial: everything in a checkpoint besides its tensors."""
 
     step: int = 0
     """Optimizer steps taken."""
@@ -40,19 +40,20 @@ class Position:
     """Losses of the batches since the curve's last row."""
     curve: list[CurvePoint] = field(default_factory=list)
     seconds: float = 0.0
-    """Wall time up to here, of all the processes that the trial has been trained in."""
+    """Wall time so far, summed over all processes that have trained the trial."""
 
 
 class Checkpoints:
     """The checkpoints of one trial.
 
     Args:
-        folder: of this trial alone; made when the first one is saved.
-        identity: a hash of all that the training depends on; others' checkpoints are ignored.
+        folder: this trial's own folder; created with the first checkpoint.
+        identity: hash of everything that the training depends on; checkpoints with another
+            identity are ignored.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
-        """Name the place; nothing is read or written yet."""
+        """Remember the folder; nothing is read or written yet."""
         self._folder = folder
         self._identity = identity
 
@@ -66,7 +67,7 @@ class Checkpoints:
         """Write a checkpoint, then remove all but the last `KEPT`.
 
         Raises:
-            OSError: it cannot be written; those before it are as they were.
+            OSError: it cannot be written; earlier checkpoints are unchanged.
         """
         from safetensors.torch import save
 
@@ -94,16 +95,16 @@ class Checkpoints:
         *,
         at_most: float = math.inf,
     ) -> Position:
-        """Put model, optimizers and random state where the last whole checkpoint has them.
+        """Restore model, optimizers and random state from the latest whole checkpoint.
 
         Args:
-            model: of the trial.
-            optimizers: of the trial.
-            device: where they are.
-            at_most: the last step that may be gone on from.
+            model: the trial's model.
+            optimizers: the trial's optimizers.
+            device: the device of both.
+            at_most: the last step from which the trial may resume.
 
         Returns:
-            How far it is; the start when there is no checkpoint.
+            The checkpoint's position; the start if there is no checkpoint.
         """
         for position, tensors in self._whole():
             if position.step > at_most:
@@ -115,22 +116,22 @@ class Checkpoints:
         return Position()
 
     def newest(self) -> int:
-        """The step of the last whole checkpoint; 0 when there is none."""
+        """Return the step of the latest whole checkpoint, 0 without one."""
         return next((position.step for position, _ in self._whole()), 0)
 
     def save_end(self, position: Position, reason: str) -> None:
-        """Keep how the trial has ended, for a pack that goes on without it.
+        """Store the end of the trial, for a pack whose other trials go on.
 
         Args:
-            position: where.
-            reason: why it diverged, or "".
+            position: the position at the end.
+            reason: the reason of its divergence, or "".
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         end = {"identity": self._identity, "position": asdict(position), "reason": reason}
         write_json(self._folder / END_FILE, end)
 
     def end(self) -> tuple[Position, str] | None:
-        """What `save_end` kept; None if there is none of this training."""
+        """Return what `save_end` stored; None if this training has stored nothing."""
         try:
             end = json.loads((self._folder / END_FILE).read_bytes())
             if end["identity"] == self._identity:
@@ -140,7 +141,7 @@ class Checkpoints:
         return None
 
     def _whole(self) -> Iterator[tuple[Position, dict[str, Tensor]]]:
-        """The checkpoints that are this training's and not damaged, the newest first."""
+        """Yield this training's undamaged checkpoints, newest first."""
         from safetensors.torch import load
 
         for path in self._newest_first():
@@ -151,14 +152,14 @@ class Checkpoints:
                 if is_whole and facts["identity"] == self._identity:
                     yield _position(facts["position"]), load(data)
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # cut off, or removed by whoever trained this trial to its end meanwhile
+                continue  # incomplete, or just removed by a process that finished this trial
 
     def _newest_first(self) -> list[Path]:
         return sorted(self._folder.glob("step-*.json"), reverse=True)
 
 
 def checkpoints_of(config: TrialConfig, trial: Trial) -> Checkpoints | None:
-    """Where a trial's checkpoints are; None where the spec asks for none."""
+    """Return a trial's checkpoints; None if the spec asks for none."""
     if not config.train.checkpoint_every or config.checkpoint_folder is None:
         return None
     training = (
@@ -180,7 +181,7 @@ def _position(facts: Mapping[str, Any]) -> Position:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A copy on the CPU that shares its memory with no other, as safetensors wants it."""
+    """Copy a tensor to CPU memory of its own, as safetensors requires."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -196,7 +197,7 @@ def _put_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """``optimizer.0.3.exp_avg``: which optimizer, which of its parameters, which of its state."""
+    """Name each optimizer state ``optimizer.0.3.exp_avg``: optimizer, parameter, key."""
     return {
         f"optimizer.{number}.{index}.{key}": value
         for number, optimizer in enumerate(optimizers)
@@ -220,7 +221,7 @@ def _put_optimizers(
 
 
 def random_states(device: str) -> dict[str, Tensor]:
-    """torch's random states on the CPU and on `device`, which dropout in a model draws from."""
+    """Return torch's random states on the CPU and on `device`, which dropout draws from."""
     states = {"random.cpu": torch.get_rng_state()}
     if torch.device(device).type != "cpu":
         states["random.device"] = torch.get_device_module(device).get_rng_state(device)

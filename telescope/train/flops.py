@@ -1,9 +1,9 @@
-"""What a step costs: floating-point operations by count, split into model, attention, optimizer.
+"""The cost of a step: floating-point operations of model, attention and optimizer.
 
-The model is built on the meta device and torch's own counter watches one forward and backward
-pass, so a user's model is counted as ours is, and 4B parameters cost no memory. A model that does
-not run on meta is counted on another device's tensors without values. What the counter cannot see,
-Newton–Schulz, is added from its formula. Elementwise work is not counted.
+The model is built on the meta device, and torch's own counter counts one forward and backward pass.
+So a user's model is counted like ours, and 4B parameters cost no memory. A model that does not run
+on meta is counted with tensors that have a real device but no values. Newton–Schulz, which the
+counter cannot see, is added from its formula. Elementwise work is not counted.
 """
 
 from __future__ import annotations
@@ -36,25 +36,26 @@ class StepCost:
     """Parameters, and floating-point operations of one optimizer step."""
 
     parameters: int
-    """Of matrices and lookup tables, as the literature counts; norm gains and biases, less than a
-    ten-thousandth at any size that matters, are left out. So is what is frozen, as buffers are."""
+    """Number of parameters in matrices and lookup tables, as the literature counts them. Norm gains
+    and biases, less than a ten-thousandth at any relevant size, are left out, and so are frozen
+    parameters."""
     model: float
-    """Forward and backward, without attention's two products."""
+    """FLOPs of forward and backward, without attention's two products."""
     attention: float
-    """Scaled-dot-product attention, forward and backward, in full: not halved for causality."""
+    """FLOPs of scaled-dot-product attention, forward and backward; not halved for causality."""
     optimizer: float
-    """Newton–Schulz."""
+    """FLOPs of Newton–Schulz."""
 
     @property
     def total(self) -> float:
-        """All three."""
+        """The sum of the three."""
         return self.model + self.attention + self.optimizer
 
 
 class _AttentionCounter(TorchFunctionMode):
     """Counts the matrix products of every scaled_dot_product_attention call, forward and backward.
 
-    Forward has two; backward two for each, where a gradient is wanted.
+    Forward has two; backward has two for each of them, where gradients are needed.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ def step_cost(
     """Count one step of one trial at `width`.
 
     Raises:
-        ModelError: the model file fails or its forward pass gives the wrong shape.
+        ModelError: the model file fails, or its forward pass returns the wrong shape.
     """
     widths = {"width": width, "base_width": base_width}
     tagged = build_meta(model, **widths)
@@ -111,7 +112,7 @@ def step_cost(
 def _counted_elsewhere(
     config: ModelConfig, train: TrainConfig, *, width: int, base_width: int
 ) -> tuple[int, int]:
-    """As `_counted`, as if on a CPU, or on this machine's accelerator where that fails too."""
+    """Count as on a CPU or, if that fails too, as on this machine's accelerator; see `_counted`."""
     devices = ["cpu"]
     if torch.accelerator.is_available():
         devices.append(str(torch.accelerator.current_accelerator()))
@@ -128,7 +129,7 @@ def _counted_elsewhere(
 def _counted(
     config: ModelConfig, train: TrainConfig, module: nn.Module, device: str
 ) -> tuple[int, int]:
-    """Floating-point operations of one sequence, forward and backward: all, and attention's."""
+    """Count the FLOPs of one sequence, forward and backward: of everything, and of attention."""
     counter, attention_counter = FlopCounterMode(display=False), _AttentionCounter()
     with blamed_on(config), counter, attention_counter:
         logits = checked_logits(
@@ -143,7 +144,7 @@ def _counted(
 
 
 def _optimizer_flops(tags: dict[str, Tag], config: OptimizerConfig) -> float:
-    """Newton–Schulz over every hidden matrix; AdamW has no matrix products."""
+    """Return the FLOPs of Newton–Schulz over all hidden matrices; AdamW has no matrix products."""
     if config.name != "muon":
         return 0.0
     hidden = (tag.shape for tag in tags.values() if tag.role.is_hidden)
@@ -151,7 +152,7 @@ def _optimizer_flops(tags: dict[str, Tag], config: OptimizerConfig) -> float:
 
 
 def newton_schulz_flops(shape: tuple[int, ...], steps: int) -> float:
-    """Floating-point operations of orthogonalising one matrix, or a stack of them.
+    """Return the FLOPs of orthogonalising one matrix, or a stack of them.
 
     With n the smaller side and m the larger, a step is X·Xᵀ (2n²m), its square (2n³) and the
     product with X (2n²m): 4n²m + 2n³.

@@ -24,15 +24,15 @@ from telescope.train.model import build_model
 from telescope.train.optim import build_optimizers, schedule, set_lr
 
 DIVERGED_ABOVE = 2.0
-"""A batch loss above this multiple of the first one ends the trial. An assumption: a zero readout
+"""Multiple of the first batch loss above which a trial has diverged. Assumption: a zero readout
 starts at ln(vocabulary), and a healthy trial never comes near twice that."""
 CURVE_ROWS = 50
-"""About how many rows a training curve has."""
+"""Approximate number of rows of a training curve."""
 READ_EVERY = 16
-"""Steps between two readings of the losses off an accelerator, which each wait for it to be done.
-A trial that diverges trains on for up to as many; its result is that of the step where it did."""
+"""Steps between two readings of the losses from an accelerator; each reading waits for all steps.
+A diverging trial trains on for up to this many; its result is that of the step of divergence."""
 RECOMPILE_LIMIT = 64
-"""How many widths and shapes torch keeps the compiled step of, before it gives up compiling."""
+"""Number of widths and shapes for which torch keeps a compiled step before it stops compiling."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TelescopeTrainer:
     config: TrialConfig
 
     def __call__(self, trial: Trial) -> Result:
-        """Train one trial to its end, or to where it diverges.
+        """Train one trial to its end or its divergence.
 
         Raises:
             DataError: this machine's corpus is not the driver's.
@@ -51,16 +51,16 @@ class TelescopeTrainer:
         return train(self.config, trial)
 
     def warm(self) -> None:
-        """Do ahead what every first trial of a process needs: read the corpus, import the rest."""
+        """Do in advance what a process's first trial needs: read the corpus, finish imports."""
         load_corpus(self.config.data)
-        torch.optim.SGD([torch.zeros(1)])  # the first optimizer makes torch import for a second
+        torch.optim.SGD([torch.zeros(1)])  # the first optimizer triggers imports of about a second
 
 
 def train(config: TrialConfig, trial: Trial) -> Result:
-    """Train `trial` as `config` says, from its last checkpoint on; see `TelescopeTrainer`."""
+    """Train `trial` from its latest checkpoint on; see `TelescopeTrainer`."""
     checkpoints = checkpoints_of(config, trial)
     if checkpoints and (end := checkpoints.end()):
-        return result_of(config, trial, *end)  # as part of a pack that has not come to its own
+        return result_of(config, trial, *end)  # it ended inside a pack that was interrupted later
     start = time.perf_counter()
     setup = set_up(config, trial)
     parts = (setup.model, setup.optimizers, setup.device)
@@ -86,13 +86,13 @@ def train(config: TrialConfig, trial: Trial) -> Result:
 
 
 def result_of(config: TrialConfig, trial: Trial, position: Position, reason: str) -> Result:
-    """What came of a trial that has ended at `position`.
+    """Make the result of a trial that has ended at `position`.
 
     Args:
-        config: what trained it.
+        config: the training.
         trial: the trial.
-        position: where it ended.
-        reason: why it diverged, or "".
+        position: the trial's position at its end.
+        reason: the reason of its divergence, or "".
     """
     loss = None if reason else position.curve[-1].held_out_loss
     return Result(
@@ -108,7 +108,7 @@ def result_of(config: TrialConfig, trial: Trial, position: Position, reason: str
 
 @dataclass(frozen=True)
 class Setup:
-    """What the loop steps over."""
+    """Everything that the training loop uses."""
 
     model: nn.Module
     tags: Mapping[str, Tag]
@@ -120,12 +120,12 @@ class Setup:
 
 
 def set_up(config: TrialConfig, trial: Trial) -> Setup:
-    """Build what a trial steps over, and take its threads; raises as `TelescopeTrainer` does."""
+    """Build what a trial's loop uses and set its threads; raises the errors of `TelescopeTrainer`."""
     torch.set_num_threads(config.threads_at.get(trial.width, config.threads))
     device = resolve_device(config.device)
     corpus = _drivers_corpus(config)
     if config.train.precision == "bf16":
-        # Autocast leaves a norm's gain in fp32, which torch takes for an oversight.
+        # Autocast leaves a norm's gain in fp32 on purpose; torch warns of it.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
     tagged = build_model(
         config.model,
@@ -148,7 +148,7 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
             corpus.train_tokens, batch_size=config.train.batch_size, length=length, seed=trial.seed
         ),
         held_out=tuple(t.to(device) for t in held_out),
-        # A grid around a long warm-up may reach past 1: then it lasts the whole run.
+        # A grid around a long warm-up may exceed 1; the warm-up then lasts the whole run.
         train=replace(
             config.train, warmup=min(1.0, trial.point.get("warmup", config.train.warmup))
         ),
@@ -157,10 +157,10 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
 
 
 def _drivers_corpus(config: TrialConfig) -> Corpus:
-    """The corpus, as this machine reads it.
+    """Load the corpus on this machine.
 
     Raises:
-        DataError: it is not the one that the driver has read.
+        DataError: it differs from the driver's.
     """
     corpus = load_corpus(config.data)
     if corpus.digest != config.corpus_digest:
@@ -173,7 +173,7 @@ def _drivers_corpus(config: TrialConfig) -> Corpus:
 
 
 def _note_steps(setup: Setup, position: Position, losses: Sequence[Tensor]) -> str:
-    """Move a trial on by steps whose batches had these losses; returns why it diverged, or ""."""
+    """Record steps whose batches had these losses; return the reason of divergence, or ""."""
     for loss in torch.stack(list(losses)).tolist():
         if reason := note_step(position, loss, setup.train, lambda: held_out_loss_of(setup)):
             return reason
@@ -181,12 +181,12 @@ def _note_steps(setup: Setup, position: Position, losses: Sequence[Tensor]) -> s
 
 
 def reads_every(device: str) -> int:
-    """Steps between two readings of the losses; on a CPU they are at hand after every one."""
+    """Return the steps between two readings of the losses; a CPU has them after every step."""
     return 1 if torch.device(device).type == "cpu" else READ_EVERY
 
 
 def must_be_read(train: TrainConfig, done: int) -> bool:
-    """Whether after `done` steps an evaluation or a checkpoint needs to know how far a trial is."""
+    """Tell whether losses must be read after `done` steps, for an evaluation or a checkpoint."""
     every = train.checkpoint_every
     return done in _evenly_spaced(train.steps, train.evals) or bool(every and done % every == 0)
 
@@ -194,13 +194,13 @@ def must_be_read(train: TrainConfig, done: int) -> bool:
 def note_step(
     position: Position, loss: float, train: TrainConfig, measure: Callable[[], float]
 ) -> str:
-    """Move a trial on by the step whose batch had `loss`; returns why it diverged, or "".
+    """Record a step whose batch had `loss`; return the reason if the trial diverged, else "".
 
     Args:
-        position: moved, its curve extended where a row is due.
-        loss: the batch's, before the step; nats per token.
-        train: how many steps and evaluations there are.
-        measure: the held-out loss as of now; called only where it is due.
+        position: updated in place; its curve grows where a row is due.
+        loss: the batch's loss before the step, nats per token.
+        train: the numbers of steps and evaluations.
+        measure: measures the held-out loss; called only where it is due.
     """
     position.step += 1
     first = position.first_loss = loss if position.first_loss is None else position.first_loss
@@ -222,7 +222,7 @@ def note_step(
 
 @functools.lru_cache(maxsize=8)
 def _evenly_spaced(steps: int, count: int) -> frozenset[int]:
-    """`count` of the numbers from 1 to `steps`, the last one among them."""
+    """Return `count` evenly spaced numbers from 1 to `steps`, `steps` among them."""
     return frozenset(round(steps * (i + 1) / count) for i in range(count))
 
 
@@ -234,7 +234,7 @@ def take_step(
     step: int,
     device: str,
 ) -> Tensor:
-    """One optimizer step; returns the batch's loss before it, nats per token, on the device."""
+    """Take one optimizer step; return the batch's loss before it, nats per token, on the device."""
     inputs, targets = (moved(tokens, device) for tokens in batches.at(step))
     loss_of = compiled_token_loss() if config.compile else token_loss
     loss = loss_of(model, inputs, targets, config.precision)
@@ -247,7 +247,7 @@ def take_step(
 
 
 def moved(tokens: Tensor, device: str) -> Tensor:
-    """The tokens on a device; a GPU fetches them itself, and the next step's launch goes on."""
+    """Move tokens to a device; to a GPU without waiting, so that the next kernels are launched."""
     if not device.startswith("cuda"):
         return tokens.to(device)
     return tokens.contiguous().pin_memory().to(device, non_blocking=True)
@@ -256,13 +256,13 @@ def moved(tokens: Tensor, device: str) -> Tensor:
 def token_loss(
     model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, precision: str = "fp32"
 ) -> Tensor:
-    """Mean cross-entropy of (batch, sequence) tokens in fp32 or better, nats per token.
+    """Compute the mean cross-entropy in fp32 or better, nats per token.
 
     Args:
-        model: tokens to logits.
+        model: maps tokens to logits.
         inputs: (batch, sequence) int64.
-        targets: the tokens that follow, of the same shape.
-        precision: "fp32", or "bf16" for torch's autocast in the model; weights stay as they are.
+        targets: the following tokens, of the same shape.
+        precision: "fp32", or "bf16" for torch's autocast in the model; weights stay in fp32.
     """
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(inputs)
@@ -272,29 +272,28 @@ def token_loss(
 
 @functools.cache
 def compiled_token_loss() -> Callable[..., Tensor]:
-    """`token_loss` through torch.compile: compiled once per process and width.
+    """Return `token_loss` through torch.compile, compiled once per process and width.
 
-    Optimizers stay as they are, so that no learning rate is compiled in. Models of one width are
-    one to the compiler, whatever their weights, so that a warm worker compiles for its first trial
-    alone.
+    Optimizers are not compiled, so that no learning rate becomes a constant. Models of one width
+    share the compiled code, so a worker compiles only for its first trial of a width.
     """
     torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
     return torch.compile(token_loss, dynamic=False)
 
 
 def held_out_loss_of(setup: Setup) -> float:
-    """The held-out loss of a trial as its spec says."""
+    """Measure the held-out loss with a trial's batch size and precision."""
     train = setup.train
     return held_out_loss(setup.model, setup.held_out, train.batch_size, train.precision)
 
 
-@torch.no_grad()  # inference mode would spoil tables that a model computes once and keeps
+@torch.no_grad()  # inference mode would make tables that a model caches unusable in training
 def held_out_loss(
     model: nn.Module, held_out: tuple[Tensor, ...], batch_size: int, precision: str = "fp32"
 ) -> float:
-    """Mean loss over the held-out sequences, in chunks of the training batch's size.
+    """Compute the mean loss over the held-out sequences, in chunks of the training batch's size.
 
-    Larger chunks are no faster: at quickstart's sizes 16 to 32 sequences are the best on a CPU.
+    Larger chunks are no faster: at the quickstart's sizes, 16 to 32 sequences are best on a CPU.
     """
     model.eval()
     chunks = list(zip(*(torch.split(t, batch_size) for t in held_out), strict=True))
@@ -309,7 +308,7 @@ def held_out_loss(
 
 
 def resolve_device(device: str) -> str:
-    """The device that "auto" means on this machine: an accelerator where torch finds one."""
+    """Resolve "auto" to this machine's accelerator if torch finds one, else to the CPU."""
     if device != "auto":
         return device
     if not torch.accelerator.is_available():

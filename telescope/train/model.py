@@ -1,4 +1,4 @@
-"""From a model file's text to a model at any width: loaded, checked, tagged, initialised."""
+"""Models from a model file's text, at any width: loaded, checked, tagged, initialised."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from telescope.rules.scaling import Start, Tag, layer_biases, vector_start
 
 @dataclass(frozen=True)
 class TaggedModel:
-    """A model with base shapes set, and what each trained parameter is to the width rules."""
+    """A model with base shapes set, and the tag of each trained parameter."""
 
     module: nn.Module = field(repr=False)
     tags: dict[str, Tag]
@@ -36,8 +36,8 @@ class TaggedModel:
 def load_model_file(config: ModelConfig) -> ModuleType:
     """Execute a model file's text as a module whose file name carries its hash.
 
-    Nothing is written to disk: the text is handed to `linecache`, which tracebacks and
-    `inspect.getsource` read. Loaded once per process and text.
+    Nothing is written to disk: tracebacks and `inspect.getsource` read the text from `linecache`.
+    Each text is loaded once per process.
 
     Raises:
         ModelError: the file has an error, or defines no `build`.
@@ -48,7 +48,7 @@ def load_model_file(config: ModelConfig) -> ModuleType:
     module, file = ModuleType(name), module_file(config)
     module.__file__ = file
     linecache.cache[file] = (len(config.text), None, config.text.splitlines(keepends=True), file)
-    # Registered before it runs: dataclasses and torch look a class's module up by name.
+    # Registered before it runs, because dataclasses and torch look up a class's module by name.
     sys.modules[name] = module
     try:
         with blamed_on(config):
@@ -63,7 +63,7 @@ def load_model_file(config: ModelConfig) -> ModuleType:
 
 @contextmanager
 def blamed_on(config: ModelConfig) -> Iterator[None]:
-    """Turn whatever a model file raises into a ModelError that names the file and the line."""
+    """Turn any exception of a model file into a ModelError that names the file and the line."""
     try:
         yield
     except TelescopeError:
@@ -77,12 +77,12 @@ def blamed_on(config: ModelConfig) -> Iterator[None]:
 
 
 def module_file(config: ModelConfig) -> str:
-    """The file name that a loaded model file goes by in tracebacks."""
+    """Return a loaded model file's name in tracebacks."""
     return f"<{PurePath(config.name).stem}-{config.digest}.py>"
 
 
 def _last_line(error: BaseException, filename: str) -> int | None:
-    """The deepest line of the model file in an exception's traceback."""
+    """Return the deepest line of the model file in an exception's traceback."""
     line, trace = None, error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == filename:
@@ -95,7 +95,7 @@ def check_keywords(config: ModelConfig) -> None:
     """Check that the model file's `build` takes the spec's keywords, and gets those it needs.
 
     Raises:
-        SpecError: naming the keyword and those that `build` takes.
+        SpecError: a keyword is unknown or missing; the message names it and those of `build`.
         ModelError: the file cannot be loaded.
     """
     parameters = inspect.signature(_build_function(config)).parameters
@@ -113,7 +113,7 @@ def check_keywords(config: ModelConfig) -> None:
 
 
 def keyword_defaults(config: ModelConfig) -> dict[str, Any]:
-    """The keywords of `build` that the spec leaves out, with their defaults."""
+    """Return the keywords of `build` that the spec leaves out, with their defaults."""
     parameters = inspect.signature(_build_function(config)).parameters.values()
     return {
         p.name: p.default
@@ -139,7 +139,7 @@ def _build(config: ModelConfig, width: int, device: str) -> nn.Module:
 
 
 def build_meta(config: ModelConfig, *, width: int, base_width: int) -> TaggedModel:
-    """The model's shapes and roles at `width`: on the meta device, no memory, no weights.
+    """Build the model's shapes and roles at `width` on the meta device, without memory or weights.
 
     Raises:
         ModelError: the file fails, or a parameter has no clear role.
@@ -167,18 +167,18 @@ def build_model(
     device: str,
     init_scale: float = 1.0,
 ) -> TaggedModel:
-    """The model at `width`, initialised and with its readout multipliers set, on `device`.
+    """Build the model at `width` on `device`, initialised and with its readout multipliers set.
 
-    The global random states are seeded first: the file may draw what is its own, and what draws
-    in training (dropout) goes on from there.
+    The global random states are seeded first: the file may draw its own parameters, and dropout
+    draws from them during training.
 
     Raises:
-        ModelError: the file fails, a parameter has no clear role, or no start.
+        ModelError: the file fails, or a parameter has no clear role or is not initialised.
     """
     zeroed = ungiven_biases(config, base_width=base_width)
     torch.manual_seed(seed)
     with _other_draws(seed):
-        # Tensors that a file makes from numpy are on the CPU, whatever the device.
+        # Tensors that a file makes from numpy arrays are on the CPU.
         model = _build(config, width, device).to(device)
     tagged = _tagged(config, model, width, base_width)
     initialise(tagged.module, tagged.tags, seed=seed, init_scale=init_scale, zeroed=zeroed)
@@ -188,7 +188,7 @@ def build_model(
 
 @contextmanager
 def _other_draws(seed: int) -> Iterator[None]:
-    """Seed Python's and numpy's global generators for a while: model files draw from them too."""
+    """Seed Python's and numpy's global generators inside this context; model files use them too."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -200,12 +200,13 @@ def _other_draws(seed: int) -> Iterator[None]:
 
 
 def ungiven_biases(config: ModelConfig, *, base_width: int) -> frozenset[str]:
-    """The layers' biases that the model file leaves to torch, which draws them: they start at zero.
+    """Return the layers' biases that the model file does not set; they will start at zero.
 
-    Found by building at base width with two seeds, and with NaN where nothing was written.
+    torch draws these biases at random. They are found by building the model at base width with two
+    seeds, with memory that nothing writes filled with NaN.
 
     Raises:
-        ModelError: the file fails, or leaves another vector or a frozen parameter without a start.
+        ModelError: the file fails, or does not initialise another vector or a frozen parameter.
     """
     return _starts(config, base_width).ungiven
 
@@ -278,7 +279,7 @@ class _MarkedStart:
     trained: frozenset[str]
     """The names of all that is not frozen."""
     random_state: Tensor
-    """The generator's, after it."""
+    """The generator's state after the model was built."""
 
 
 def _marked_start(config: ModelConfig, width: int, seed: int) -> _MarkedStart:
@@ -300,17 +301,17 @@ def _marked_start(config: ModelConfig, width: int, seed: int) -> _MarkedStart:
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Let tensors of any device have a shape and no values, as those of the meta device.
+    """Give tensors of any device shapes without values inside this context, as on meta.
 
-    For models that ask for the device's name, of which autocast and others do not know "meta".
+    This is for models that use the device's name: autocast and others do not know "meta".
     """
-    # Documented (docs.pytorch.org, "Fake tensor"), but under no public name.
+    # Documented (docs.pytorch.org, "Fake tensor"), but without a public name.
     from torch._subclasses import fake_tensor
 
-    log = logging.getLogger(fake_tensor.__name__)  # a model's error is ours to tell
+    log = logging.getLogger(fake_tensor.__name__)  # we report a model's error ourselves
     is_off, log.disabled = log.disabled, True
     try:
-        # A CPU's fused attention is unknown to torch's FLOP counter: products of matrices are not.
+        # torch's FLOP counter does not know a CPU's fused attention, but does know matrix products.
         with sdpa_kernel(SDPBackend.MATH), fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
             yield
     except ModelError as error:
@@ -331,7 +332,7 @@ def without_values() -> Iterator[None]:
 def build_without_values(
     config: ModelConfig, device: str, *, width: int, base_width: int
 ) -> TaggedModel:
-    """As `build_meta`, but on a device of another name; called inside `without_values`."""
+    """Build as `build_meta` does, but on a real device's name, inside `without_values`."""
     return _tagged(config, _build(config, width, device), width, base_width)
 
 
@@ -346,14 +347,14 @@ def checked_logits(
     """Run the model without values: tokens (1, T) must give logits (1, T, vocab_size).
 
     Args:
-        config: the model's, for messages.
-        model: of `build_meta`, or of `build_without_values`.
+        config: the model's config, for messages.
+        model: a model from `build_meta` or `build_without_values`.
         sequence_length: T.
-        vocab_size: how many logits a token must have.
-        device: the model's.
+        vocab_size: number of logits per token.
+        device: the model's device.
 
     Raises:
-        ModelError: the forward pass fails, or gives something else or another shape.
+        ModelError: the forward pass fails or returns anything else.
     """
     tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device=device)
     with blamed_on(config):
@@ -376,7 +377,7 @@ def checked_logits(
 
 
 def _no_tensor(value: Any, wanted: tuple[int, ...]) -> str:
-    """Describe what a forward pass gave that is no tensor, and what of it to return."""
+    """Describe a forward pass's output that is not a tensor, and say what to return instead."""
     items: dict[Any, Any] = {}
     if isinstance(value, Mapping):
         items = dict(value)

@@ -1,8 +1,7 @@
-"""Muon: momentum, orthogonalised by Newton–Schulz, same-shape matrices in one batch.
+"""Muon: momentum, orthogonalised by Newton–Schulz, with same-shape matrices in one batch.
 
-Agrees with `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` where both can do the thing, and
-adds what torch has not: fp32 arithmetic, Polar Express, stacks of matrices, batching. How long a
-step takes beside torch's: `benchmarks/muon.py`.
+It agrees with `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` and adds fp32 arithmetic, Polar
+Express, stacks of matrices, and batching. `benchmarks/muon.py` compares its speed with torch's.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from telescope.rules.quintics import NS_EPS, POLAR_EXPRESS_HEADROOM, quintics
 from telescope.rules.scaling import RMS_MATCH
 
 BATCHED_SIDE = {torch.bfloat16: 256, torch.float32: 64}
-"""On a CPU, batching same shapes pays up to this smaller side. Measured, one thread, 32 squares in
-batches of `BATCHED_ELEMENTS` or less: bf16 16x at 32, 8x at 64, 2.2x at 128, 1.2x at 256; fp32 3.3x
-at 32, 1.4x at 64, 1.0x at 96."""
+"""Largest smaller side of a matrix up to which batching pays on a CPU. Measured speed-up with one
+thread, for 32 square matrices in batches of `BATCHED_ELEMENTS` or less: bf16 16x at 32, 8x at 64,
+2.2x at 128, 1.2x at 256; fp32 3.3x at 32, 1.4x at 64, 1.0x at 96."""
 BATCHED_ELEMENTS = 2**19
-"""On a CPU, the most elements of one batch, to stay in its cache. Measured in bf16: 32 squares of
-128 take 10.3 ms in one batch, 6.8 ms in two."""
+"""Most elements of one batch on a CPU, so that it stays in the cache. Measured in bf16: 32 square
+matrices of side 128 take 10.3 ms in one batch, 6.8 ms in two."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SETTINGS = ("momentum", "nesterov", "ns_steps", "ns_dtype", "ns")
-"""What groups must share for their matrices to be worked on together: all but lr and decay."""
+"""Settings that groups must share for their matrices to be batched: all but lr and decay."""
 
 
 def orthogonalize(
@@ -36,12 +35,12 @@ def orthogonalize(
 
     Args:
         matrices: (…, out, in); leading dimensions are a batch.
-        steps: how many quintic steps; five land singular values in about [0.68, 1.15].
+        steps: number of quintic steps; five bring singular values to about [0.68, 1.15].
         dtype: the arithmetic; bf16 is 2–3 % off the exact iteration, fp32 is not.
-        ns: whose coefficients, see `quintics`.
+        ns: name of the coefficients, see `quintics`.
 
     Returns:
-        The same shape, in `dtype`.
+        A tensor of the same shape, in `dtype`.
     """
     headroom = 1.0 if ns == "jordan" else POLAR_EXPRESS_HEADROOM
     is_tall = matrices.shape[-2] > matrices.shape[-1]
@@ -55,7 +54,7 @@ def orthogonalize(
 
 
 def _fused(addend: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """beta · addend + alpha · left @ right in one kernel, which rounds once."""
+    """Compute beta · addend + alpha · left @ right in one kernel, which rounds once."""
     if addend.ndim == 2:
         return torch.addmm(addend, left, right, beta=beta, alpha=alpha)
     flat = [t.flatten(0, -3) for t in (addend, left, right)]
@@ -68,16 +67,16 @@ def orthogonalize_all(
 ) -> list[Tensor]:
     """Orthogonalise many matrices, those of one shape as one batch where that is faster.
 
-    A tall matrix is worked on as its transpose, so (out, in) and (in, out) are one shape here.
+    A tall matrix is transposed first, so (out, in) and (in, out) count as one shape.
 
     Args:
         matrices: each (…, out, in), on one device.
-        steps: as of `orthogonalize`.
-        dtype: as of `orthogonalize`.
-        ns: as of `orthogonalize`.
+        steps: see `orthogonalize`.
+        dtype: see `orthogonalize`.
+        ns: see `orthogonalize`.
 
     Returns:
-        One of each matrix's shape and dtype, contiguous.
+        For each matrix one of its shape and dtype, contiguous.
     """
     results = list(matrices)
     for tall, wide in _batches(matrices, dtype):
@@ -100,7 +99,7 @@ def orthogonalize_all(
 def _batches(
     matrices: Sequence[Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Which matrices are worked on at once: indices of tall ones, and of the others."""
+    """Yield batches of matrices: the indices of the tall ones, and of the others."""
     alike: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
     for index, matrix in enumerate(matrices):
         tall, wide = alike.setdefault(_up_to_transposition(matrix), ([], []))
@@ -118,12 +117,12 @@ def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _up_to_transposition(matrix: Tensor) -> tuple[int, ...]:
-    """A matrix's shape, or a stack's, the smaller side first."""
+    """Return the shape of a matrix or stack with the matrix's smaller side first."""
     return (*matrix.shape[:-2], *sorted(matrix.shape[-2:]))
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous in `dtype`: an update laid out as its parameter is added in one call."""
+    """Make a tensor contiguous in `dtype`, so that it can be added to its parameter in one call."""
     return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
@@ -137,19 +136,19 @@ def muon_updates(
     ns_dtype: str,
     ns: str,
 ) -> list[Tensor]:
-    """Momentum, then Newton–Schulz: the directions of one step, before `step_scale` and lr.
+    """Compute the directions of one step: momentum, then Newton–Schulz; no `step_scale`, no lr.
 
     Args:
         grads: each (…, out, in); leading dimensions are a batch, of experts or of trials.
-        buffers: the momentum of each, of its shape; moved in place.
+        buffers: the momentum of each gradient, of its shape; updated in place.
         momentum: β of the average.
-        nesterov: whether the step looks ahead by one more average.
+        nesterov: average the gradient in once more (Nesterov's look-ahead).
         ns_steps: Newton–Schulz steps.
         ns_dtype: "bf16" or "fp32".
         ns: "jordan" or "polar-express".
 
     Returns:
-        One of each gradient's shape and dtype.
+        For each gradient one direction of its shape and dtype.
     """
     torch._foreach_lerp_(list(buffers), list(grads), 1 - momentum)
     looked_ahead = (
@@ -159,7 +158,7 @@ def muon_updates(
 
 
 def step_scale(shape: Sequence[int]) -> float:
-    """What a direction is multiplied by besides lr: 0.2 · √max(out, in).
+    """Return the factor of a direction besides lr: 0.2 · √max(out, in).
 
     >>> step_scale((4, 64, 256)) == 0.2 * 16
     True
@@ -176,7 +175,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: dicts with ``params``, ``lr``, ``weight_decay``.
         momentum: β of the gradient's average.
-        nesterov: whether the step looks ahead by one more average.
+        nesterov: average the gradient in once more (Nesterov's look-ahead).
         ns_steps: Newton–Schulz steps.
         ns_dtype: "bf16" or "fp32".
         ns: "jordan" or "polar-express".
@@ -204,7 +203,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step with the gradients at hand; parameters without one stay."""
+        """Take one step with the present gradients; parameters without one do not change."""
         for settings, groups in self._alike():
             members = [[p for p in group["params"] if p.grad is not None] for group in groups]
             params = [p for mine in members for p in mine]
@@ -220,10 +219,10 @@ class Muon(torch.optim.Optimizer):
                     torch._foreach_add_(mine, [next(updates) for _ in mine], alpha=-lr * scale)
 
     def _alike(self) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """The groups whose matrices are worked on together, with what they share.
+        """Return the groups whose matrices are batched together, with their shared settings.
 
-        One shape at a time, transposed ones with it: the updates of a whole model would double
-        its memory.
+        Only one shape (and its transpose) at a time: the updates of a whole model would double its
+        memory.
         """
         alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:

@@ -15,7 +15,7 @@ from telescope.train.muon import Muon
 def build_optimizers(
     model: nn.Module, groups: list[Group], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
-    """Make the optimizers of `groups`; each torch group remembers its ``peak_lr``."""
+    """Build the optimizers for `groups`; each torch group stores its ``peak_lr``."""
     parameters = dict(model.named_parameters())
     muon, adamw = [], []
     for group in groups:
@@ -40,10 +40,11 @@ def build_optimizers(
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """The learning rate of a step as a share of its peak.
+    """Return the learning rate of a step as a share of its peak.
 
-    Linear warm-up that reaches the peak at its last step, then: cosine to `final_lr`, reached at
-    the last step; or constant; or constant and a linear decay to `final_lr` over the last `decay`.
+    A linear warm-up reaches the peak at its last step. Then the rate follows a cosine to `final_lr`
+    at the last step ("cosine"), stays constant ("constant"), or stays constant and then falls
+    linearly to `final_lr` over the last share `decay` of the steps ("wsd").
 
     Args:
         step: from 0 to config.steps − 1.

@@ -1,4 +1,4 @@
-"""How long a trial takes on this machine, and a step in each arithmetic: real steps, timed."""
+"""Time real steps on this machine: the length of a trial, and a step in each arithmetic."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from telescope.train.muon import DTYPES, Muon, orthogonalize_all
 WARM_UP_STEPS = 2
 TIMED_STEPS = 5
 ROUNDS = 3
-"""How often each arithmetic is timed, in turns; the fastest counts."""
+"""Number of times that each arithmetic is timed, in turns; the fastest time counts."""
 ARITHMETICS = ("fp32", "bf16")
 
 
 def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
-    """Wall time of `trial`, from a few steps and one held-out measurement of a single worker.
+    """Estimate the wall time of `trial` from a few steps and one held-out measurement.
 
     Args:
         config: the sweep's training; its corpus is read, nothing is written.
-        trial: which width to train; the point hardly matters.
+        trial: the width to time; the point hardly matters.
     """
     setup = set_up(config, trial)
     train = replace(config.train, steps=WARM_UP_STEPS + TIMED_STEPS, evals=1)
@@ -44,22 +44,22 @@ def seconds_per_trial(config: TrialConfig, trial: Trial) -> float:
 
 
 def seconds_per_step(setup: Setup, train: TrainConfig) -> float:
-    """Wall time of a step of one trial, from the steps after a few others."""
+    """Return the wall time of a step of one trial, measured after a few warm-up steps."""
     start = time.perf_counter()
     for step in range(WARM_UP_STEPS + TIMED_STEPS):
         if step == WARM_UP_STEPS:
             start = time.perf_counter()
         loss = take_step(setup.model, setup.optimizers, setup.batches, train, step, setup.device)
-    loss.item()  # an accelerator has done all steps only now
+    loss.item()  # waits until an accelerator has done all steps
     return (time.perf_counter() - start) / TIMED_STEPS
 
 
 def arithmetic_seconds(config: TrialConfig, trial: Trial) -> dict[str, dict[str, float]]:
-    """Time what a step does in either arithmetic.
+    """Time the parts of a step in either arithmetic.
 
     Args:
         config: the sweep's training; its corpus is read, nothing is written.
-        trial: which width; the point hardly matters.
+        trial: the width to time; the point hardly matters.
 
     Returns:
         "train.precision" (forward and backward) and, with Muon, "optimizer.ns_dtype"
@@ -69,7 +69,7 @@ def arithmetic_seconds(config: TrialConfig, trial: Trial) -> dict[str, dict[str,
         DataError, ModelError: as `loop.set_up`.
     """
     in_bf16 = replace(config, train=replace(config.train, precision="bf16"))
-    setup = set_up(in_bf16, trial)  # which says nothing of autocast then, whichever is timed
+    setup = set_up(in_bf16, trial)  # bf16 so that autocast's warning is off in both timings
     inputs, targets = (tokens.to(setup.device) for tokens in setup.batches.at(0))
     matrices: list[Tensor] = [
         p.detach()
@@ -94,7 +94,7 @@ def arithmetic_seconds(config: TrialConfig, trial: Trial) -> dict[str, dict[str,
 
 
 def _fastest(part: Callable[[str], object], device: str) -> dict[str, float]:
-    """Arithmetic → seconds of a part of a step, in turns, after one turn that warms up."""
+    """Time a part of a step in each arithmetic, in turns, after a warm-up turn."""
     least: dict[str, float] = {}
     for turn in range(ROUNDS + 1):
         for arithmetic in ARITHMETICS:
