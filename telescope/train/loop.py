@@ -120,7 +120,7 @@ class Setup:
 
 
 def set_up(config: TrialConfig, trial: Trial) -> Setup:
-    """Build what a trial's loop uses and set its threads; raises the errors of `TelescopeTrainer`."""
+    """Build what a trial's loop uses, and set its threads; raises as `TelescopeTrainer` does."""
     torch.set_num_threads(config.threads_at.get(trial.width, config.threads))
     device = resolve_device(config.device)
     corpus = _drivers_corpus(config)
