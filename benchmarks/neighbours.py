@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from recorded_ladder import train_all
 from width_rules import COLUMNS, EVALS, FOLDER, Table
 
+from telescope.answer.finished import Finished, open_result
 from telescope.files import write_atomic, write_json
 from telescope.ladder.grid import round_value
 from telescope.records import Point, Result, Trial
 from telescope.sweep.builtin import BuiltIn
-from telescope.sweep.finished import Finished, open_result
 from telescope.train.loop import TelescopeTrainer
 
 OUT = FOLDER.parent / "neighbours"

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from telescope.answer.derive import transfer
 from telescope.errors import RefusedError, SpecError, StoreError, TrialError
 from telescope.files import write_json
 from telescope.ladder import ladder
@@ -27,13 +28,12 @@ from telescope.records import (
     Trial,
 )
 from telescope.spec.spec import Spec
-from telescope.sweep.answer import transfer
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from telescope.sweep.finished import Finished
+    from telescope.answer.finished import Finished
     from telescope.transfer.settings import Transfer
     from telescope.transfer.shapes import Shapes
 
@@ -371,7 +371,7 @@ def open(sweep: str | Path, results: str | Path = "results") -> Sweep:
         SpecError: there is no such sweep.
         ResumeError: its files or its store cannot be read.
     """
-    from telescope.sweep.finished import open_result
+    from telescope.answer.finished import open_result
 
     return Sweep(open_result(sweep, Path(results)))
 

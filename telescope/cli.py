@@ -26,9 +26,9 @@ from telescope.files import is_private, stand_in
 from telescope.streams import open_streams, reader_needed, use_utf8_names
 
 if TYPE_CHECKING:
+    from telescope.answer.finished import Finished
     from telescope.config import DataConfig
     from telescope.spec.spec import Spec
-    from telescope.sweep.finished import Finished
 
 app = typer.Typer(
     name="telescope",
@@ -423,7 +423,7 @@ def ls(results: ResultsOption = RESULTS, as_json: JsonOption = False) -> None:
     if not folders and not as_json:
         _say(f"no sweeps under {results}; start one with `telescope run`")
         return
-    from telescope.sweep.finished import summary
+    from telescope.sweep.overview import summary
 
     rows = [summary(folder, results, time.time()) for folder in folders]
     if as_json:
@@ -447,7 +447,7 @@ def compare(
 
     for sweep in sweeps:
         find_result(sweep, results)
-    from telescope.sweep.finished import compare as compare_sweeps
+    from telescope.sweep.overview import compare as compare_sweeps
 
     comparison = compare_sweeps(sweeps, results)
     if as_json:
@@ -539,7 +539,7 @@ def _open(sweep: str, results: Path) -> Finished:
     from telescope.spec.catalog import find_result
 
     folder = find_result(sweep, results)
-    from telescope.sweep.finished import open_result
+    from telescope.answer.finished import open_result
 
     return open_result(folder, results)
 

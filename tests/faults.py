@@ -34,13 +34,13 @@ from conftest import tiny_spec
 from rich.console import Console
 
 from telescope import Spec
+from telescope.answer.derive import transfer
+from telescope.answer.finished import open_result
 from telescope.files import write_atomic
 from telescope.packs import trainer
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.report.live import Screen, make_screen
 from telescope.report.terminal import show_as_json
-from telescope.sweep.answer import transfer
-from telescope.sweep.finished import open_result
 from telescope.sweep.run import Options, run
 from telescope.train import loop
 

@@ -32,10 +32,11 @@ ROOMS = {
     "dispatch": set[str](),
     "packs": {"data", "train", "dispatch"},
     "foreign": {"spec", "dispatch"},
-    "store": {"spec"},
-    "report": {"ladder", "spec", "check", "store"},
+    "store": {"data", "spec"},
+    "answer": {"ladder", "rules", "spec", "train", "transfer", "store"},
+    "report": {"ladder", "spec", "check", "transfer", "store", "answer"},
     "sweep": {"ladder", "rules", "data", "spec", "train", "check", "transfer", "dispatch"}
-    | {"packs", "foreign", "store", "report"},
+    | {"packs", "foreign", "store", "answer", "report"},
 }
 MOST_MODULES = 10
 """Modules at the top level, beside `__init__` and `__main__`."""
@@ -44,8 +45,8 @@ LIBRARIES = {
     "ray": {f"dispatch/ray/{part}.py" for part in ("connect", "tune", "worker")} | {"tune.py"},
     "optuna": {"store/store.py"},
     "sqlalchemy": {"store/store.py"},
-    "pydantic": {"spec/spec.py", "spec/tables.py", "sweep/memory.py"},
-    "pydantic_core": {"sweep/memory.py"},
+    "pydantic": {"spec/spec.py", "spec/tables.py", "store/memory.py"},
+    "pydantic_core": {"store/memory.py"},
     "typer": {"cli.py"},
     "pandas": {"report/frames.py"},
     "matplotlib": {"report/figures.py"},
@@ -60,15 +61,16 @@ STANDARD_ONLY = [
 ]
 
 
-def imports(path: Path, *, members: bool = False) -> set[str]:
-    """Dotted names that a file imports, but for typing alone; with what is taken of each if asked.
+def imports(path: Path, *, members: bool = False, typing_too: bool = False) -> set[str]:
+    """Dotted names that a file imports; those under TYPE_CHECKING only when asked.
 
-    `members` gives `telescope.files.write_json` too, which otherwise is `telescope.files`.
+    `members` gives `telescope.files.write_json`, which otherwise is `telescope.files`.
     """
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
+        is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if is_typing and not typing_too:
+            node.body = []  # type: ignore[attr-defined]
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -84,8 +86,9 @@ def imports(path: Path, *, members: bool = False) -> set[str]:
 
 
 def inner(path: Path) -> set[str]:
-    """The first part below telescope of everything a file imports from it."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith("telescope.")}
+    """The first part below telescope of everything a file imports from it, for typing too."""
+    names = imports(path, typing_too=True)
+    return {name.split(".")[1] for name in names if name.startswith("telescope.")}
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))

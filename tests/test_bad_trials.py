@@ -19,10 +19,10 @@ from faults import formula, quiet, spec_of
 from test_ray_tune import Stages
 
 from telescope import Spec
+from telescope.answer.finished import open_result
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.queue import LINE_LENGTH, Queue, Trainer
 from telescope.records import CurvePoint, Point, Result, Status, Trial
-from telescope.sweep.finished import open_result
 from telescope.sweep.run import Options, run
 from telescope.train import loop
 

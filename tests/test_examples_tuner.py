@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from telescope import Ladder, Spec
-from telescope.sweep.finished import open_result
+from telescope.answer.finished import open_result
 
 EXAMPLE = ROOT / "examples" / "tuner"
 

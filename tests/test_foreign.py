@@ -18,11 +18,11 @@ from rich.console import Console
 from test_cli import telescope as in_process
 
 from telescope import Ladder, Spec
+from telescope.answer.finished import open_result
 from telescope.errors import ResumeError, SpecError
 from telescope.foreign.program import read_program
 from telescope.records import Status
 from telescope.report.live import Screen, make_screen
-from telescope.sweep.finished import open_result
 from telescope.sweep.foreign import Foreign
 from telescope.sweep.planning import make_plan
 from telescope.sweep.run import Options, run

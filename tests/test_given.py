@@ -20,11 +20,11 @@ from test_foreign import telescope as command
 
 from telescope import Ladder as UserLadder
 from telescope import Spec
+from telescope.answer.finished import open_result
 from telescope.errors import TrialError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Axis, LadderSpec, Point, Result, Status, Trial
 from telescope.store.store import Store
-from telescope.sweep.finished import open_result
 from telescope.sweep.recorder import Recorder
 from telescope.tune import TelescopeSearch
 

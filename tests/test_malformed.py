@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from test_cli import Done, telescope
 
 from telescope import Spec
+from telescope.answer.finished import open_result
 from telescope.errors import SpecError, TelescopeError
-from telescope.sweep.finished import open_result
 
 settings.register_profile("telescope", derandomize=True, database=None)
 settings.load_profile("telescope")  # the same examples everywhere: a red run is a change's fault

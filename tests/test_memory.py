@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from telescope.answer.finished import Finished, open_result
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.state import Move
 from telescope.records import Certificate, Choice, LadderSpec, Point, Result, Stage, Status, Trial
 from telescope.spec.spec import Spec
-from telescope.sweep import memory
-from telescope.sweep.finished import Finished, open_result
-from telescope.sweep.memory import Memory, code_of, is_self_contained
+from telescope.store import memory
+from telescope.store.memory import Memory, code_of, is_self_contained
 from telescope.sweep.run import recorded
 
 TRIAL = Trial(32, Point.of(lr=0.1, weight_decay=1e-9), 3)
@@ -112,7 +112,7 @@ def known(path: Path) -> list[str]:
 def test_the_code_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "telescope"
     shutil.copytree(ROOT / "telescope" / "ladder", package / "ladder")
-    monkeypatch.setattr(memory, "__file__", str(package / "sweep" / "memory.py"))
+    monkeypatch.setattr(memory, "__file__", str(package / "store" / "memory.py"))
     fresh = code_of.__wrapped__
     before = fresh("ladder", libraries=("numpy",))
     assert before == fresh("ladder", libraries=("numpy",))

@@ -18,6 +18,7 @@ from faults import answers, finish, run_real, start, stored
 from rich.console import Console
 
 from telescope import Spec
+from telescope.answer.finished import open_result
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.packing import Packer, choose_size
 from telescope.dispatch.packs import Done, Limit, Packs
@@ -27,7 +28,6 @@ from telescope.packs.probe import PackProbe
 from telescope.records import Point, Result, Status, Trial, TrialSource
 from telescope.report.live import Screen, make_screen
 from telescope.store.folder import Folder
-from telescope.sweep.finished import open_result
 from telescope.sweep.machine import pack_size
 from telescope.sweep.run import Options, run
 

@@ -18,10 +18,10 @@ import pytest
 from faults import answers, formula, quiet, run_fast, spec_of
 
 from telescope import Spec
+from telescope.answer.finished import open_result
 from telescope.errors import ResumeError, StoreError
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.store import store
-from telescope.sweep.finished import open_result
 from telescope.sweep.run import Options, run
 from telescope.train import loop
 

@@ -10,10 +10,10 @@ from conftest import tiny_spec, wide_block
 from rich.console import Console
 
 from telescope import Spec
+from telescope.answer.finished import open_result
 from telescope.dispatch.ray.session import marked
 from telescope.errors import RefusedError
 from telescope.report.live import make_screen
-from telescope.sweep.finished import open_result
 from telescope.sweep.run import Options, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]

@@ -22,6 +22,7 @@ from test_foreign import bowl_spec, quiet
 
 from telescope import Spec, Trial
 from telescope import open as telescope_open
+from telescope.answer.finished import Finished, open_result
 from telescope.check.verdict import CoordCheck, Kind, Quantity
 from telescope.errors import RefusedError, SpecError
 from telescope.ladder.ladder import Ladder
@@ -32,7 +33,6 @@ from telescope.report.svg import inline
 from telescope.report.verdict import describe_certificate
 from telescope.store.folder import Folder
 from telescope.sweep.comparing import differences
-from telescope.sweep.finished import Finished, open_result
 from telescope.sweep.reporting import page_of, write_report
 from telescope.sweep.run import Options, recorded, run
 

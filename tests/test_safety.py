@@ -38,7 +38,7 @@ def watch(event, arguments):
     if event == "pickle.find_class":
         found.append(arguments)
 from telescope.api import transfer
-from telescope.sweep.finished import open_result
+from telescope.answer.finished import open_result
 from telescope.train import checkpoint, loop  # everything is imported; now nothing may be unpickled
 import safetensors.torch
 sys.addaudithook(watch)

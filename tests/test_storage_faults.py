@@ -21,10 +21,10 @@ from faults import answers, quiet, run_fast, spec_of
 from test_cli import telescope
 
 from telescope import Spec
+from telescope.answer.finished import open_result
 from telescope.errors import ResumeError, StoreError, TelescopeError
 from telescope.records import Result, Trial
 from telescope.store import store
-from telescope.sweep.finished import open_result
 from telescope.sweep.run import Options, run
 from telescope.train import loop
 

@@ -18,6 +18,8 @@ from conftest import GPT, tiny_spec, wide_block
 from rich.console import Console
 
 from telescope import Spec
+from telescope.answer.derive import transfer
+from telescope.answer.finished import open_result
 from telescope.check.coordcheck import Extent, coordinate_check
 from telescope.errors import RefusedError, ResumeError, SpecError
 from telescope.ladder.ladder import Ladder, replay
@@ -25,10 +27,8 @@ from telescope.records import Point, Result, Trial
 from telescope.report.live import PlainScreen, Screen, make_screen
 from telescope.report.terminal import show_as_json
 from telescope.store.folder import Folder
-from telescope.sweep.answer import transfer
 from telescope.sweep.builtin import BuiltIn
 from telescope.sweep.checking import write_check
-from telescope.sweep.finished import open_result
 from telescope.sweep.recorder import Recorder
 from telescope.sweep.run import Options, run
 from telescope.train import loop

@@ -27,9 +27,9 @@ from ray import cloudpickle, tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from telescope import Ladder, Spec
+from telescope.answer.finished import open_result
 from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
 from telescope.records import Choice
-from telescope.sweep.finished import open_result
 from telescope.tune import GATE, TelescopeSearch, _Gate
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test

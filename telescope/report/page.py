@@ -41,8 +41,8 @@ from telescope.report.toml import as_toml
 from telescope.report.verdict import caveat, confirming, heading_of, percent
 
 if TYPE_CHECKING:
+    from telescope.answer.finished import Finished
     from telescope.check.verdict import CoordCheck
-    from telescope.sweep.finished import Finished
     from telescope.transfer.settings import Transfer
 
 OWN_PROGRAM = "the program that tells this sweep its losses"

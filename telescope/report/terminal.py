@@ -16,9 +16,9 @@ from telescope.report.live import describe_seconds
 from telescope.report.verdict import WORDS, caveat, confirming, describe_certificate, percent
 
 if TYPE_CHECKING:
+    from telescope.answer.finished import Finished
     from telescope.check.verdict import CoordCheck
     from telescope.spec.spec import Spec
-    from telescope.sweep.finished import Finished
     from telescope.transfer.settings import Transfer
 
 

@@ -10,7 +10,7 @@ from telescope.ladder.thresholds import USABLE
 from telescope.records import Certificate
 
 if TYPE_CHECKING:
-    from telescope.sweep.finished import Finished
+    from telescope.answer.finished import Finished
 
 HEADINGS = {"PASS": "CONFIRMED", "FAIL": "DO NOT USE"}
 WORDS = {"PASS": "confirmed", "WARN": "not confirmed", "FAIL": "do not use"}

@@ -14,7 +14,7 @@ from telescope.config import ModelConfig, TrainConfig, TrialConfig
 from telescope.data.corpus import check_size, load_corpus
 from telescope.errors import SpecError
 from telescope.spec.spec import Spec
-from telescope.sweep.memory import of_model
+from telescope.store.memory import of_model
 from telescope.train.flops import StepCost, step_cost
 from telescope.train.model import check_keywords, keyword_defaults, ungiven_biases
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from telescope.answer.derive import UNCONFIRMED, rule_problem
 from telescope.dispatch.queue import Trainer
 from telescope.errors import SpecError
 from telescope.foreign.command import CommandTrainer
@@ -26,7 +27,6 @@ from telescope.spec.placeholders import OWN, names_in
 from telescope.spec.spec import Spec
 from telescope.spec.tables import TrainerTable
 from telescope.store.folder import Folder
-from telescope.sweep.answer import UNCONFIRMED, rule_problem
 from telescope.sweep.runnable import (
     Trainable,
     WithCosts,

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from telescope.answer.finished import Kept
 from telescope.foreign.outcome import latest_row
 from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Result, Status, Trial, TrialSource
 from telescope.report.live import Progress, Screen
 from telescope.store.folder import Folder
-from telescope.sweep.finished import Kept
 
 
 @dataclass

@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from telescope.answer.finished import Finished, open_result
 from telescope.check.verdict import CoordCheck
 from telescope.errors import SpecError, TelescopeError
 from telescope.files import write_atomic
 from telescope.report.page import Shown, render
 from telescope.spec.catalog import bundled_sweeps
 from telescope.sweep.comparing import differences, is_data_seen
-from telescope.sweep.finished import Finished, open_result
 from telescope.transfer.settings import Transfer
 
 REPORT_FILE = "report.html"

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from telescope.answer.finished import Finished, Kept, given_trials, ladder_memory
 from telescope.dispatch.packs import Packs
 from telescope.dispatch.queue import Trainer
 from telescope.errors import RefusedError, ResumeError, SpecError, StoreError
@@ -20,9 +21,9 @@ from telescope.records import Result, Trial, TrialSource
 from telescope.report.live import QuietScreen, Screen
 from telescope.spec.spec import Spec
 from telescope.store.folder import Folder
+from telescope.store.memory import code_of
 from telescope.sweep.checking import Verdict, check_before_run, draw_kept_check
 from telescope.sweep.comparing import check_comparable
-from telescope.sweep.finished import Finished, Kept, given_trials, ladder_memory
 from telescope.sweep.machine import (
     check_compiler,
     check_numbered_device,
@@ -31,7 +32,6 @@ from telescope.sweep.machine import (
     takes_any_gpu,
     workers,
 )
-from telescope.sweep.memory import code_of
 from telescope.sweep.prepare import prepare
 from telescope.sweep.recorder import Recorder, ended, given_record
 from telescope.sweep.runnable import Outside, Runnable, Trainable

@@ -23,7 +23,7 @@ from telescope.records import LadderSpec
 from telescope.spec.spec import Spec, fingerprint
 from telescope.spec.tables import CostTable
 from telescope.store.folder import Folder
-from telescope.sweep.memory import code_of, made_before
+from telescope.store.memory import code_of, made_before
 
 NO_MODEL = "another trainer's sweep, so there is no model to check"
 

@@ -117,7 +117,7 @@ def of_model(kind: object, model: ModelConfig, of: object, make: Callable[[], Ma
         make: makes it.
     """
     code = code_of(
-        "config", "rules", "data", "train", "sweep/memory", libraries=("torch", "mup", "numpy")
+        "config", "rules", "data", "train", "store/memory", libraries=("torch", "mup", "numpy")
     )
     return made_before(kind, of, make, code=code if is_self_contained(model.text) else "")
 

@@ -7,22 +7,20 @@ finished sweep again reads three small files, and imports neither the fit nor th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telescope.errors import TelescopeError
+from telescope.answer.derive import certificate_of, chosen_point, transfer
 from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Axis, Certificate, Point, Result, Status, Trial
-from telescope.report.status import read_status
 from telescope.spec.catalog import find_result
 from telescope.spec.spec import Spec
 from telescope.store.folder import DATABASE_FILE, Folder
-from telescope.sweep.answer import certificate_of, chosen_point, transfer
-from telescope.sweep.memory import Memory, code_of
+from telescope.store.memory import Memory, code_of
 from telescope.transfer.settings import at_horizon
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 
 def ladder_memory(folder: Folder) -> Memory:
     """Earlier decisions of a sweep's ladder, on the same results, under the same code."""
-    code = code_of("ladder", "records", "store/store", "sweep/memory", libraries=("numpy",))
+    code = code_of("ladder", "records", "store/store", "store/memory", libraries=("numpy",))
     return Memory(folder.memory_file, code)
 
 
@@ -222,64 +220,3 @@ def open_result(sweep: str | Path, results: Path) -> Finished:
     finished = Finished(folder, spec, ladder, known, record["target_flops"], planned, memory)
     memory.keep()
     return finished
-
-
-def summary(path: Path, results: Path, now: float) -> dict[str, Any]:
-    """One sweep in the keys of `ls --json`; of one that cannot be read, what its heartbeat says.
-
-    Args:
-        path: the sweep's folder.
-        results: the folder of all results.
-        now: seconds since the epoch.
-    """
-    state = read_status(path, results)
-    written = state.get("time")
-    row = {
-        **{key: state[key] for key in ("name", "state", "done", "total")},
-        **dict.fromkeys(("width", "answer", "verdict", "over_target", "problem")),
-        "age_seconds": now - written if isinstance(written, (int, float)) else None,
-        "path": str(path),
-    }
-    if state["state"] not in ("finished", "stuck"):
-        return row
-    try:
-        finished = open_result(path, results)
-        certificate, point = finished.certificate, finished.target_point()
-    except TelescopeError as error:
-        return row | {"problem": str(error)}
-    return row | {
-        "width": finished.spec.target.width,
-        "answer": point and dict(point),
-        "verdict": certificate and certificate.verdict,
-        "over_target": finished.cost()["over_target"],
-    }
-
-
-def compare(sweeps: Sequence[str], results: Path) -> dict[str, Any]:
-    """Several sweeps side by side, in the keys of `compare --json`.
-
-    Raises:
-        RefusedError: their losses are of other data, or are measured otherwise.
-        SpecError, ResumeError: there is no such sweep, or it cannot be read.
-    """
-    from telescope.sweep.comparing import differences, is_data_seen  # it knows trainers, and torch
-
-    opened = [open_result(sweep, results) for sweep in sweeps]
-    records = {name: of.folder.read_spec() for name, of in zip(sweeps, opened, strict=True)}
-    unlike = differences(records, of_unseen=True)
-    differing = {key: [of.get(name) for name in sweeps] for key, of in unlike.items()}
-    rows = []
-    for finished in opened:
-        certificate, point = finished.certificate, finished.target_point()
-        rows.append(
-            {
-                "name": finished.folder.path.name,
-                "width": finished.spec.target.width,
-                "answer": point and dict(point),
-                "verdict": certificate and certificate.verdict,
-                "predicted_excess_loss": certificate and certificate.predicted_excess_loss,
-                "losses": {str(c.width): c.loss for c in finished.ladder.choices},
-                "over_target": finished.cost()["over_target"],
-            }
-        )
-    return {"sweeps": rows, "differing": differing, "data_seen": is_data_seen(records)}

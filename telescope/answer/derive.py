@@ -13,7 +13,7 @@ from telescope.ladder.ladder import Ladder
 from telescope.records import Certificate, Point
 from telescope.rules.scaling import Tag
 from telescope.spec.spec import Spec
-from telescope.sweep.memory import of_model
+from telescope.store.memory import of_model
 
 if TYPE_CHECKING:
     from telescope.config import ModelConfig
