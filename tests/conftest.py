@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import settings
+from rich.console import Console
 
 # Before numpy is imported, and for what the tests start: the ladder solves systems of a few dozen
 # rows, for which a second thread of OpenBLAS costs three times the CPU time of one, and no less
@@ -34,12 +36,16 @@ from telescope.dispatch.packs import Done
 from telescope.dispatch.queue import Order, Trainer
 from telescope.errors import SpecError, TelescopeError
 from telescope.records import Result, Trial
+from telescope.report.live import Screen, make_screen
 
 ROOT = Path(__file__).parent.parent
 GPT = ROOT / "models" / "gpt.py"
 
 sys.dont_write_bytecode = False
 torch.set_num_threads(1)
+# The same examples everywhere: a red run is a change's fault.
+settings.register_profile("telescope", derandomize=True, database=None)
+settings.load_profile("telescope")
 
 
 LONGER = {"slow": 7200, "ray": 900}
@@ -169,3 +175,8 @@ def wide_block(tmp_path: Path) -> str:
     assert text != GPT.read_text()
     (tmp_path / "wide.py").write_text(text)
     return str(tmp_path / "wide.py")
+
+
+def quiet() -> Screen:
+    """A screen that shows nothing."""
+    return make_screen(Console(quiet=True))

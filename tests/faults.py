@@ -30,8 +30,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
-from conftest import tiny_spec
-from rich.console import Console
+from conftest import quiet, tiny_spec
 
 from telescope import Spec
 from telescope.answer.derive import transfer
@@ -39,16 +38,11 @@ from telescope.answer.finished import open_result
 from telescope.files import write_atomic
 from telescope.packs import trainer
 from telescope.records import CurvePoint, Result, Status, Trial
-from telescope.report.live import Screen, make_screen
 from telescope.report.terminal import show_as_json
 from telescope.sweep.run import Options, run
 from telescope.train import loop
 
 STARTS = "starts.log"
-
-
-def quiet() -> Screen:
-    return make_screen(Console(quiet=True))
 
 
 def formula(trial: Trial) -> float:

@@ -8,45 +8,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 from calibration import random_truth, recorded, shares, simulated
 from simulated import ESSENTIAL, Surface
+from surfaces import climb, run, surface
 
 from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Axis, Choice, LadderSpec, Point, Result, Status, Trial
-
-Answer = Callable[[Trial], Result]
-
-
-def surface(seed: int = 0, **truth: Any) -> Surface:
-    """A surface whose optimum lies at random within a step and a half of the lattice's middle."""
-    return Surface(ESSENTIAL, random_truth(seed).optimum, seed=seed, **truth)
-
-
-def climb(
-    ladder: Ladder, answer: Answer, order: Callable[[list[Trial]], None] = lambda trials: None
-) -> list[Result]:
-    """Answer all that the ladder asks; returns the results in the order they were told."""
-    told = []
-    while trials := list(ladder.ask()):
-        order(trials)
-        for trial in trials:
-            told.append(answer(trial))
-            ladder.tell(told[-1])
-            if ladder.stuck:
-                break
-    return told
-
-
-def run(answer: Answer, spec: LadderSpec = ESSENTIAL) -> Ladder:
-    ladder = Ladder(spec)
-    climb(ladder, answer)
-    return ladder
 
 
 def spent(ladder: Ladder) -> float:

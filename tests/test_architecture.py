@@ -14,30 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from rooms import GROUND, PUBLIC, ROOMS
 
 PACKAGE = ROOT / "telescope"
-GROUND = ["errors", "files", "streams", "markup", "records", "losses", "config"]
-"""The modules that every room may import, bottom up."""
-PUBLIC = ["api", "tune", "cli"]
-"""The modules that people call, bottom up: above all rooms."""
-ROOMS = {
-    # room, bottom up: the other rooms that it may import, besides the ground
-    "ladder": set[str](),
-    "rules": set[str](),
-    "data": set[str](),
-    "spec": {"data"},
-    "train": {"rules", "data"},
-    "check": {"rules", "train"},
-    "transfer": {"rules"},
-    "dispatch": set[str](),
-    "packs": {"data", "train", "dispatch"},
-    "foreign": {"spec", "dispatch"},
-    "store": {"data", "spec"},
-    "answer": {"ladder", "rules", "spec", "train", "transfer", "store"},
-    "report": {"ladder", "spec", "check", "transfer", "store", "answer"},
-    "sweep": {"ladder", "rules", "data", "spec", "train", "check", "transfer", "dispatch"}
-    | {"packs", "foreign", "store", "answer", "report"},
-}
 MOST_MODULES = 10
 """Modules at the top level, beside `__init__` and `__main__`."""
 LIBRARIES = {
@@ -145,6 +124,19 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         for name in free:
             del above[name]
     assert not above, f"in a circle, or above one: {sorted(above)}"
+
+
+def test_no_module_of_tests_is_a_library_of_others() -> None:
+    """What several tests share is in conftest.py or in a module of its own."""
+    files = [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    found = {path.name: names for path in files if (names := tests_of(imports(path)))}
+    assert tests_of(imports(Path(__file__)) | {"test_cli", "x.test_y"}) == {"test_cli", "x.test_y"}
+    assert not found
+
+
+def tests_of(names: set[str]) -> set[str]:
+    """Those names that are of modules of tests."""
+    return {name for name in names if any(part.startswith("test_") for part in name.split("."))}
 
 
 def test_each_library_has_its_place() -> None:

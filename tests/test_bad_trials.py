@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import attempt
-from faults import formula, quiet, spec_of
-from test_ray_tune import Stages
+from conftest import attempt, quiet
+from faults import formula, spec_of
+from stages import Stages
 
 from telescope import Spec
 from telescope.answer.finished import open_result

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from calibration import random_truth
 from simulated import ESSENTIAL
-from test_adaptive import run, surface
+from surfaces import run, surface
 
 from telescope.ladder.certificate import two_minima
 from telescope.ladder.fit.data import Data

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT, trial_config
-from faults import answers, finish, quiet, spec_of, start
+from conftest import GPT, quiet, trial_config
+from faults import answers, finish, spec_of, start
 
 from telescope import Spec
 from telescope.config import ModelConfig, OptimizerConfig, TrialConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bowls import bowl_spec
 from conftest import as_toml, left_over
-from test_foreign import bowl_spec
-from test_trainers import function
+from functions import function
 
 from telescope.dispatch.children import plain_children
 from telescope.records import Status

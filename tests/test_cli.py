@@ -5,7 +5,6 @@ One sweep is run for the whole file. What concerns processes is tested with proc
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -19,66 +18,11 @@ import textwrap
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import pytest
+from commands import STABLE_OPTIONS, from_json, telescope
 from conftest import as_toml, tiny_spec
-
-from telescope.cli import main
-
-STABLE_OPTIONS = {
-    # The surface that others' scripts use: additions are fine, removals are not.
-    "init": set(),
-    "plan": {"--set", "--probe", "--json"},
-    "check": {"--set", "--json"},
-    "run": {
-        "--results",
-        "--name",
-        "--workers",
-        "--dispatcher",
-        "--ray-address",
-        "--storage",
-        "--set",
-        "--no-check",
-    },
-    "status": {"--json", "--watch"},
-    "show": {"--json", "--csv"},
-    "transfer": {"--width", "--steps", "--json", "--out"},
-    "ls": {"--results", "--json"},
-    "compare": {"--results", "--json"},
-    "report": {"--out", "--open"},
-    "tokenize": {"--vocab-size", "--out", "--shards"},
-}
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def telescope(*arguments: str | Path, cwd: Path) -> Done:
-    """Run the command line in this process, which has torch loaded already."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.chdir(cwd))
-        stack.enter_context(mock.patch.object(sys, "argv", ["telescope", *map(str, arguments)]))
-        stack.enter_context(mock.patch.dict(os.environ, COLUMNS="200"))
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(errors))
-        stopped = stack.enter_context(pytest.raises(SystemExit))
-        main()
-    return Done(int(stopped.value.code or 0), out.getvalue(), errors.getvalue())
-
-
-def from_json(*arguments: str | Path, cwd: Path) -> dict[str, Any]:
-    done = telescope(*arguments, "--json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    data: dict[str, Any] = json.loads(done.stdout)
-    return data
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,11 @@ import pyarrow
 import pytest
 import torch
 from conftest import one_line
+from corpora import write_llm_c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pyarrow import feather, parquet
-from test_sources import write_llm_c
 
 from telescope.config import DataConfig, SourceConfig
 from telescope.data import corpus, shards, sources
@@ -36,8 +36,6 @@ from telescope.data.tokenizer import train_bpe
 from telescope.data.tokens import split_passages
 from telescope.errors import DataError
 
-settings.register_profile("telescope", derandomize=True, database=None)
-settings.load_profile("telescope")
 TEXT = "The quick brown fox, été 数 🙂 jumps.\n" * 2000
 TABLE = pyarrow.table({"text": ["a", "b"]})
 IDS = np.minimum(np.random.default_rng(0).zipf(1.3, 60_000), 49_999)

@@ -22,11 +22,11 @@ from typing import Any
 
 import pytest
 import typer.main
+from commands import STABLE_OPTIONS, telescope
 from conftest import ROOT
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from test_architecture import ROOMS
-from test_cli import STABLE_OPTIONS, telescope
+from rooms import ROOMS
 
 from telescope.cli import app
 from telescope.ladder.fit.laws import LAWS

@@ -16,8 +16,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from commands import telescope
 from conftest import ROOT
-from test_cli import telescope
 
 EXAMPLES = ROOT / "examples"
 

@@ -13,73 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import as_toml, left_over, one_line
-from rich.console import Console
-from test_cli import telescope as in_process
+from bowls import BOWL, COMMAND, bowl_spec, run_bowl
+from commands import output
+from conftest import as_toml, left_over, one_line, quiet
 
 from telescope import Ladder, Spec
 from telescope.answer.finished import open_result
 from telescope.errors import ResumeError, SpecError
 from telescope.foreign.program import read_program
 from telescope.records import Status
-from telescope.report.live import Screen, make_screen
 from telescope.sweep.foreign import Foreign
 from telescope.sweep.planning import make_plan
 from telescope.sweep.run import Options, run
 
 TELESCOPE = [sys.executable, "-m", "telescope"]
-BOWL = """
-import json, math, os, sys, time
-width, lr, seed = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-nap = float(os.environ.get("NAP", "0"))
-start = time.time()
-time.sleep(nap)
-noise = math.sin(1e4 * (lr + seed)) / 1000
-loss = 2 + math.log2(lr / 0.1 / (1 + 1 / width)) ** 2 / 50 + noise
-cpus = os.environ.get("OMP_NUM_THREADS")
-row = {"width": width, "start": start, "end": time.time(), "cpus": cpus, "parent": os.getppid()}
-with open("runs.jsonl", "a") as file:
-    file.write(json.dumps(row) + chr(10))
-print(json.dumps({"step": 1, "train_loss": loss + 1}))
-print(json.dumps({"loss": loss, "step": 2}))
-"""
-COMMAND = ["{python}", "-S", "bowl.py", "{width}", "{lr}", "{seed}"]
-
-
-def bowl_spec(folder: Path, **tables: Any) -> dict[str, Any]:
-    """A sweep of a bowl, trained by a script that takes milliseconds."""
-    if not (folder / "bowl.py").exists():
-        (folder / "bowl.py").write_text(BOWL)
-    spec = {
-        "name": "bowl",
-        "trainer": {"command": COMMAND, "folder": str(folder)},
-        "cost": {"parameters": {"8": 10, "16": 30, "32": 100}},
-        "ladder": {"widths": [8, 16]},
-        "target": {"width": 32},
-        "axes": {"lr": {"low": 0.01, "high": 1.0, "points": 7}},
-        "optimizer": {"rule": "mup"},
-        "budget": {"max_over_target": 10.0},
-    }
-    for name, table in tables.items():
-        merges = isinstance(table, dict) and isinstance(spec.get(name), dict)
-        spec[name] = {**spec[name], **table} if merges else table  # type: ignore[dict-item]
-    return {name: table for name, table in spec.items() if table is not None}
-
-
-def quiet() -> Screen:
-    return make_screen(Console(quiet=True))
-
-
-def inline(folder: Path, **tables: Any) -> Any:
-    spec = Spec.from_dict(bowl_spec(folder, **tables))
-    ran = run(spec, Options(folder / "results", dispatcher="inline"), quiet)
-    return ran.folder, ran.ladder
-
-
-def telescope(folder: Path, *arguments: str, code: int = 0) -> str:
-    done = in_process(*arguments, cwd=folder)
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -149,21 +96,21 @@ def test_what_needs_no_seed_and_what_is_passed_by_the_environment(tmp_path: Path
 
 def test_every_verb(tmp_path: Path) -> None:
     (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
-    plan = json.loads(telescope(tmp_path, "plan", "bowl.toml", "--json"))
+    plan = json.loads(output(tmp_path, "plan", "bowl.toml", "--json"))
     assert [stage["parameters"] for stage in plan["stages"]] == [10, 30]
     assert plan["target"] == {"width": 32, "parameters": 100, "tokens": None, "flops": None}
     assert plan["seconds"]["estimate"] is None
     assert 0 < plan["sweep_over_target"] == plan["sweep_over_target_parameters"]
     assert plan["refused"] is None
-    assert "cost" in telescope(tmp_path, "plan", "bowl.toml")
-    line = telescope(tmp_path, "check", "bowl.toml", code=2)
+    assert "cost" in output(tmp_path, "plan", "bowl.toml")
+    line = output(tmp_path, "check", "bowl.toml", code=2)
     assert line.startswith("telescope: bowl: no coordinate check: [trainer] trains it")
-    assert "--probe" in telescope(tmp_path, "plan", "bowl.toml", "--probe", code=2)
+    assert "--probe" in output(tmp_path, "plan", "bowl.toml", "--probe", code=2)
 
-    shown = telescope(tmp_path, "run", "bowl.toml", "--dispatcher", "inline")
+    shown = output(tmp_path, "run", "bowl.toml", "--dispatcher", "inline")
     assert "no coordinate check" in shown
     folder = tmp_path / "results" / "bowl"
-    show = json.loads(telescope(tmp_path, "show", "bowl", "--json"))
+    show = json.loads(output(tmp_path, "show", "bowl", "--json"))
     spent = show["cost"]
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     cost = sum({8: 10, 16: 30}[one["width"]] for one in runs)
@@ -173,15 +120,13 @@ def test_every_verb(tmp_path: Path) -> None:
     assert show["target"]["weight_decay"] is None
     assert show["choices"][0]["weight_decay"] is None
     assert show["target"]["lr"] == pytest.approx(0.1, rel=0.2)
-    transfer = json.loads(telescope(tmp_path, "transfer", "bowl", "--json"))
+    transfer = json.loads(output(tmp_path, "transfer", "bowl", "--json"))
     assert transfer["groups"] is None
     assert transfer["weight_decay"] is None
     assert transfer["certificate"]["verdict"] in ("PASS", "WARN")
     assert any("does not see it" in text for text in transfer["certificate"]["assumptions"])
-    assert "finished" in telescope(tmp_path, "status", "bowl")
-    assert ["bowl", "finished"] in [
-        row.split()[:2] for row in telescope(tmp_path, "ls").splitlines()
-    ]
+    assert "finished" in output(tmp_path, "status", "bowl")
+    assert ["bowl", "finished"] in [row.split()[:2] for row in output(tmp_path, "ls").splitlines()]
     assert len(list((folder / "logs").glob("*.out"))) == len(runs)
     assert not (folder / "model.py").exists()
     curve = next((folder / "curves").iterdir()).read_text().splitlines()
@@ -190,18 +135,18 @@ def test_every_verb(tmp_path: Path) -> None:
 
 
 def test_what_differs_is_refused(tmp_path: Path) -> None:
-    inline(tmp_path)
-    inline(tmp_path, trainer={"timeout": 9.0, "steps": 3}, optimizer={"rule": "standard"})
+    run_bowl(tmp_path)
+    run_bowl(tmp_path, trainer={"timeout": 9.0, "steps": 3}, optimizer={"rule": "standard"})
     for tables, key in (
         ({"trainer": {"command": [*COMMAND, "x"]}}, "trainer.command was"),
         ({"trainer": {"environment": {"A": "1"}}}, "trainer.environment was"),
         ({"trainer": {"command": [*COMMAND, "{steps}"], "steps": 3}}, "steps was None, now 3"),
     ):
         with pytest.raises(ResumeError, match=key):
-            inline(tmp_path, **tables)
+            run_bowl(tmp_path, **tables)
     (tmp_path / "bowl.py").write_text(BOWL + "pass\n")
     with pytest.raises(ResumeError, match=r"trainer\.bowl\.py \(hash\) was"):
-        inline(tmp_path)
+        run_bowl(tmp_path)
 
 
 EDITS = {
@@ -247,21 +192,21 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 def test_an_edited_trainer_can_be_accepted(tmp_path: Path) -> None:
     """Stored results still count then, whichever of the accepted texts is there."""
-    _, ladder = inline(tmp_path)
+    _, ladder = run_bowl(tmp_path)
     runs, first = (tmp_path / "runs.jsonl").read_text(), record_of(tmp_path)
     script(tmp_path, f"# a comment\n{BOWL}")
-    inline(tmp_path)
+    run_bowl(tmp_path)
     assert record_of(tmp_path)["trainer_texts"] == first["trainer_texts"]
     script(tmp_path, f"{BOWL}pass\n")
     with pytest.raises(ResumeError, match=r"now \w+; undo .*, or say --accept-trainer if it tra"):
-        inline(tmp_path)
+        run_bowl(tmp_path)
     with pytest.raises(ResumeError, match=r"environment was .*; undo the change, or start another"):
         accepting(tmp_path, trainer={"environment": {"A": "1"}})
     assert record_of(tmp_path) == first
     assert accepting(tmp_path)[1].choices == ladder.choices
     for text in (BOWL, f"{BOWL}pass  # again\n"):
         script(tmp_path, text)
-        assert inline(tmp_path)[1].choices == ladder.choices
+        assert run_bowl(tmp_path)[1].choices == ladder.choices
     second = record_of(tmp_path)
     (listed,) = second["trainer_texts"].values()
     assert [text["accepted"] for text in listed] == [False, True]
@@ -270,27 +215,27 @@ def test_an_edited_trainer_can_be_accepted(tmp_path: Path) -> None:
         assert second[key] == first[key]
     assert (tmp_path / "runs.jsonl").read_text() == runs
     assert open_result("bowl", tmp_path / "results").ladder.choices == ladder.choices
-    assert "finished" in telescope(tmp_path, "status", "bowl")
+    assert "finished" in output(tmp_path, "status", "bowl")
     script(tmp_path, f"{BOWL}pass\npass\n")
     with pytest.raises(ResumeError, match="--accept-trainer"):
-        inline(tmp_path)
+        run_bowl(tmp_path)
 
 
 def test_a_folder_of_an_older_version_goes_on(tmp_path: Path) -> None:
     """It knows the first text alone, by the same digest."""
-    _, ladder = inline(tmp_path)
+    _, ladder = run_bowl(tmp_path)
     path, runs = tmp_path / "results" / "bowl" / "spec.json", (tmp_path / "runs.jsonl").read_text()
     old = {key: value for key, value in record_of(tmp_path).items() if key != "trainer_texts"}
     digest = hashlib.sha256((tmp_path / "bowl.py").read_bytes()).hexdigest()[:16]
     assert old["comparable_if_equal"]["trainer.bowl.py (hash)"] == digest
     for other in (old, {**old, "trainer_texts": 3}, {**old, "trainer_texts": {"a": [1]}}):
         path.write_text(json.dumps(other))
-        assert inline(tmp_path)[1].choices == ladder.choices
+        assert run_bowl(tmp_path)[1].choices == ladder.choices
     script(tmp_path, f"{BOWL}# a comment\n")
-    inline(tmp_path)  # what its code was is known by now
+    run_bowl(tmp_path)  # what its code was is known by now
     path.write_text(json.dumps(old))
     with pytest.raises(ResumeError, match="--accept-trainer"):
-        inline(tmp_path)
+        run_bowl(tmp_path)
     accepting(tmp_path)
     assert record_of(tmp_path)["fingerprint"] == old["fingerprint"]
     assert (tmp_path / "runs.jsonl").read_text() == runs
@@ -298,13 +243,13 @@ def test_a_folder_of_an_older_version_goes_on(tmp_path: Path) -> None:
 
 def test_there_must_be_a_trainer_to_accept(tmp_path: Path) -> None:
     message = "--accept-trainer: is for the script or function"
-    assert message in telescope(tmp_path, "run", "quickstart", "--accept-trainer", code=2)
+    assert message in output(tmp_path, "run", "quickstart", "--accept-trainer", code=2)
 
 
 def test_a_comment_in_the_middle_of_a_sweep_changes_nothing(tmp_path: Path) -> None:
     edit = "if len(open('runs.jsonl').readlines()) == 2: open('bowl.py', 'a').write('# ok')"
     script(tmp_path, f"{BOWL}{edit}\n")
-    assert inline(tmp_path)[1].is_finished
+    assert run_bowl(tmp_path)[1].is_finished
 
 
 def test_a_loss_on_the_way_does_not_stand_for_one_that_became_nan(tmp_path: Path) -> None:
@@ -312,7 +257,7 @@ def test_a_loss_on_the_way_does_not_stand_for_one_that_became_nan(tmp_path: Path
     last = '\'[rank0]: 100%%|##|\\r{"step": 100, "loss": %s},\' % ("nan" if lr > 0.3 else loss)'
     says = f'print(\'{{"step": 50, "loss": 1.9}}\')\nprint({last})\n'
     script(tmp_path, BOWL.partition("print(")[0] + says)
-    _, ladder = inline(tmp_path)
+    _, ladder = run_bowl(tmp_path)
     assert ladder.choices[-1].point.lr == pytest.approx(0.1, rel=0.2)
     results = open_result("bowl", tmp_path / "results").results
     assert all((r.status is Status.DIVERGED) == (r.trial.lr > 0.3) for r in results)
@@ -323,14 +268,14 @@ def test_a_trainer_that_cannot_work_stops_the_sweep_at_once(tmp_path: Path) -> N
     is_mended = "import os\nis_mended = os.path.exists('mended')\n"
     script(tmp_path, is_mended + BOWL.replace("print(", "is_mended and print("))
     (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
-    line = telescope(tmp_path, "run", "bowl.toml", "--dispatcher", "inline", code=1)
+    line = output(tmp_path, "run", "bowl.toml", "--dispatcher", "inline", code=1)
     assert "bowl: stuck: width 8: " in line
     assert "failed as the first 3 trials of width 8 did, so tried once: no result: stdout" in line
     assert "run again to retry them" in line
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
-    assert "stuck" in telescope(tmp_path, "status", "bowl")
+    assert "stuck" in output(tmp_path, "status", "bowl")
     (tmp_path / "mended").touch()
-    telescope(tmp_path, "run", "bowl.toml", "--dispatcher", "inline")
+    output(tmp_path, "run", "bowl.toml", "--dispatcher", "inline")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +309,7 @@ def test_a_file_that_the_trainer_writes_refuses_no_resume(tmp_path: Path) -> Non
     told = {"command": [*COMMAND, "runs.jsonl"]}  # which every run makes longer
     (tmp_path / "runs.jsonl").touch()
     for _ in range(2):
-        _, ladder = inline(tmp_path, trainer=told)
+        _, ladder = run_bowl(tmp_path, trainer=told)
         assert ladder.is_finished
 
 
@@ -378,12 +323,12 @@ def test_a_script_edited_in_the_middle_makes_no_ladder_of_two_trainers(
     )
     (tmp_path / "bowl.py").write_text(f"{BOWL}{edit}\n")
     text = (tmp_path / "bowl.py").read_text()
-    _, ladder = inline(tmp_path)
+    _, ladder = run_bowl(tmp_path)
     assert "bowl.py has changed since the sweep began; undo the change" in str(ladder.stuck)
     kept = [r for r in open_result("bowl", tmp_path / "results").results if r.loss is not None]
     assert len(kept) == after
     (tmp_path / "bowl.py").write_text(text)
-    _, ladder = inline(tmp_path)
+    _, ladder = run_bowl(tmp_path)
     assert ladder.is_finished
     results = open_result("bowl", tmp_path / "results").results
     assert set(kept) <= set(results)
@@ -484,7 +429,7 @@ def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(tmp_path: P
         one.kill()
     assert not left_over(str(tmp_path), patience=20)
     before = len(runs.read_text().splitlines())
-    telescope(tmp_path, *command[3:])
+    output(tmp_path, *command[3:])
     trials = open_result("bowl", tmp_path / "results").results
     assert all(result.status is Status.COMPLETE for result in trials)
     assert len(runs.read_text().splitlines()) in (len(trials), len(trials) + 1)
@@ -512,7 +457,7 @@ def test_cpus_by_width_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("NAP", "0")
     other = tmp_path / "other"
     other.mkdir()
-    _, reference = inline(other)
+    _, reference = run_bowl(other)
     assert ran.ladder.choices == reference.choices
     assert all(r.worker for r in open_result(ran.folder.path, tmp_path / "results").results)
 

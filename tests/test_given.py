@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_foreign import bowl_spec, inline
-from test_foreign import telescope as command
+from bowls import bowl_spec, run_bowl
+from commands import output
 
 from telescope import Ladder as UserLadder
 from telescope import Spec
@@ -291,11 +291,11 @@ PRICES = {"cost": {"parameters": {"8": 10, "16": 30, "32": 100, "64": 350}}}
 def test_a_sweep_trains_nothing_twice(change: str, tmp_path: Path) -> None:
     """There and back again, the table whole, and the answer the one of all results."""
     for tables in ({}, SWEEPS[change], {}):
-        inline(tmp_path, **PRICES, **tables)
+        run_bowl(tmp_path, **PRICES, **tables)
         trials = rows(tmp_path)
         assert len(trials) == len(set(trials))
         assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(trials)
-        table = command(tmp_path, "show", "bowl", "--csv").splitlines()
+        table = output(tmp_path, "show", "bowl", "--csv").splitlines()
         assert len(table) == 1 + len(trials)
     finished = open_result("bowl", tmp_path / "results")
     assert len(finished.ladder._state().evidence) == len(trials)
@@ -305,7 +305,7 @@ def test_a_sweep_trains_nothing_twice(change: str, tmp_path: Path) -> None:
 def test_what_another_writer_stored_is_told_not_trained(tmp_path: Path) -> None:
     """The last guard: a result that appears in the store is never made again."""
     spec = Spec.from_dict(bowl_spec(tmp_path))
-    donor = inline(tmp_path)[1]
+    donor = run_bowl(tmp_path)[1]
     kept = [result for stage in donor.stages for result in donor.results(stage)]
     recorder = Recorder(
         ladder=Ladder(donor.spec),

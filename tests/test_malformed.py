@@ -14,18 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Done, telescope
 from conftest import as_toml, one_line
 from faults import run_fast, spec_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cli import Done, telescope
 
 from telescope import Spec
 from telescope.answer.finished import open_result
 from telescope.errors import SpecError, TelescopeError
-
-settings.register_profile("telescope", derandomize=True, database=None)
-settings.load_profile("telescope")  # the same examples everywhere: a red run is a change's fault
 
 
 def files(folder: Path) -> dict[str, bytes]:

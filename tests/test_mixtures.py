@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from corpora import IDS, sentences, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sources import IDS, sentences, write_jsonl
 
 from telescope.config import DataConfig, SourceConfig
 from telescope.data import cache, corpus, shards, tokens
@@ -31,10 +31,6 @@ from telescope.data.corpus import (
 from telescope.data.tokenizer import train_bpe
 from telescope.data.views import Tokens, TokenView, held_out_ranges, rest_of
 from telescope.errors import DataError, SpecError
-
-settings.register_profile("telescope", derandomize=True, database=None)
-settings.load_profile("telescope")
-
 
 WRONG_TABLES: list[tuple[dict[str, Any], str]] = [
     ({}, "source: got None, must be given"),

@@ -10,9 +10,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import GPT, one_line, tiny_spec
+from conftest import GPT, one_line, quiet, tiny_spec
 from matplotlib.figure import Figure
-from test_sweep import quiet
 
 import telescope
 from telescope import Ladder, Spec, Trial

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT, tiny_spec
+from conftest import GPT, quiet, tiny_spec
 from faults import answers, finish, run_real, start, stored
 from rich.console import Console
 
@@ -26,7 +26,7 @@ from telescope.dispatch.queue import Order, Queue, Trainer
 from telescope.errors import SpecError, StoreError
 from telescope.packs.probe import PackProbe
 from telescope.records import Point, Result, Status, Trial, TrialSource
-from telescope.report.live import Screen, make_screen
+from telescope.report.live import make_screen
 from telescope.store.folder import Folder
 from telescope.sweep.machine import pack_size
 from telescope.sweep.run import Options, run
@@ -388,10 +388,6 @@ def test_a_resume_forms_the_packs_that_had_not_ended_and_no_others() -> None:
     assert [len(pack) for pack in taken(queue_of(left, 3, lines=lines), 3)] == [3, 1, 2]
     assert taken(queue_of(left, 8, lines=lines), 2) == [first[0], first[2]]
     assert [len(pack) for pack in taken(Queue(left, packs=Packs(1, lines=lines)), 2)] == [1, 1]
-
-
-def quiet() -> Screen:
-    return make_screen(Console(quiet=True))
 
 
 # Two decimals apart, so that the rounding of a pack cannot turn a decision.

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import answers, formula, quiet, run_fast, spec_of
+from conftest import quiet
+from faults import answers, formula, run_fast, spec_of
 
 from telescope import Spec
 from telescope.answer.finished import open_result

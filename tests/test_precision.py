@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import telescope
 from conftest import as_toml, tiny_spec, trial_config
-from test_cli import telescope
 from torch import nn
 
 from telescope.config import OptimizerConfig

@@ -20,7 +20,8 @@ from unittest.mock import patch
 
 import psutil
 import pytest
-from faults import Tally, answers, finish, quiet, spec_of, start
+from conftest import quiet
+from faults import Tally, answers, finish, spec_of, start
 
 from telescope import Spec
 from telescope.dispatch.ray import session as ray_session

@@ -24,42 +24,18 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import left_over
+from stages import Stages
 
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.queue import Queue, Trainer
 from telescope.errors import SpecError
-from telescope.records import Point, Result, Status, Trial, TrialSource
+from telescope.records import Result, Status, Trial
 
 ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
 ray = pytest.importorskip("ray")  # after ours, which decides where Ray may listen
 OBJECT_STORE_BYTES = pytest.importorskip("telescope.dispatch.ray.connect").OBJECT_STORE_BYTES
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
-
-
-class Stages(TrialSource):
-    """A source of trials in stages: the next opens when all of one are told."""
-
-    def __init__(self, *sizes: int) -> None:
-        self.stages = [
-            [Trial(32 << stage, Point.of(lr=0.01 * (n + 1)), 0) for n in range(size)]
-            for stage, size in enumerate(sizes)
-        ]
-        self.results: dict[Trial, Result] = {}
-
-    def ask(self) -> Sequence[Trial]:
-        for stage in self.stages:
-            if unanswered := [trial for trial in stage if trial not in self.results]:
-                return unanswered
-        return []
-
-    def tell(self, *results: Result) -> None:
-        for result in results:
-            assert result.trial not in self.results
-            self.results[result.trial] = result
-
-    def workers(self, stage: int) -> set[str]:
-        return {self.results[trial].worker for trial in self.stages[stage]}
 
 
 def make_trainer(*, lost: Trial | None = None, crashed: Trial | None = None) -> Trainer:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_cli import telescope
-from test_foreign import bowl_spec, quiet
+from bowls import bowl_spec
+from commands import telescope
+from conftest import ROOT, quiet
 
 from telescope import Spec, Trial
 from telescope import open as telescope_open

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import telescope
 from conftest import ROOT, as_toml
 from faults import run_fast, spec_of
-from test_cli import telescope
 
 LOADERS = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
 ALLOWED = {f"dispatch/ray/{part}.py": {"cloudpickle"} for part in ("tune", "worker")}

@@ -12,7 +12,7 @@ import pytest
 from calibration import FAMILIES, climb, solve, summary
 from frozen import Table, public_tables
 from simulated import ESSENTIAL, _well
-from test_adaptive import run, surface
+from surfaces import run, surface
 
 from telescope.ladder.certificate import two_minima
 from telescope.ladder.fit.data import Data

@@ -7,7 +7,6 @@ JSONL by `json`. What is held out is compared as text, document by document.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import one_line
+from corpora import IDS, sentences, write_jsonl, write_llm_c, write_megatron
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -34,44 +34,6 @@ from telescope.data.corpus import (
 from telescope.data.tokenizer import load_tokenizer, train_bpe
 from telescope.data.tokens import split_passages
 from telescope.errors import DataError, SpecError, TelescopeError
-
-settings.register_profile("telescope", derandomize=True, database=None)
-settings.load_profile("telescope")
-IDS = np.random.default_rng(0).integers(0, 1000, 5000)
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota été naïve 数 🙂".split()  # noqa: SIM905
-
-
-def sentences(count: int, seed: int = 0) -> list[str]:
-    """Documents, each of which starts with its number."""
-    rng = np.random.default_rng(seed)
-    return [f"{i}: " + " ".join(rng.choice(WORDS, rng.integers(3, 12))) for i in range(count)]
-
-
-def write_llm_c(
-    path: Path,
-    ids: NDArray[Any],
-    magic: int = 20240520,
-    version: int = 1,
-    cut: int | None = None,
-) -> None:
-    dtype = "<u4" if magic == 20240801 else "<u2"
-    header = struct.pack("<256i", magic, version, len(ids), *[0] * 253)
-    path.write_bytes((header + ids.astype(dtype).tobytes())[:cut])
-
-
-def write_megatron(
-    path: Path, ids: NDArray[Any], dtype: str = "<u2", code: int = 8, cut: int | None = None
-) -> None:
-    path.write_bytes(ids.astype(dtype).tobytes()[:cut])
-    lengths = [len(part) for part in np.array_split(ids, 7)]
-    width = np.dtype(dtype).itemsize
-    starts = [sum(lengths[:i]) * width for i in range(7)]
-    path.with_suffix(".idx").write_bytes(
-        b"MMIDIDX\x00\x00"
-        + struct.pack("<QBQQ", 1, code, 7, 8)
-        + struct.pack("<7i7q8q", *lengths, *starts, *range(8))
-    )
-
 
 SHARDS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "nanoGPT": (lambda p: IDS.astype("<u2").tofile(p), {"dtype": "uint16"}),
@@ -239,10 +201,6 @@ def test_a_flipped_byte_of_an_index_is_refused(
         inner = at == 17 or at >= 34 + 12 * 7
         assert same or inner
         assert corpus.size == len(IDS)
-
-
-def write_jsonl(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)))
 
 
 def test_jsonl_and_parquet_give_the_same_documents(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import telescope
 from conftest import ROOT, as_toml, one_line, tiny_spec, trial_config
-from test_cli import telescope
 
 from telescope import Ladder
 from telescope.config import DataConfig, OptimizerConfig, TrainConfig

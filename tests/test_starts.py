@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import gpt_config
-from test_initialisation import own
+from own_models import own
 from torch import Tensor, nn
 
 from telescope import Shapes
+from telescope.answer.derive import _tags_of_model
 from telescope.config import ModelConfig
 from telescope.errors import SpecError
 from telescope.records import Point
 from telescope.rules.groups import parameter_groups
 from telescope.rules.scaling import Role, Tag
-from telescope.sweep.answer import _tags_of_model
 from telescope.train.model import build_model
 from telescope.transfer.settings import group_settings
 from telescope.transfer.shapes import optimizer_config, write_shapes

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import answers, quiet, run_fast, spec_of
-from test_cli import telescope
+from commands import telescope
+from conftest import quiet
+from faults import answers, run_fast, spec_of
 
 from telescope import Spec
 from telescope.answer.finished import open_result

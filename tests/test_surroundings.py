@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from bowls import bowl_spec
+from commands import telescope
 from conftest import ROOT, as_toml
-from test_cli import telescope
-from test_foreign import bowl_spec
 
 from telescope import Ladder, Spec
 from telescope.cli import main

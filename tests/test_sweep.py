@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import GPT, tiny_spec, wide_block
+from conftest import GPT, quiet, tiny_spec, wide_block
 from rich.console import Console
 
 from telescope import Spec
@@ -24,7 +24,7 @@ from telescope.check.coordcheck import Extent, coordinate_check
 from telescope.errors import RefusedError, ResumeError, SpecError
 from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Point, Result, Trial
-from telescope.report.live import PlainScreen, Screen, make_screen
+from telescope.report.live import PlainScreen
 from telescope.report.terminal import show_as_json
 from telescope.store.folder import Folder
 from telescope.sweep.builtin import BuiltIn
@@ -34,10 +34,6 @@ from telescope.sweep.run import Options, run
 from telescope.train import loop
 
 TRIALS = 3 * 2 + 3 * 1  # 3 → 3/2 → 3 and 2 → 1 → 1
-
-
-def quiet() -> Screen:
-    return make_screen(Console(quiet=True))
 
 
 def sweep(results: Path, data: dict[str, Any]) -> tuple[Folder, Ladder]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import from_json, telescope
 from conftest import GPT, as_toml, tiny_spec
-from test_cli import from_json, telescope
-from test_sources import sentences, write_jsonl
+from corpora import sentences, write_jsonl
 
 from telescope.config import DataConfig
 from telescope.data import tokenizing

@@ -15,12 +15,12 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import attempt, left_over
+from functions import TRIAL, function, place, repository
 
 from telescope.errors import SpecError
 from telescope.foreign import command as command_trainer
@@ -36,16 +36,10 @@ from telescope.foreign.outcome import (
     latest_row,
     parse_line,
 )
-from telescope.foreign.place import Place
-from telescope.records import CurvePoint, Point, Result, Status, Trial
+from telescope.records import CurvePoint, Result, Status
 from telescope.spec.placeholders import filled, names_in
 
-TRIAL = Trial(32, Point.of(lr=0.1, weight_decay=0.25), 3)
 SAYS = "echo '{{\"loss\": 1.5}}'"
-
-
-def place(folder: Path, **known: Any) -> Place:
-    return Place(base_width=16, trial_folders=str(folder / "trials"), **known)
 
 
 def command(folder: Path, *parts: str, prices: Prices | None = None, **options: Any) -> Result:
@@ -367,19 +361,6 @@ REPOSITORY = {
     "sweeps/value.py": "VALUE = 1.0\n",
     "utils.py": "ZERO = 0.0\n",
 }
-
-
-def repository(folder: Path, files: Mapping[str, str], **changed: str) -> str:
-    for name, text in {**files, **changed}.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return str(folder)
-
-
-def function(folder: Path, text: str, trial: Trial = TRIAL) -> Result:
-    repository(folder, {"training.py": text})
-    return attempt(FunctionTrainer("training:train", (str(folder),), place(folder)), trial)
 
 
 def test_functions_of_two_repositories_with_the_same_names(tmp_path: Path) -> None:

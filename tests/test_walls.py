@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from test_adaptive import run
+from surfaces import run
 
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.observe import highest_loss

@@ -1,0 +1,26 @@
+"""The rooms of the house, bottom up, and what each may import."""
+
+from __future__ import annotations
+
+GROUND = ["errors", "files", "streams", "markup", "records", "losses", "config"]
+"""The modules that every room may import, bottom up."""
+PUBLIC = ["api", "tune", "cli"]
+"""The modules that people call, bottom up: above all rooms."""
+ROOMS = {
+    # room, bottom up: the other rooms that it may import, besides the ground
+    "ladder": set[str](),
+    "rules": set[str](),
+    "data": set[str](),
+    "spec": {"data"},
+    "train": {"rules", "data"},
+    "check": {"rules", "train"},
+    "transfer": {"rules"},
+    "dispatch": set[str](),
+    "packs": {"data", "train", "dispatch"},
+    "foreign": {"spec", "dispatch"},
+    "store": {"data", "spec"},
+    "answer": {"ladder", "rules", "spec", "train", "transfer", "store"},
+    "report": {"ladder", "spec", "check", "transfer", "store", "answer"},
+    "sweep": {"ladder", "rules", "data", "spec", "train", "check", "transfer", "dispatch"}
+    | {"packs", "foreign", "store", "answer", "report"},
+}
