@@ -356,15 +356,46 @@ def transfer(
     ] = False,
     results: ResultsOption = RESULTS,
     as_json: JsonOption = False,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON to a file.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Another trainer's words: torch, hf, megatron, megatron-bridge, torchtitan, "
+            "deepspeed, deepspeed-json, optax, maxtext, levanter; or json.",
+        ),
+    ] = None,
+    approximate: Annotated[
+        bool,
+        typer.Option(
+            "--approximate",
+            help="Write the closest settings where the trainer has one for groups that differ.",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the JSON, or the format, to a file.")
+    ] = None,
 ) -> None:
     """Give the target run's settings: one group per (role, shape), drop-in for torch.optim."""
+    foreign = _foreign_format(format, as_json, approximate)
     finished = _open(sweep, results)
     settings = finished.transfer(width=width, steps=steps, shapes=shapes, fold_readout=fold_readout)
-    if out:
+    exported = None
+    if foreign:
+        from telescope.export.formats import export
+        from telescope.export.handover import Handover
+
+        spec = finished.spec
+        exported = export(
+            Handover(spec.name, settings, spec.optimizer, spec.base_width, approximate), foreign
+        )
+    if out and exported is None:
         _write_json(out, settings.as_dict())
-    if as_json:
+    elif out:
+        _write_text(out, exported or "")
+    if as_json or (format == "json" and not out):
         _print_json(settings.as_dict())
+    elif exported is not None and not out:
+        _say(exported, nl=False)
     elif out:
         _say(f"wrote {out}")
     else:
@@ -560,6 +591,33 @@ def _write_json(out: Path, data: Mapping[str, Any]) -> None:
         write_json(out, data)
     except OSError as error:
         raise SpecError(f"--out {out}: cannot be written: {error.strerror}") from error
+
+
+def _write_text(out: Path, text: str) -> None:
+    from telescope.files import write_atomic
+
+    try:
+        write_atomic(out, text)
+    except OSError as error:
+        raise SpecError(f"--out {out}: cannot be written: {error.strerror}") from error
+
+
+def _foreign_format(format: str | None, as_json: bool, approximate: bool) -> str | None:
+    """The trainer's format that is asked for; None where it is telescope's own JSON, or none.
+
+    Raises:
+        SpecError: there is no such format, or the options do not go together.
+    """
+    if format is not None:
+        from telescope.export.formats import check_format
+
+        check_format(format)
+    foreign = None if format == "json" else format
+    if foreign and as_json:
+        raise SpecError(f"--json: left out beside --format {foreign}, which is no JSON of ours")
+    if approximate and not foreign:
+        raise SpecError("--approximate: is for the --format of a trainer; the JSON is exact")
+    return foreign
 
 
 def _console() -> Any:

@@ -32,7 +32,7 @@ STABLE_OPTIONS = {
     },
     "status": {"--json", "--watch"},
     "show": {"--json", "--csv"},
-    "transfer": {"--width", "--steps", "--json", "--out"},
+    "transfer": {"--width", "--steps", "--json", "--out", "--format", "--approximate"},
     "ls": {"--results", "--json"},
     "compare": {"--results", "--json"},
     "report": {"--out", "--open"},
