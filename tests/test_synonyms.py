@@ -78,3 +78,19 @@ def test_the_scale_without_the_factor_is_five_times_ours() -> None:
     (row,) = (row for row in table() if "`spectral`" in row[1])
     assert row[0] == "√max(out,in)"
     assert 1 / factor(row[0], "moonlight", "1:4", 2) == pytest.approx(5)
+
+
+def test_the_unit_rms_norm_is_mup_but_for_a_constant_of_each_base_shape() -> None:
+    """However the sides grow; the constants of the base shapes are not alike."""
+    unit = SCALES["√(out/in)"]
+    constants = {}
+    for base in ((64, 64), (256, 64), (64, 256)):
+        found = [
+            scaling(Role.HIDDEN, shape, base, optimizer="muon", rule="mup").lr / unit(*shape)
+            for grown in ((1, 1), (2, 2), (8, 8), (2, 8), (8, 3))
+            for shape in [(base[0] * grown[0], base[1] * grown[1])]
+        ]
+        assert found == pytest.approx([found[0]] * len(found))
+        constants[base] = found[0]
+    assert constants[64, 256] == pytest.approx(4 * constants[64, 64])
+    assert constants[256, 64] == pytest.approx(constants[64, 64])
