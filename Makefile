@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # What is imported first is compiled then, and for all processes after: tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-slow types pytest docs clean
+.PHONY: quickstart test test-slow test-formats types pytest docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/telescope run quickstart
@@ -29,6 +29,11 @@ pytest:
 # Faults by the hundred: about half an hour. Prints how many trials were lost or run twice.
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
+
+# Exports built with the trainers' own packages. Those that are not installed are skipped, with the
+# reason: pip install optax jax transformers accelerate deepspeed torchtitan megatron-core
+test-formats: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m formats tests/test_formats.py
 
 # The site, in build/site/index.html. A link or a name that leads nowhere is an error.
 docs: $(VENV)/installed-docs

@@ -580,7 +580,7 @@ def test_every_export_says_where_it_comes_from_and_what_is_left(format: str) -> 
         "not expressed here: -",
     ):
         assert part in shown
-    starts = "init_std" if format in ("torch", "hf", "deepspeed") else "residual 64×256 zero"
+    starts = "init_std" if format in ("torch", "hf", "deepspeed") else "residual 64×256 zeros"
     assert starts in shown
     if format not in MEGATRONS:
         assert "the logits × 0.25" in shown

@@ -105,7 +105,7 @@ def _group(group: Group) -> dict[str, Any]:
         settings |= {"momentum": group["kwargs"]["momentum"], "ns_method": "standard"}
     else:
         settings |= group["kwargs"]
-    keys = ("role", "shape", "init_std", "names")
+    keys = ("role", "shape", "init", "init_std", "names")
     return {
         **{key: group[key] for key in keys},
         "use_muon": is_muon(group),

@@ -14,8 +14,8 @@ from typing import Any
 
 from telescope.config import OptimizerConfig
 from telescope.errors import RefusedError
-from telescope.rules.scaling import RMS_MATCH
-from telescope.transfer.settings import AS_BUILT, CONVENTION_NOTE, Transfer
+from telescope.rules.scaling import RMS_MATCH, Role, Start
+from telescope.transfer.settings import CONVENTION_NOTE, Transfer
 
 Group = Mapping[str, Any]
 """One of a transfer's groups."""
@@ -227,11 +227,12 @@ def start_by_hand(handover: Handover) -> str:
     """How the parameters start, for a trainer that has its own start."""
     starts = {}
     for group in handover.groups:
-        if group["role"] not in AS_BUILT:
-            shape = "×".join(map(str, group["shape"]))
-            std = group["init_std"]
-            how = f"normal, std {std:.6g}" if std else "zero"
-            starts[f"{group['role']} {shape}"] = how
+        if Role(group["role"]).is_vector:
+            continue  # as the model has it, everywhere
+        shape = "×".join(map(str, group["shape"]))
+        normal = group["init"] == Start.NORMAL
+        how = f"normal, std {group['init_std']:.6g}" if normal else group["init"]
+        starts[f"{group['role']} {shape}"] = how
     return "the start; set it after the model is built: " + ", ".join(
         f"{what} {how}" for what, how in starts.items()
     )

@@ -98,17 +98,28 @@ def claim(model):
 
 START = '''\
 def start(model):
-    """Initialise the parameters as the sweep did; gains and biases stay as the model has them."""
+    """Initialise the parameters as the sweep did; the others stay as the model has them."""
     tensors = claim(model)
     for group in GROUPS:
-        if group["role"] not in ("vector", "finite"):
-            for name in group["names"]:
+        for name in group["names"]:
+            if group["init"] == "normal":
                 torch.nn.init.normal_(tensors[name], std=group["init_std"])
+            elif group["init"] in ("zeros", "ones"):
+                torch.nn.init.constant_(tensors[name], float(group["init"] == "ones"))
 '''
-"""Normal of std 0 is zero."""
 
 
 def groups_literal(handover: Handover) -> str:
     """The groups as data of an export for torch."""
-    keys = ("role", "shape", "optimizer", "lr", "weight_decay", "kwargs", "init_std", "names")
+    keys = (
+        "role",
+        "shape",
+        "optimizer",
+        "lr",
+        "weight_decay",
+        "kwargs",
+        "init",
+        "init_std",
+        "names",
+    )
     return literal("GROUPS", [{key: group[key] for key in keys} for group in handover.groups])
