@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_exports import (
+from readers import (
     ROUNDED,
     SCHEDULES,
     STEPS,
