@@ -212,7 +212,7 @@ def ungiven_biases(config: ModelConfig, *, base_width: int) -> frozenset[str]:
 
 
 def vector_starts(config: ModelConfig, *, base_width: int) -> Mapping[str, Start]:
-    """How every vector and scalar that is trained starts, by its name.
+    """Return the initialisation of every trained vector and scalar, by its name.
 
     Raises:
         ModelError: as `ungiven_biases`.
@@ -222,14 +222,14 @@ def vector_starts(config: ModelConfig, *, base_width: int) -> Mapping[str, Start
 
 @dataclass(frozen=True)
 class _Starts:
-    """What a model file's own parameters start at."""
+    """The initialisation of the parameters that a model file itself sets."""
 
     ungiven: frozenset[str]
     vectors: Mapping[str, Start]
 
 
 _STARTS: dict[tuple[Any, ...], _Starts] = {}
-"""By model file, its keywords and base width: what is worked out once per process."""
+"""(Model file, its keywords, base width) → the starts, found once per process."""
 
 
 def _starts(config: ModelConfig, base_width: int) -> _Starts:
@@ -271,19 +271,19 @@ def _one_number(values: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class _MarkedStart:
-    """A model as its file has built it, and what in it is the file's own."""
+    """A model as its file has built it, and the parameters that the file itself initialises."""
 
     model: nn.Module
     own: Mapping[str, Tensor]
-    """Name → vectors, scalars, and what is frozen."""
+    """Name → vectors, scalars and frozen parameters."""
     trained: frozenset[str]
-    """The names of all that is not frozen."""
+    """Names of all parameters that are not frozen."""
     random_state: Tensor
     """The generator's state after the model was built."""
 
 
 def _marked_start(config: ModelConfig, width: int, seed: int) -> _MarkedStart:
-    """Build on the CPU, with NaN where memory is left as it was; the random state is kept."""
+    """Build on the CPU, with NaN in uninitialised memory; torch's random state is restored."""
     is_strict = torch.are_deterministic_algorithms_enabled()
     is_lenient = torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng(devices=[]), _other_draws(seed):
