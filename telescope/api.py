@@ -1,4 +1,4 @@
-"""The Python API: a ladder for any loop, its transfer, and sweeps that were run, to look at."""
+"""The Python API: a ladder for any training loop, its transfer, and a view of finished sweeps."""
 
 from __future__ import annotations
 
@@ -57,21 +57,21 @@ class Ladder:
     def __init__(
         self, spec: Spec, results: Iterable[Result] = (), *, given: Iterable[Result] = ()
     ) -> None:
-        """Start a ladder, or go on with one.
+        """Start a ladder, or resume one.
 
         Args:
             spec: the sweep.
-            results: results of an earlier ladder. None is asked for again, but for failures that
-                left it stuck. Where this ladder asks for all of them, as under the same spec, it
-                goes on as if they had been told. Where it does not, because the spec has changed in
-                its axes, widths, seeds, policy, tolerance, target or budget, all of them are given:
-                they count from the start.
+            results: results of an earlier ladder. None of these trials is asked for again, except
+                failures that left the ladder stuck. Under the same spec the ladder resumes as if
+                the results had just been told. If the spec has changed (axes, widths, seeds,
+                policy, tolerance, target or budget) and the ladder does not ask for some of these
+                trials, all results count from the start.
             given: results that count from the start in any case, among `results` or not. Pass the
-                attribute `given` of the earlier ladder to go on exactly as that one would have.
+                earlier ladder's attribute `given` to resume exactly where that one stopped.
 
         Raises:
             RefusedError: the ladder must cost more than the budget allows.
-            ModelError, SpecError: the model file cannot be built, or takes no such keyword.
+            ModelError, SpecError: the model file cannot be built, or does not take a keyword.
         """
         self.spec = spec
         ladder_spec = _with_costs(spec)
@@ -88,13 +88,13 @@ class Ladder:
 
     @classmethod
     def around(cls, spec: Spec, ladder: ladder.Ladder) -> Ladder:
-        """A ladder of the program's inside, as users know it."""
+        """Wrap the program's internal ladder in this class."""
         self = cls.__new__(cls)
         self.spec, self._ladder = spec, ladder
         return self
 
     def ask(self) -> list[Trial]:
-        """The open stage's trials still unanswered; [] when the ladder is finished or stuck."""
+        """Return the open stage's unanswered trials; [] when the ladder is finished or stuck."""
         return list(self._ladder.ask())
 
     def tell(
@@ -108,12 +108,12 @@ class Ladder:
         """Answer a trial; the order of answers never matters.
 
         Args:
-            trial: one that `ask` gave.
-            loss: its final loss, a number of any library in any unit in which lower is better;
-                NaN and infinities are a divergence.
+            trial: a trial from `ask`.
+            loss: its final loss, a number of any library, in any unit; lower is better. NaN and
+                infinities count as a divergence.
             status: "diverged" (the point's fault: ranks last) or "failed" (the machine's fault:
                 never ranked) instead of a loss.
-            reason: why it diverged or failed.
+            reason: the reason that it diverged or failed.
 
         Raises:
             TrialError: the trial was never asked for, or loss and status do not fit together.
@@ -125,22 +125,22 @@ class Ladder:
 
     @property
     def results(self) -> tuple[Result, ...]:
-        """Every answer so far, for a later `Ladder` to go on from."""
+        """Every answer so far, from which a later `Ladder` can resume."""
         return tuple(self._ladder.known)
 
     @property
     def given(self) -> tuple[Result, ...]:
-        """Those of the results that counted from the start, because the spec had changed."""
+        """The results that counted from the start, because the spec had changed."""
         return self._ladder.given
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """One per finished stage."""
+        """The choices, one per finished stage."""
         return tuple(self._ladder.choices)
 
     @property
     def stuck(self) -> str | None:
-        """Why the ladder cannot go on; None when it can, or is finished."""
+        """The reason that the ladder cannot go on; None if it can or is finished."""
         return self._ladder.stuck
 
     @property
@@ -156,20 +156,20 @@ class Ladder:
         shapes: Shapes | str | Path | None = None,
         fold_readout: bool = False,
     ) -> Transfer:
-        """What to use at a width.
+        """Return the settings to use at a width.
 
         Args:
-            width: the target's width; left out, the spec's.
-            steps: the target's optimizer steps; left out, the spec's. Another number than the
-                sweep's rescales the weight decay.
+            width: the target's width; by default the spec's.
+            steps: the target's optimizer steps; by default the spec's. If they differ from the
+                sweep's, the weight decay is rescaled.
             shapes: the parameters of a model that the spec does not name, or a file of them; see
-                `telescope.Shapes`. Left out, the spec's [trainer] shapes.
-            fold_readout: give the readout settings for code without mup's multiplier.
+                `telescope.Shapes`. By default the spec's [trainer] shapes.
+            fold_readout: return the readout's settings for code without mup's multiplier.
 
         Raises:
             RefusedError: no stage has finished yet, or the ladder is stuck.
             ModelError: the model file cannot be built at this width.
-            SpecError: shapes that are of another width, or make no sense.
+            SpecError: the shapes are of another width or not valid.
         """
         return transfer(
             self.spec,
@@ -181,13 +181,13 @@ class Ladder:
         )
 
     def save(self, path: str | Path) -> None:
-        """Keep the spec and every result so far in a JSON file, whole or not at all.
+        """Write the spec and every result so far to a JSON file, whole or not at all.
 
         Args:
-            path: the file, in a folder that exists; what was there is replaced.
+            path: the file, in an existing folder; an existing file is replaced.
 
         Raises:
-            StoreError: it cannot be written.
+            StoreError: the file cannot be written.
         """
         data = {
             "format": FORMAT,
@@ -203,13 +203,13 @@ class Ladder:
 
     @classmethod
     def load(cls, path: str | Path) -> Ladder:
-        """A ladder that goes on where the saved one was.
+        """Read a saved ladder, which resumes where it was.
 
         Args:
-            path: what `save` wrote.
+            path: a file written by `save`.
 
         Raises:
-            StoreError: the file is missing, damaged or a newer version's.
+            StoreError: the file is missing, damaged or from a newer version.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ class Ladder:
 
     @property
     def _state(self) -> str:
-        """Its progress, in words."""
+        """The progress, in words."""
         if self.stuck:
             return f"stuck: {self.stuck}"
         if self._ladder.is_finished:
@@ -239,7 +239,7 @@ class Ladder:
         return f"{len(self.ask())} trials to answer at width {self._ladder.stages[-1].width}"
 
     def __repr__(self) -> str:
-        """A line: the sweep, how far it is, and the last choice."""
+        """Describe the sweep, its progress and the last choice in one line."""
         chosen = (
             f"; width {c.width}: {c.point}" if (c := next(reversed(self.choices), None)) else ""
         )
@@ -251,9 +251,9 @@ class Ladder:
 
 
 class Sweep:
-    """A sweep that was run, finished or not; `telescope.open` gives one.
+    """A sweep that was run, finished or not; `telescope.open` returns one.
 
-    What it says is of the moment at which it was opened.
+    It shows the state at the moment at which it was opened.
     """
 
     def __init__(self, finished: Finished) -> None:
@@ -262,7 +262,7 @@ class Sweep:
 
     @property
     def name(self) -> str:
-        """The sweep's."""
+        """The sweep's name."""
         return self.spec.name
 
     @property
@@ -277,7 +277,7 @@ class Sweep:
 
     @property
     def ladder(self) -> Ladder:
-        """The ladder as its results have left it."""
+        """The ladder, in the state to which its results lead."""
         return Ladder.around(self.spec, self._finished.ladder)
 
     @property
@@ -287,14 +287,14 @@ class Sweep:
 
     @cached_property
     def trials(self) -> pd.DataFrame:
-        """One row per trial, as in `trials.csv`: width, seed, axes, loss, status, reason, cost."""
+        """A table as in `trials.csv`, one row per trial: width, seed, axes, loss, status, …"""
         from telescope.report.frames import trials_frame
 
         return trials_frame(self._finished.ladder, self._finished.results)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """One per finished stage."""
+        """The choices, one per finished stage."""
         return tuple(self._finished.ladder.choices)
 
     @property
@@ -304,7 +304,7 @@ class Sweep:
 
     @property
     def cost(self) -> Mapping[str, Any]:
-        """Its cost, in the keys of `show --json`."""
+        """The sweep's cost, with the keys of `show --json`."""
         return self._finished.cost()
 
     def transfer(
@@ -315,7 +315,7 @@ class Sweep:
         shapes: Shapes | str | Path | None = None,
         fold_readout: bool = False,
     ) -> Transfer:
-        """The settings at a width, as `telescope transfer` has them; see `Ladder.transfer`."""
+        """Return the settings at a width, as `telescope transfer` does; see `Ladder.transfer`."""
         return self._finished.transfer(
             width=None if width is None else operator.index(width),
             steps=None if steps is None else operator.index(steps),
@@ -324,7 +324,7 @@ class Sweep:
         )
 
     def figure(self) -> Figure:
-        """The figure of `loss.png`, of matplotlib: optimum against width, and excess loss."""
+        """Draw the figure of `loss.png` with matplotlib: optimum against width, and excess loss."""
         from telescope.report.figures import loss_figure
 
         return loss_figure(self._finished.ladder, self.name)
@@ -333,20 +333,20 @@ class Sweep:
         """Write the report of `telescope report`.
 
         Args:
-            out: the file; left out, `report.html` in the sweep's folder.
+            out: the file; by default `report.html` in the sweep's folder.
 
         Returns:
             The file.
 
         Raises:
-            SpecError: it cannot be written.
+            SpecError: the file cannot be written.
         """
         from telescope.sweep.reporting import write_page
 
         return write_page([self._finished], None if out is None else Path(out))
 
     def __repr__(self) -> str:
-        """A line: the sweep, how far it is, and the answer."""
+        """Describe the sweep, its progress and the answer in one line."""
         answer, ladder = self._finished.target_point(), self._finished.ladder
         state = f"stuck: {ladder.stuck}" if ladder.stuck else "finished"
         state = state if ladder.is_finished or ladder.stuck else "not finished"
@@ -361,7 +361,7 @@ class Sweep:
 
 
 def open(sweep: str | Path, results: str | Path = "results") -> Sweep:
-    """Read a sweep that was run; safe while it is running.
+    """Read a sweep from its results folder, also while it is running.
 
     Args:
         sweep: a path to its folder, or its name under `results`.
@@ -377,7 +377,7 @@ def open(sweep: str | Path, results: str | Path = "results") -> Sweep:
 
 
 def _choices_table(choices: Iterable[Choice]) -> str:
-    """The choices as an HTML table, one row per width; "" without any."""
+    """Return the choices as an HTML table, one row per width; "" without any."""
     rows = [
         [choice.width, *(f"{value:.4g}" for value in choice.point.values()), f"{choice.loss:.4f}"]
         for choice in choices
@@ -389,10 +389,10 @@ def _choices_table(choices: Iterable[Choice]) -> str:
 def _answer(
     trial: Trial, loss: SupportsFloat | None, status: str | Status | None, reason: str
 ) -> Result:
-    """The result that `tell` was given of a trial.
+    """Turn the arguments of `tell` into a result.
 
     Raises:
-        ValueError: loss and status do not fit together, or are none.
+        ValueError: loss and status do not fit together or are not valid.
     """
     try:
         given = Status(status) if status is not None else None

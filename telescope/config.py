@@ -1,7 +1,8 @@
-"""What one training run is made of: the spec's tables as the trainer takes them.
+"""The configuration of one training run: the spec's tables as the trainer takes them.
 
-Plain dataclasses, so that the trainer runs where pydantic is not installed; `telescope.spec.spec`
-fills and type-checks them. Ranges are checked here, in messages that start with the key.
+They are plain dataclasses, so that the trainer runs where pydantic is not installed;
+`telescope.spec.spec` fills and type-checks them. Ranges are checked here, in messages that start
+with the key.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ ADAMW_RULES = ("mup", "standard")
 TRAINER_AXES = ("lr", "weight_decay", "warmup", "init_scale", "adamw_lr_ratio")
 """The hyperparameters that the built-in trainer can sweep.
 
-warmup and adamw_lr_ratio replace their key; init_scale multiplies the standard deviation of all
-that starts random, by the same at every width, and is 1 where it is no axis.
+warmup and adamw_lr_ratio replace their key. init_scale multiplies every standard deviation at
+initialisation, by the same factor at every width; it is 1 if it is not an axis.
 """
 ADAMW_AXES = TRAINER_AXES[:-1]
-"""Those that mean something when AdamW trains everything."""
+"""The axes that have an effect when AdamW trains everything."""
 
 CARE_KEYS = ("checkpoint_every", "timeout")
-"""Keys of [train] that change no loss: no part of the fingerprint."""
+"""Keys of [train] that change no loss and are not part of the fingerprint."""
 
 ADDED_KEYS = {"train.precision": "fp32", "train.compile": False}
-"""Keys that came after the first sweeps, with what those were trained with: at that value they are
-no part of the fingerprint, so that older results stay comparable."""
+"""Keys added after the first sweeps → the value that these were trained with. A key with this value
+is not part of the fingerprint, so that older results stay comparable."""
 
 PYTHON_STDLIB = "python-stdlib"
-"""The corpus that every machine has: the interpreter's own library."""
+"""The corpus that every machine has: the source of Python's standard library."""
 
 BYTES = "bytes"
-"""The tokenizer of those who name none: a token is a byte."""
+"""The default tokenizer: a token is a byte."""
 
 Format = Literal["auto", "text", "jsonl", "parquet", "raw", "llm.c", "megatron"]
 TOKEN_FORMATS = ("raw", "llm.c", "megatron")
@@ -50,28 +51,27 @@ KINDS = {
     ".bin": "tokens",
     ".idx": "tokens",
 }
-"""Suffix → what is in the file. Others are text."""
+"""Suffix → content of the file. Other suffixes mean text."""
 
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
-"""How pydantic, where it is installed, reads these classes: no unknown key, no conversion."""
+"""Settings of pydantic, where it is installed, for these classes: no unknown key, no conversion."""
 
 
 MAX_COUNT = 10**12
-"""The most steps, sequences, tokens or whatever else is counted: their products fit a float, and
-what is larger is a slip."""
+"""Largest count of steps, sequences, tokens and the like. Products of such counts fit a float; a
+larger count is a mistake."""
 MAX_WIDTH = 10**8
-"""The bytes of a matrix four times as wide still are a number that torch takes."""
+"""Largest width; torch can still hold the byte count of a matrix four times as wide."""
 MAX_NUMBER = 1e30
-"""The largest finite number that means anything, and its inverse the smallest: beyond them powers
-and products overflow."""
+"""Largest number in a spec; its inverse is the smallest. Beyond them, products overflow."""
 MAX_SECONDS = 1e8
-"""Three years; clocks of the operating system end not far beyond."""
+"""Longest time limit, three years; the operating system's clocks end not far beyond."""
 SHOWN = 60
-"""Characters of a value in a message, at most."""
+"""Most characters of a value in a message."""
 
 
 _faults: ContextVar[dict[str, str] | None] = ContextVar("faults", default=None)
-"""Key → its fault, where faults are collected."""
+"""Key → its fault, while faults are collected; else None."""
 
 
 def require(condition: bool, key: str, got: object, allowed: str) -> None:
@@ -86,9 +86,9 @@ def require(condition: bool, key: str, got: object, allowed: str) -> None:
 
 @contextmanager
 def all_faults() -> Iterator[None]:
-    """Have `require` go on after a fault, and raise all of them at the end; of a key, the first.
+    """Collect the faults found by `require` and raise them together, the first one of each key.
 
-    What a check raises because an earlier one has failed is not said.
+    Other exceptions are dropped if there are faults: an earlier failed check has caused them.
     """
     faults: dict[str, str] = {}
     token = _faults.set(faults)
@@ -106,26 +106,26 @@ def all_faults() -> Iterator[None]:
 
 
 def shown(value: object) -> str:
-    """A value as its TOML reads, cut when long."""
+    """Format a value for a message, cut if it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def require_count(key: str, count: int, least: int = 1, allowed: str = "") -> None:
-    """Check a number of things: at least `least`, at most `MAX_COUNT`."""
+    """Check that a count is at least `least` and at most `MAX_COUNT`."""
     require(count >= least, key, count, allowed or f"an integer >= {least}")
     require(count <= MAX_COUNT, key, count, f"an integer <= {MAX_COUNT:,}")
 
 
 def require_factor(key: str, number: float) -> None:
-    """Check a number that things are multiplied by."""
+    """Check that a factor is finite, positive and within `MAX_NUMBER`."""
     require(math.isfinite(number) and number > 0, key, number, "a finite number > 0")
     within = 1 / MAX_NUMBER <= number <= MAX_NUMBER
     require(within, key, number, f"from {1 / MAX_NUMBER:g} to {MAX_NUMBER:g}")
 
 
 def require_seconds(key: str, seconds: float) -> None:
-    """Check a limit of time."""
+    """Check a time limit in seconds."""
     allowed = "a finite number of seconds, or 0 for no limit"
     require(0 <= seconds < math.inf, key, seconds, allowed)
     require(seconds <= MAX_SECONDS, key, seconds, f"at most {MAX_SECONDS:g} s, or 0 for no limit")
@@ -138,7 +138,7 @@ class ModelConfig:
     name: str
     """The file's name, for messages: ``gpt.py``."""
     text: str = field(repr=False)
-    """The file's whole source; part of the fingerprint, and what a worker executes."""
+    """The file's whole source, which workers execute; part of the fingerprint."""
     kwargs: Mapping[str, Any]
     """Keyword arguments of `build` besides the width; `vocab_size` included."""
 
@@ -155,11 +155,11 @@ class OptimizerConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     name: Literal["muon", "adamw"] = "muon"
-    """Which optimizer trains the hidden matrices; everything else is AdamW."""
+    """Optimizer of the hidden matrices; AdamW trains everything else."""
     rule: Literal["mup", "paper", "moonlight", "standard"] = "mup"
-    """How learning rate and decay follow the width: `parametrization.scaling`."""
+    """Width rule of learning rate and decay, see `telescope.rules.scaling`."""
     adamw_lr_ratio: float = 1.0
-    """Muon only: AdamW's learning rate on what is not hidden, as a multiple of lr."""
+    """Muon only: AdamW's learning rate on all other parameters, as a multiple of lr."""
     momentum: float = 0.95
     """Muon only. Source: arXiv 2502.16982."""
     nesterov: bool = True
@@ -172,13 +172,13 @@ class OptimizerConfig:
     ns_dtype: Literal["bf16", "fp32"] = "bf16"
     """Muon only: arithmetic of Newton–Schulz; torch's own is bf16."""
     betas: tuple[float, float] = (0.95, 0.95)
-    """AdamW's averages. Source: arXiv 2505.02222, App. H."""
+    """AdamW's decay rates of its averages. Source: arXiv 2505.02222, App. H."""
     eps: float = 1e-8
     """AdamW's denominator term."""
 
     @all_faults()
     def __post_init__(self) -> None:
-        """Check ranges, and that no key is set which this optimizer would ignore."""
+        """Check ranges, and that no key is set that this optimizer would ignore."""
         if self.name == "adamw":
             require(self.rule in ADAMW_RULES, "rule", self.rule, f"one of {ADAMW_RULES} for adamw")
             muon_only = ("adamw_lr_ratio", "momentum", "nesterov", "ns", "ns_steps", "ns_dtype")
@@ -208,22 +208,22 @@ class TrainConfig:
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """After warm-up: cosine to `final_lr`, constant, or constant then linear decay."""
     warmup: float = 0.1
-    """Share of the steps with a linearly rising learning rate. An assumption."""
+    """Share of the steps with a linearly rising learning rate. Assumption."""
     final_lr: float = 0.1
     """The last learning rate as a share of the peak. Source: arXiv 2505.02222, App. H."""
     decay: float = 0.2
-    """Schedule wsd only: share of the steps that decay at the end. An assumption."""
+    """Schedule wsd only: share of the steps that decay at the end. Assumption."""
     evals: int = 1
-    """How often the held-out loss is measured, evenly spaced; the last time is the end."""
+    """Number of measurements of the held-out loss, evenly spaced; the last one is at the end."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints, from which a killed trial goes on; 0: none."""
+    """Steps between two checkpoints, from which a killed trial resumes; 0: none."""
     timeout: float = 0.0
-    """Seconds after which a trial that has not ended counts as hung and fails; 0: never."""
+    """Seconds after which a trial that is still running counts as hung and fails; 0: never."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward; bf16 is torch's autocast, and weights, optimizer and the
-    loss stay fp32. One precision at every width, for losses are compared."""
+    """Arithmetic of forward and backward. bf16 is torch's autocast; weights, optimizer and loss
+    stay in fp32. It is the same at every width, because losses are compared."""
     compile: bool = False
-    """Whether a step's forward and backward go through torch.compile."""
+    """Run a step's forward and backward through torch.compile."""
 
     @all_faults()
     def __post_init__(self) -> None:
@@ -291,12 +291,12 @@ class SourceConfig:
 
     @property
     def kind(self) -> str:
-        """What the files hold: "text", "jsonl", "parquet" or "tokens"."""
+        """Content of the files: "text", "jsonl", "parquet" or "tokens"."""
         return _kind(self.patterns[0] if self.patterns else "", self.format)
 
 
 def _kind(path: str, format: str) -> str:
-    """What a file holds, by its suffix where the format is auto."""
+    """Return the content of a file, by its suffix if the format is auto."""
     if format != "auto":
         return "tokens" if format in TOKEN_FORMATS else format
     return KINDS.get(splitext(path)[1].lower(), "text")
@@ -311,28 +311,28 @@ class DataConfig:
     source: str | tuple[str, ...] | None = None
     """``python-stdlib``, or paths and globs of files of one format."""
     format: Format = "auto"
-    """Kind of the files; auto goes by their suffix, and for ``.bin`` by its first bytes. "text"
-    takes the bytes as they are, even where they do not look like text."""
+    """Format of the files. auto decides by suffix, and for ``.bin`` by the first bytes. "text"
+    takes the bytes as they are, even if they do not look like text."""
     field: str = "text"
     """JSONL and Parquet only: the field, or column, with the text."""
     dtype: Literal["uint16", "uint32"] | None = None
-    """Raw ``.bin`` only: the type of a token, which such a file does not say."""
+    """Raw ``.bin`` only: the type of a token, which the file itself does not state."""
     sources: tuple[SourceConfig, ...] = ()
     """Several sources in place of `source`, each a table, mixed by weight."""
     tokenizer: str | None = None
-    """"bytes", or the path of a Hugging Face `tokenizers` JSON file. Left out, bytes for text, and
-    none for shards of tokens."""
+    """"bytes", or the path of a Hugging Face `tokenizers` JSON file. The default is bytes for text,
+    and none for shards of tokens."""
     held_out: float = 0.05
     """Share of every source, in many passages spread over it, that is never trained on."""
     eval_tokens: int = 16384
-    """How many held-out tokens a loss is measured on; the same ones every time."""
+    """Number of held-out tokens that a loss is measured on; the same ones every time."""
 
     duplicates: Literal["refuse", "drop"] = "refuse"
     """Treatment of a file that is an exact copy of another one."""
 
     @all_faults()
     def __post_init__(self) -> None:
-        """Check ranges, and that the sources fit together."""
+        """Check the ranges and the combination of sources."""
         require(0 < self.held_out < 1, "held_out", self.held_out, "a share in (0, 1)")
         require_count("eval_tokens", self.eval_tokens)
         if self.sources:
@@ -353,7 +353,7 @@ class DataConfig:
 
     @property
     def parts(self) -> tuple[SourceConfig, ...]:
-        """The sources, the short form too."""
+        """The sources; the short form counts as one."""
         if self.sources or self.source is None:
             return self.sources
         return (
@@ -364,7 +364,7 @@ class DataConfig:
 
     @property
     def tokenizer_name(self) -> str | None:
-        """ "bytes", a tokenizer's path, or None where the tokens are made and nobody says how."""
+        """ "bytes", a tokenizer's path, or None for tokens made by an unknown tokenizer."""
         if self.tokenizer is None and any(part.kind != "tokens" for part in self.parts):
             return BYTES
         return self.tokenizer
@@ -380,12 +380,12 @@ class TrialConfig:
     data: DataConfig
     base_width: int
     corpus_digest: str
-    """SHA-256 of the driver's corpus; a worker that reads another one refuses."""
+    """SHA-256 of the driver's corpus; a worker with another corpus refuses to train."""
     device: str = "auto"
     threads: int = 1
     threads_at: Mapping[int, int] = field(default_factory=dict)
-    """Width → threads, where they depend on it."""
+    """Width → threads, if they depend on the width."""
     flops_per_step: Mapping[int, float] = field(default_factory=dict)
     """Width → floating-point operations of one step, as planned by the driver."""
     checkpoint_folder: str | None = None
-    """Where trials keep their checkpoints; every worker that sees it can go on with any trial."""
+    """Folder of the trials' checkpoints; every worker that can read it can resume any trial."""

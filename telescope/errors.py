@@ -5,13 +5,13 @@
     ├── ModelError            a model file that cannot be built, tagged or trained as muP
     ├── DataError             a corpus that is missing, empty, too short or changed
     ├── ResumeError           a results folder that does not fit the spec, or is in use
-    ├── StoreError            results that cannot be kept or read now: disk full, locked, damaged
-    ├── LostError             what the trials run on has gone: Ray's head or raylet
-    ├── TrialError            a trial that was told to a ladder that did not ask for it
+    ├── StoreError            results that cannot be stored or read now: disk full, locked, damaged
+    ├── LostError             the loss of Ray's head or raylet, on which the trials run
+    ├── TrialError            a result for a trial that the ladder did not ask for
     └── RefusedError          the answer is no: over budget, nothing to transfer (exit code 1)
 
-Messages say where, what was given, what is allowed and what to do, on one line; a spec with
-several faults is a `SpecError` with a line for each.
+A message is one line that says where the fault is, what was given, what is allowed and what to do.
+A spec with several faults is a `SpecError` with one line per fault.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class SpecError(TelescopeError, ValueError):
     """A key of the spec or an option has a value that is not allowed."""
 
     def __init__(self, *faults: str) -> None:
-        """Say one fault, or several."""
+        """Take one fault or several."""
         super().__init__(*faults)
         self.faults = faults
 
     def __str__(self) -> str:
-        """A line for each."""
+        """Return one line per fault."""
         return "\n".join(self.faults)
 
 
@@ -48,12 +48,12 @@ class DataError(TelescopeError):
     """The corpus is missing, empty, too short, or not the one that was fingerprinted."""
 
     def __init__(self, *faults: str) -> None:
-        """Say one fault, or several one after the other."""
+        """Take one fault or several."""
         super().__init__(*faults)
         self.faults = faults
 
     def __str__(self) -> str:
-        """All of them on one line, numbered where there are several."""
+        """Return all faults on one line, numbered if there are several."""
         if len(self.faults) <= 1:
             return "".join(self.faults)
         shown = "; ".join(f"({n}) {text}" for n, text in enumerate(self.faults[:MOST_FAULTS], 1))
@@ -68,57 +68,57 @@ class ResumeError(TelescopeError):
 
 
 class StoreError(TelescopeError):
-    """Results cannot be kept or read just now: disk full, folder gone, database locked or damaged.
+    """Results cannot be stored or read: disk full, folder gone, database locked or damaged.
 
-    What was stored before stays; when the fault is mended, the same command goes on.
+    Results stored before are kept; once the fault is mended, the same command resumes the sweep.
     """
 
 
 class LostError(TelescopeError):
-    """What the trials run on has gone; what finished is kept, and the same command goes on."""
+    """Ray is lost. Finished trials are kept, and the same command resumes the sweep."""
 
 
 class TrialError(TelescopeError, ValueError):
-    """A result for a trial that the ladder never asked for, or that makes no sense."""
+    """A result is for a trial that the ladder never asked for, or is not valid."""
 
 
 class RefusedError(TelescopeError):
-    """The question was understood and the answer is no."""
+    """The request was understood, and the answer is no."""
 
     exit_code = 1
 
 
 MOST_FAULTS = 12
-"""Faults that one message lists; of more it says how many there are."""
+"""Most faults that one message lists; it counts the others."""
 
 
 class Faults:
-    """Collects the faults of one kind of input, so that all of them are said at once."""
+    """Collects the faults of one kind of input, to report all of them at once."""
 
     def __init__(self) -> None:
-        """Nothing has been found."""
+        """Begin without faults."""
         self._found: dict[str, None] = {}
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Keep what the block raises about the data, and go on after it."""
+        """Collect a `DataError` raised in the block, and go on after it."""
         try:
             yield
         except DataError as error:
             self._found.update(dict.fromkeys(error.faults))
 
     def __len__(self) -> int:
-        """The number found so far."""
+        """Return the number of faults so far."""
         return len(self._found)
 
     def raise_all(self) -> None:
-        """Raise one error about all that was found; nothing where nothing was."""
+        """Raise one error with all faults, if there are any."""
         if self._found:
             raise DataError(*self._found)
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The end of a message about a name that is not known: the nearest one that is, if any is near.
+    """Return a hint for a message about an unknown name: the nearest known one, or "".
 
     >>> did_you_mean("weight_deacy", ["lr", "weight_decay"]), did_you_mean("x", ["lr"])
     ('; did you mean weight_decay?', '')

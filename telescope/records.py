@@ -1,8 +1,8 @@
-"""The nouns of a sweep: frozen, hashable, JSON-able, standard library only.
+"""The nouns of a sweep: frozen, hashable, convertible to JSON, standard library only.
 
-A *point* is one setting of the axes, a *trial* is one training run (width, point, seed), a
-*result* is what came of it. A *stage* is the set of trials of one width, a *choice* is what was
-decided from a closed stage, with its reason in words.
+A *point* is one setting of the axes. A *trial* is one training run (width, point, seed), and a
+*result* is its outcome. A *stage* is the set of trials of one width. A *choice* is the decision
+from a closed stage, with its reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 
 class Status(StrEnum):
-    """How a trial ended."""
+    """The outcome of a trial."""
 
     COMPLETE = "complete"
     """A finite held-out loss."""
@@ -44,26 +44,26 @@ class Point(Mapping[str, float]):
         return cls(tuple((name, float(v)) for name, v in {**(values or {}), **named}.items()))
 
     def __getitem__(self, axis: str) -> float:
-        """The value of one axis."""
+        """Return the value of one axis."""
         for name, value in self.axes:
             if name == axis:
                 return value
         raise KeyError(axis)
 
     def __iter__(self) -> Iterator[str]:
-        """The axes' names, in the spec's order."""
+        """Iterate over the axes' names, in the spec's order."""
         return (name for name, _ in self.axes)
 
     def __len__(self) -> int:
-        """How many axes there are, fixed ones included."""
+        """Return the number of axes, fixed ones included."""
         return len(self.axes)
 
     def __str__(self) -> str:
-        """The form that people read: ``lr 0.05, weight_decay 0.1``."""
+        """Return the form for people: ``lr 0.05, weight_decay 0.1``."""
         return ", ".join(f"{name} {value:.4g}" for name, value in self.axes)
 
     def __repr__(self) -> str:
-        """The form that can be typed."""
+        """Return the Python expression for the point."""
         return f"Point.of({', '.join(f'{name}={value!r}' for name, value in self.axes)})"
 
     @property
@@ -86,7 +86,7 @@ class Trial:
     seed: int
 
     def __post_init__(self) -> None:
-        """Take whole numbers of other libraries as Python's: JSON and databases take no others."""
+        """Convert other libraries' integers to Python's, which JSON and databases require."""
         for name in ("width", "seed"):
             if type(getattr(self, name)) is not int:
                 object.__setattr__(self, name, operator.index(getattr(self, name)))
@@ -107,11 +107,11 @@ class Trial:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trial:
-        """What `as_dict` was of."""
+        """Rebuild a trial from `as_dict`."""
         return cls(int(data["width"]), Point.of(data["point"]), int(data["seed"]))
 
     def __str__(self) -> str:
-        """The form that logs and file names use: ``width=32_lr=0.05_weight_decay=0.1_seed=0``."""
+        """Return the form for logs and file names: ``width=32_lr=0.05_weight_decay=0.1_seed=0``."""
         axes = "_".join(f"{name}={value:.6g}" for name, value in self.point.items())
         return f"width={self.width}_{axes}_seed={self.seed}"
 
@@ -130,20 +130,20 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one trial."""
+    """The outcome of one trial."""
 
     trial: Trial
     status: Status
     loss: float | None = None
     """Held-out loss at the end, nats per token; finite when complete, else None."""
     reason: str = ""
-    """Why it diverged or failed; empty when complete."""
+    """The reason that it diverged or failed; empty when complete."""
     flops: float = 0.0
-    """Floating-point operations of the training steps, by count; evaluation is not in it."""
+    """Floating-point operations of the training steps, by count, without evaluation."""
     seconds: float = 0.0
     """Wall time of the training loop on its worker."""
     worker: str = field(default="", compare=False)
-    """Where it ran, ``host:pid``; evidence that workers stay warm, no part of the answer."""
+    """The process that trained it, ``host:pid``; not part of the answer."""
     curve: tuple[CurvePoint, ...] = field(default=(), compare=False, repr=False)
     """The training curve, for a file of its own."""
 
@@ -170,7 +170,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
-        """What `as_dict` was of."""
+        """Rebuild a result from `as_dict`; the curve stays empty."""
         return cls(
             Trial.from_dict(data),
             Status(data["status"]),
@@ -195,13 +195,13 @@ class Axis:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the axis has one value, and so is no part of the search."""
+        """True if the axis has one value and is not searched."""
         return self.points == 1
 
 
 @dataclass(frozen=True, slots=True)
 class LadderSpec:
-    """All that a ladder's decisions depend on, besides the results."""
+    """Everything that a ladder's decisions depend on, besides the results."""
 
     axes: tuple[Axis, ...]
     widths: tuple[int, ...]
@@ -209,25 +209,25 @@ class LadderSpec:
     policy: str = "adaptive"
     """"adaptive", or "paper" for Algorithm 1 of arXiv 2505.02222 as printed."""
     target_width: int | None = None
-    """Width of the run that the ladder is for; None is the last width."""
+    """Width of the target run; None means the last width."""
     tolerance: float = 0.001
-    """Predicted excess loss at the target, as a share of the loss, below which adaptive stops."""
+    """Predicted excess loss at the target, as a share of the loss, at which adaptive stops."""
     expected_noise: float = 0.003
-    """Standard deviation between seeds, as a share of the loss, that is expected before any repeat,
-    within a factor of three or so. An assumption that repeats correct."""
+    """Standard deviation between seeds, as a share of the loss, expected before any repeat, to
+    within a factor of about three. Assumption; repeats correct it."""
     round: int | None = None
-    """Points per round of the adaptive policy; None is 4, or two more than there are
-    swept axes."""
+    """Points per round of the adaptive policy; None means the number of swept axes plus 2, at least
+    4."""
     until_proven: bool = False
-    """Whether adaptive also goes on until a drift that never settles is ruled out."""
+    """True if adaptive also goes on until a drift that never settles is ruled out."""
     costs: Mapping[int, float] = field(default_factory=dict)
-    """Width → cost of one trial, any unit; where it is empty, the square of the width."""
+    """Width → cost of one trial in any unit; if empty, a trial costs the square of its width."""
     budget: float | None = None
-    """The most that all trials may cost, in the unit of `costs`; a wall for the adaptive policy."""
+    """Most that all trials may cost, in the unit of `costs`; the adaptive policy stops there."""
 
     @property
     def target(self) -> int:
-        """Width of the run that the ladder is for."""
+        """Width of the target run."""
         return self.target_width or self.widths[-1]
 
     @property
@@ -236,9 +236,9 @@ class LadderSpec:
         return tuple(axis for axis in self.axes if not axis.is_fixed)
 
     def cost(self, width: int) -> float:
-        """Cost of one trial at a width; one without a price is scaled from the nearest as width².
+        """Return the cost of one trial; for a width without one, scale the nearest as width².
 
-        A width that the ladder had before its spec changed has none.
+        A width that only an earlier version of the spec had may be without a cost.
 
         >>> LadderSpec((), (32, 64)).cost(64), LadderSpec((), (32,), costs={32: 7.5}).cost(32)
         (4096.0, 7.5)
@@ -257,35 +257,35 @@ class Stage:
 
     width: int
     grid: Mapping[str, tuple[float, ...]]
-    """Axis → its values in rising order, of which trials are made; a fixed axis has one."""
+    """Axis → its values in rising order, from which trials are made; a fixed axis has one."""
     trials: tuple[Trial, ...]
     rounds: tuple[str, ...] = ()
-    """Why each round of trials was asked for; empty where the grid is asked for whole."""
+    """The reason for each round of trials; empty where the whole grid is asked for at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a closed stage decided, and why."""
+    """The decision from a closed stage, with its reason."""
 
     width: int
     point: Point
     loss: float
     """Held-out loss of the chosen point, nats per token: the seed mean, or the fit's if fitted."""
     intervals: Mapping[str, tuple[float, float] | None]
-    """Axis → the interval that holds its optimum with 90 %; None where there is none: a fixed or
-    an unidentified axis, or a policy that makes no intervals."""
+    """Axis → the interval that holds its optimum with 90 % probability; None for a fixed or
+    unidentified axis, or under a policy without intervals."""
     at_edge: tuple[str, ...]
     """Axes on whose border the choice lies."""
     reason: str
     counts: Mapping[Status, int]
-    """How the stage's trials ended."""
+    """Status → number of the stage's trials that ended so."""
     out_of_budget: bool = False
-    """Tell whether the budget ended the stage, and the ladder with it."""
+    """True if the budget ended the stage, and the ladder with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A width that the ladder left out, and why."""
+    """A width that the ladder left out, with the reason."""
 
     width: int
     reason: str
@@ -293,7 +293,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What a ladder says of one width that it did not train, and how sure it is."""
+    """A ladder's prediction for one width, with its certainty."""
 
     verdict: str
     """"PASS", "WARN" or "FAIL"."""
@@ -303,21 +303,21 @@ class Certificate:
     predicted_excess_loss: float
     """Expected loss above the optimum's at that width, as a share of the loss."""
     intervals: Mapping[str, tuple[float, float] | None]
-    """Axis → the interval that holds the optimum at that width with 90 %, or None."""
+    """Axis → the interval that holds the optimum at that width with 90 % probability, or None."""
     evidence: tuple[str, ...]
-    """What was measured and predicted, in words."""
+    """Sentences on the measurements and predictions."""
     problems: tuple[str, ...]
-    """What keeps it from PASS, each with what would mend it."""
+    """Reasons against PASS, each with its remedy."""
     assumptions: tuple[str, ...]
-    """What was taken for granted."""
+    """Assumptions that nothing in the sweep measures."""
     excess_bound: float = math.nan
-    """The most that the answer costs with 90 % probability, as a share of the loss: PASS says that
-    this is within the tolerance."""
+    """Most that the answer costs with 90 % probability, as a share of the loss; PASS says that this
+    is within the tolerance."""
     advice: str = ""
-    """One sentence: whether the answer can be used, and what to do next."""
+    """One sentence on the use of the answer, and the next step."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON's keys; width and point stand beside it there."""
+        """Return the keys of the JSON, where width and point stand beside it."""
         return {
             "verdict": self.verdict,
             "predicted_excess_loss": self.predicted_excess_loss,
@@ -331,31 +331,31 @@ class Certificate:
 
 
 class TrialSource(Protocol):
-    """What a dispatcher needs of a sweep: trials to run, and a place for their results."""
+    """The interface of a sweep to a dispatcher: it gives trials and takes their results."""
 
     def ask(self) -> Sequence[Trial]:
-        """The open stage's trials that have no result yet; empty when there is nothing left."""
+        """Return the open stage's trials without a result; empty when there is nothing left."""
         ...
 
     def tell(self, *results: Result) -> None:
-        """Take final results, those of a pack together; may open the next stage."""
+        """Take final results, those of a pack together; this may open the next stage."""
         ...
 
     def on_start(self, trial: Trial) -> None:
-        """Learn that a worker has taken a trial."""
+        """Note that a worker has taken a trial."""
         return
 
     def on_release(self, trials: Sequence[Trial]) -> None:
-        """Learn that a worker has given trials back without training them, which is no failure."""
+        """Note that a worker has returned trials untrained, which does not count as a failure."""
         return
 
     @property
     def is_due(self) -> bool:
-        """Whether it can be asked already; until then workers may start, and wait."""
+        """True once the source can be asked; until then workers may start and wait."""
         return True
 
     def begun(self) -> TrialSource:
-        """What is asked and told from now on, once it is due."""
+        """Return the source to ask and tell from now on, once this one is due."""
         return self
 
 

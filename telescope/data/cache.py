@@ -101,8 +101,8 @@ def keep_entry(path: Path, data: dict[str, Any]) -> None:
 def unusable(folder: Path, error: OSError) -> DataError:
     """Return the error for a cache folder that cannot be written."""
     return DataError(
-        f"{folder}: cannot write the data cache: {error.strerror or error}; make it "
-        "writable, or name another folder in TELESCOPE_CACHE"
+        f"{folder}: cannot write the data cache: {error.strerror or error}; make the folder "
+        "writable, or name another one in TELESCOPE_CACHE"
     )
 
 

@@ -1,1 +1,1 @@
-"""What a sweep says: its tables, their validation, and the fingerprint."""
+"""The spec of a sweep: its tables, their validation, and the fingerprint."""

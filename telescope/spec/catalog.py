@@ -1,4 +1,4 @@
-"""Finds what a user names: sweep files by path or bundled name, results folders by name or path."""
+"""Find sweep files by path or bundled name, and results folders by name or path."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from telescope.errors import SpecError, did_you_mean
 
 LONG_INTEGER = "an integer has more digits than any key allows"
 SPEC_FILE = "spec.json"
-"""The resolved spec in a results folder; its presence is what makes a folder a sweep's."""
+"""The resolved spec in a results folder; a folder with this file is a sweep's."""
 KEPT_MODEL_FILE = "model.py"
-"""The model file as it was run, beside the spec."""
+"""The model file as it was run, in the results folder."""
 
 
 def bundled() -> Path:
-    """The folder with `models/` and `sweeps/`: in an installed wheel, or the checkout's root."""
+    """Return the folder with `models/` and `sweeps/`: in an installed wheel, or the repository."""
     package = Path(__file__).parent.parent
     wheel = package / "bundled"
     return wheel if wheel.is_dir() else package.parent
 
 
 def bundled_sweeps() -> list[str]:
-    """The names of the bundled sweeps."""
+    """Return the names of the bundled sweeps."""
     return sorted(path.stem for path in (bundled() / "sweeps").glob("*.toml"))
 
 
 def find_sweep(sweep: str | Path) -> Path:
-    """The TOML file of a sweep.
+    """Find the TOML file of a sweep.
 
     Args:
         sweep: a path, or the name of a bundled sweep.
@@ -56,7 +56,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file.
 
     Raises:
-        SpecError: it cannot be read or is no TOML, with line and column.
+        SpecError: it cannot be read or is not TOML; the message gives line and column.
     """
     try:
         return tomllib.loads(_text_of(path))
@@ -71,10 +71,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _text_of(path: Path) -> str:
-    """A text file without the byte-order mark that some editors put before it.
+    """Read a UTF-8 text file, without a byte-order mark.
 
     Raises:
-        SpecError: it cannot be read, or is no UTF-8.
+        SpecError: it cannot be read, or is not UTF-8.
     """
     try:
         raw = path.read_bytes()
@@ -96,7 +96,7 @@ def _text_of(path: Path) -> str:
 
 
 def read_model_file(file: str, folder: Path) -> tuple[str, str]:
-    """The name and text of a model file, its path relative to the sweep's folder.
+    """Read a model file, whose path is relative to the sweep's folder; return its name and text.
 
     Raises:
         SpecError: it cannot be read.
@@ -112,14 +112,14 @@ def read_model_file(file: str, folder: Path) -> tuple[str, str]:
 
 
 def find_result(sweep: str | Path, results: Path) -> Path:
-    """The results folder of a sweep that has been run.
+    """Find the results folder of a sweep that has been run.
 
     Args:
         sweep: its name under `results`, or a path to the folder.
         results: the folder of all results.
 
     Raises:
-        SpecError: no such folder, or it holds no sweep.
+        SpecError: there is no such folder, or it has no sweep.
     """
     for folder in (results / sweep, Path(sweep)):
         if (folder / SPEC_FILE).is_file():
@@ -132,5 +132,5 @@ def find_result(sweep: str | Path, results: Path) -> Path:
 
 
 def list_results(results: Path) -> list[Path]:
-    """The results folders under `results`, sorted by name."""
+    """Return the results folders under `results`, sorted by name."""
     return sorted(path.parent for path in results.glob(f"*/{SPEC_FILE}"))

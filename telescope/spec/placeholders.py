@@ -6,17 +6,18 @@ import string
 from collections.abc import Mapping
 
 OWN = ("width", "seed", "base_width", "steps", "trial_folder", "python")
-"""Those that are no axis."""
+"""The placeholders that are not axes."""
 
 
 def names_in(text: str) -> tuple[str, ...]:
-    """The placeholders of a text, in order; ``{{`` and ``}}`` are literal braces.
+    """Return the placeholders of a text, in order; ``{{`` and ``}}`` are literal braces.
 
     >>> names_in("--lr={lr} {{literal}} {lr}/{seed}")
     ('lr', 'lr', 'seed')
 
     Raises:
-        ValueError: a lone brace, or what is no plain name, such as ``{lr:.3f}`` or ``{}``.
+        ValueError: there is a lone brace, or something other than a plain name, such as
+            ``{lr:.3f}`` or ``{}``.
     """
     found = []
     for _, name, form, conversion in string.Formatter().parse(text):
@@ -30,7 +31,7 @@ def names_in(text: str) -> tuple[str, ...]:
 
 
 def filled(text: str, values: Mapping[str, object]) -> str:
-    """A text with its placeholders replaced: whole numbers as such, others with all their digits.
+    """Replace the placeholders of a text; numbers keep all their digits.
 
     >>> filled("--lr={lr} {{x}} {seed}", {"lr": 0.1, "seed": 3})
     '--lr=0.1 {x} 3'

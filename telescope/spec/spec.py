@@ -1,8 +1,8 @@
-"""The sweep spec: what a TOML file may say, in which ranges, and what makes two sweeps comparable.
+"""The sweep spec: the keys of a TOML file, their ranges, and the fingerprint of comparable sweeps.
 
 Validation is strict: an unknown key, a wrong type or a value out of range is a one-line `SpecError`
-that names the key, what was given and what is allowed. Reading a spec neither imports torch nor
-runs the model file: that is `telescope.sweep.prepare`'s part.
+that names the key, the value given and the values allowed. Reading a spec neither imports torch nor
+runs the model file; `telescope.sweep` does that later.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ from telescope.spec.tables import (
 )
 
 COLUMNS = ("width", "seed", "loss", "status", "reason", "flops", "seconds")
-"""What an axis cannot be called: `trials.csv` has columns of these names."""
+"""Names that an axis cannot have: `trials.csv` has columns of these names."""
 STRICT_KEYS = {"command", "function", "environment", "steps"}
-"""Keys of [trainer] without which losses are not comparable."""
+"""Keys of [trainer] that must be equal for losses to be comparable."""
 OWN_TABLES = ("model", "train", "data")
-"""The tables of the built-in trainer, which a foreign one has no use for."""
+"""The tables of the built-in trainer, which a foreign trainer does not use."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -95,7 +95,7 @@ class Spec(Table):
                 words are strings.
 
         Raises:
-            SpecError: no such sweep, or a key that is not allowed.
+            SpecError: there is no such sweep, or a key is not allowed.
         """
         path = find_sweep(sweep)
         data = read_toml(path)
@@ -117,19 +117,19 @@ class Spec(Table):
         """Validate a dict with the spec's keys.
 
         Args:
-            data: tables as nested dicts, as TOML gives them; numbers of numpy and torch are taken
-                as Python's, and arrays as lists.
-            folder: what the model file's and the corpus's paths are relative to; left out, the
-                current folder.
-            model_source: name and text of the model file, where it is kept elsewhere; left out, it
-                is read.
+            data: tables as nested dicts, as TOML gives them. Numbers of numpy and torch are
+                converted to Python's, and arrays to lists.
+            folder: the folder to which the paths of model file and corpus are relative; by default
+                the current one.
+            model_source: name and text of the model file, if it is stored elsewhere; by default
+                the file is read.
 
         Raises:
-            SpecError: naming the key, what was given and what is allowed.
+            SpecError: a key is wrong; the message names it, its value and what is allowed.
         """
         folder = folder or Path.cwd()
         data = as_plain(data)
-        # Through JSON, where strict takes a list for a tuple and a table for a dataclass.
+        # From JSON, because pydantic's strict mode then takes lists for tuples.
         try:
             text = json.dumps(_with_vocabulary(_with_paths(data, folder)), default=str)
         except ValueError as error:  # of Python's limit to the digits of an integer
@@ -144,19 +144,19 @@ class Spec(Table):
 
     @property
     def model_source(self) -> tuple[str, str] | None:
-        """Name and text of the model file; None where the spec names none."""
+        """Name and text of the model file; None if the spec names none."""
         return self._model_source
 
     @classmethod
     def from_record(cls, data: Mapping[str, Any], folder: Path) -> Spec:
-        """Rebuild the spec of a results folder, whose model file is kept beside it.
+        """Rebuild the spec of a results folder, which also holds the model file.
 
         Args:
-            data: what `as_dict` gave.
+            data: the output of `as_dict`.
             folder: the results folder.
 
         Raises:
-            SpecError: it was written by another version whose keys this one does not know.
+            SpecError: another version wrote it, with keys that this one does not know.
         """
         table = data.get("model")
         model = {**table, "file": KEPT_MODEL_FILE} if isinstance(table, dict) else table
@@ -164,7 +164,7 @@ class Spec(Table):
 
     @classmethod
     def kept(cls, record: Mapping[str, Any], folder: Path, overrides: Iterable[str] = ()) -> Spec:
-        """The spec of a results folder, with some keys changed; see `from_record` and `load`."""
+        """Rebuild a results folder's spec with some keys changed; see `from_record` and `load`."""
         data = json.loads(json.dumps(record))
         for override in overrides:
             _set_key(data, override)
@@ -217,7 +217,7 @@ class Spec(Table):
             require(bool(swept), "axes", list(self.axes), "at least one range (low, high, points)")
 
     def _check_by_width(self) -> None:
-        """Check that what is given by width is given for every width that needs it."""
+        """Check that tables by width have an entry for every width that needs one."""
         ladder, target = self.ladder.widths, self.target.width
         for key in ("cpus", "gpus"):
             table = getattr(self.compute, key)
@@ -229,7 +229,7 @@ class Spec(Table):
             _require_widths(f"cost.{key}", table, (*ladder, target), "the target's included")
 
     def _check_trainer(self, trainer: TrainerTable) -> None:
-        """Check what a foreign trainer needs, what it makes meaningless, and its placeholders."""
+        """Check the keys that a foreign trainer needs or rules out, and its placeholders."""
         for table in OWN_TABLES:
             own = f"left out beside [trainer], which has its own {table}"
             require(table not in self.model_fields_set, table, "a table", own)
@@ -247,7 +247,7 @@ class Spec(Table):
             self._check_placeholders(trainer)
 
     def _check_placeholders(self, trainer: TrainerTable) -> None:
-        """Check that every placeholder is known, and that nothing that is swept is left out."""
+        """Check that every placeholder is known, and that every swept axis is used."""
         own = [name for name in OWN if name != "steps" or trainer.steps is not None]
         known, used, in_result = [*own, *self.axes], set[str](), set[str]()
         for key, text in trainer.texts():
@@ -277,18 +277,18 @@ class Spec(Table):
 
     @property
     def repeats(self) -> bool:
-        """Whether a point may be trained with more than one seed."""
+        """True if a point may be trained with more than one seed."""
         return self.ladder.policy == "adaptive" or len(self.ladder.seeds) > 1
 
     @property
     def rule(self) -> str | None:
-        """The width rule; None where that of a trainer that is not ours is not stated."""
+        """The width rule; None if a foreign trainer's is not stated."""
         is_stated = self.model is not None or "optimizer" in self.model_fields_set
         return self.optimizer.rule if is_stated else None
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps of a trial, where the spec says."""
+        """Optimizer steps of a trial; None if the spec does not state them."""
         if self.trainer:
             return self.trainer.steps
         return self.train.steps if self.train else None
@@ -300,7 +300,7 @@ class Spec(Table):
 
     @property
     def ladder_spec(self) -> LadderSpec:
-        """What the ladder's decisions depend on."""
+        """The part of the spec that the ladder's decisions depend on, without costs."""
         axes = tuple(table.as_axis(name) for name, table in self.axes.items())
         return LadderSpec(
             axes,
@@ -314,7 +314,7 @@ class Spec(Table):
         )
 
     def ladder_spec_with(self, costs: Mapping[int, float], target_cost: float) -> LadderSpec:
-        """The same with what trials cost.
+        """Return `ladder_spec` with the costs of trials and the budget.
 
         Args:
             costs: width → FLOPs of one trial.
@@ -325,15 +325,15 @@ class Spec(Table):
 
     @property
     def costs(self) -> dict[int, float]:
-        """Width → cost of one trial as [cost] gives it; empty without that table."""
+        """Width → cost of one trial by the table [cost]; empty without it."""
         entries = self.cost.entries[1] if self.cost else {}
         return {width: entries[width] for width in self.ladder.widths if self.cost}
 
     @property
     def target_cost(self) -> float:
-        """Cost of the target run: its FLOPs as given, or its parameters times its share of steps.
+        """Cost of the target run by the table [cost], which must be there.
 
-        Only with [cost].
+        It is the FLOPs as given, or the parameters times the target's steps over a trial's steps.
         """
         assert self.cost is not None
         key, entries = self.cost.entries
@@ -342,10 +342,10 @@ class Spec(Table):
 
     @property
     def resolved_model(self) -> ModelConfig | None:
-        """The model file's text with the keywords of `build`; vocab_size is at least the bytes'.
+        """The model file's text with the keywords of `build`, among them vocab_size.
 
         Raises:
-            SpecError: there is no vocab_size, and no tokenizer that would tell it.
+            SpecError: vocab_size is missing or smaller than the tokenizer's.
         """
         if self.model is None or self._model_source is None:
             return None
@@ -361,16 +361,16 @@ class Spec(Table):
         return ModelConfig(name=name, text=text, kwargs=kwargs)
 
     def as_dict(self) -> dict[str, Any]:
-        """The resolved spec as JSON-able data, defaults filled in."""
-        # A default that is written down would count as stated when it is read: `rule` above all.
+        """Return the resolved spec as JSON values, with defaults filled in."""
+        # A written default would count as stated when it is read again, `rule` above all.
         unused = {"optimizer", *OWN_TABLES} if self.trainer else {"optimizer"}
         mute = unused - self.model_fields_set if self.model is None else None
         return self.model_dump(mode="json", exclude_none=True, exclude=mute)
 
     def strict_fields(self, corpus_digest: str) -> dict[str, Any]:
-        """Dotted key → value of everything that makes losses incomparable when it differs."""
+        """Return dotted key → value of everything that must be equal for comparable losses."""
         if self.trainer:
-            # Not [optimizer]: it states what the trainer does, and changes nothing.
+            # Without [optimizer]: it only states what the trainer does.
             keys = self.trainer.model_dump(mode="json", exclude_none=True, include=STRICT_KEYS)
             used = {name for _, text in self.trainer.texts() for name in names_in(text)}
             if self.trainer.command and "steps" not in used:  # a statement, as the rule is
@@ -397,7 +397,7 @@ class Spec(Table):
 
 
 def fingerprint(fields: Mapping[str, Any]) -> str:
-    """SHA-256 of `strict_fields`, 16 hex digits."""
+    """Return the SHA-256 of `strict_fields`, 16 hex digits."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -411,7 +411,7 @@ def _require_widths(
 
 
 def _unknown_placeholder(key: str, name: str, known: Sequence[str]) -> str:
-    """The message for a placeholder that nothing fills."""
+    """Return the message for an unknown placeholder."""
     hint = did_you_mean(f"{{{name}}}", [f"{{{one}}}" for one in known])
     if name == "steps":
         hint = "; give trainer.steps for it"
@@ -420,7 +420,7 @@ def _unknown_placeholder(key: str, name: str, known: Sequence[str]) -> str:
 
 
 def _with_paths(data: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The spec with its paths made absolute, so that every worker finds them."""
+    """Return the spec with absolute paths, so that every worker finds them."""
     trainer = data.get("trainer")
     if isinstance(trainer, dict):
         paths = {"folder": trainer.get("folder", "."), "shapes": trainer.get("shapes")}
@@ -442,7 +442,7 @@ def _with_paths(data: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
 
 
 def _with_source(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A table's `source` with absolute paths, where it has paths."""
+    """Return a table's `source` with absolute paths, if it has paths."""
     source = table.get("source")
     sources = (source,) if isinstance(source, str) else source
     if source == PYTHON_STDLIB or not isinstance(sources, (list, tuple)):
@@ -453,9 +453,9 @@ def _with_source(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _with_vocabulary(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The spec with the tokenizer's vocabulary as the model's, where the model's is not given.
+    """Set the model's vocab_size to the tokenizer's vocabulary if it is not given.
 
-    Written down like a key that was given: a kept spec is read without the tokenizer's file.
+    It is stored like a given key, because a stored spec is read without the tokenizer's file.
     """
     model, table = data.get("model"), data.get("data")
     if not isinstance(model, dict) or not isinstance(table, dict) or "vocab_size" in model:
@@ -487,7 +487,7 @@ def _set_key(data: dict[str, Any], override: str) -> None:
 
 
 def _faults(error: pydantic.ValidationError) -> list[str]:
-    """All problems, a line for each key: what was given, what is allowed."""
+    """Return one line per wrong key: the value given and the values allowed."""
     problems: dict[tuple[str | int, ...], list[Any]] = {}
     for problem in error.errors():
         problems.setdefault(_without_branch(problem["loc"]), []).append(problem)
@@ -496,8 +496,8 @@ def _faults(error: pydantic.ValidationError) -> list[str]:
 
 
 def _faults_of(problems: list[Any]) -> list[str]:
-    """The problems of one key as lines: one, unless a check of its own has found more."""
-    if isinstance(problems[0]["input"], dict):  # a number or a table: of a table its own problem
+    """Return the lines for one key: one, unless the key's own check has found more."""
+    if isinstance(problems[0]["input"], dict):  # number or table: for a table the table's problem
         problems = problems[::-1]
     problem, key = problems[0], _key(problems[0]["loc"])
     inner = problem.get("ctx", {}).get("error")
@@ -507,28 +507,28 @@ def _faults_of(problems: list[Any]) -> list[str]:
         return [_unknown_key(key.split("."))]
     if problem["type"] in ("missing", "missing_argument"):
         return [f"{key}: missing; it must be given"]
-    # A key that may be this or that gives one problem for each.
+    # A key of several types gives one problem per type.
     allowed = [_allowed(other, key) for other in problems if _key(other["loc"]) == key]
     return [f"{key}: got {shown(problem['input'])}, must be {' or '.join(dict.fromkeys(allowed))}"]
 
 
 BRANCH = re.compile(r"(\[key\]|int|str|float|constrained-\w+|(literal|tuple|list|dict)\[.*)")
-"""A part of a problem's place that names what a key may be, of several."""
+"""A part of a problem's location that names one of a key's types."""
 
 
 def _without_branch(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """The place of a key, up to where it may be this or that."""
+    """Cut a location before the part that names one of a key's types."""
     branches = (n for n, part in enumerate(location) if BRANCH.fullmatch(str(part)))
     return location[: next(branches, len(location))]
 
 
 def _key(location: Sequence[str | int]) -> str:
-    """The dotted key of a problem, without the parts that name a union's branch."""
+    """Return the dotted key of a problem, without the parts that name a type."""
     return ".".join(str(part) for part in location if not BRANCH.fullmatch(str(part)))
 
 
 def _allowed(problem: Any, key: str) -> str:
-    """What pydantic says is allowed, in our words."""
+    """Reword pydantic's statement of the allowed values."""
     if problem["type"] in ("dataclass_type", "model_type", "dict_type"):
         is_value = key.startswith("axes.") and isinstance(problem["input"], (int, float))
         one = f"; for one value: {key}.value = {problem['input']!r}" if is_value else ""
@@ -545,7 +545,7 @@ def _allowed(problem: Any, key: str) -> str:
 
 
 def _unknown_key(location: Sequence[str]) -> str:
-    """The message for a key that no table has, with the keys that there are and the nearest one."""
+    """Return the message for an unknown key, with the known keys and the nearest one."""
     *tables, key = location
     owner = AxisTable if tables[:1] == ["axes"] else Spec
     owner = _TABLES.get(tables[0], owner) if tables else owner
@@ -562,7 +562,7 @@ def _unknown_key(location: Sequence[str]) -> str:
 
 
 def _keys() -> dict[str, list[str]]:
-    """Table → its keys."""
+    """Map each table to its keys."""
     return {
         name: [f.name for f in fields(owner)] if is_dataclass(owner) else list(owner.model_fields)
         for name, owner in _TABLES.items()

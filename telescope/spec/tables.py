@@ -1,6 +1,6 @@
 """The tables of a sweep's TOML file, each with its keys, their ranges and their defaults.
 
-A table checks itself; what concerns several tables is checked by `telescope.spec.spec`.
+Each table checks itself; `telescope.spec.spec` checks conditions across tables.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from telescope.spec.placeholders import names_in
 
 MAX_POINTS = 1000
 MIN_STEP = 1.001
-"""Smallest factor between an axis's values; below about 1.2 they are within the noise anyway."""
+"""Smallest factor between an axis's values; below about 1.2 they differ by less than the noise."""
 MAX_INTEGER = 2**63 - 1
 """The largest integer of torch and of databases."""
 MAX_SEED = 2**62
-"""The largest seed: repeats have the seeds that follow, and numpy and torch must take them too."""
+"""The largest seed. Repeats use the seeds after it, which numpy and torch must accept too."""
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 Value = TypeVar("Value")
 ByWidth: TypeAlias = dict[Width, Value]
-"""Width → something; in TOML ``{ 32 = 1, 64 = 2 }``, whose keys are strings of digits."""
+"""Width → value; in TOML ``{ 32 = 1, 64 = 2 }``, whose keys are strings of digits."""
 Cpus = Count
 Gpus = Annotated[float, Field(ge=0, le=MAX_COUNT)]
 Amount = Annotated[float, Field(ge=1 / MAX_NUMBER, le=MAX_NUMBER)]
@@ -59,14 +59,14 @@ class LadderTable(Table):
     policy: Literal["adaptive", "paper"] = "adaptive"
     """"paper" is Algorithm 1 of arXiv 2505.02222 as printed."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.001
-    """Adaptive: predicted excess loss at the target, as a share of the loss, that will do."""
+    """Adaptive: predicted excess loss at the target, as a share of the loss, that is enough."""
     until: Literal["predicted", "proven"] = "predicted"
-    """Adaptive: stop when the prediction is within the tolerance, or when a drift that never
-    settles is ruled out too."""
+    """Adaptive: stop when the prediction is within the tolerance ("predicted"), or once a drift
+    that never settles is ruled out too ("proven")."""
     round: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Adaptive: points asked for at a time; left out, 4, or two more than there are swept axes."""
+    """Adaptive: points per round; by default the number of swept axes plus 2, at least 4."""
     seeds: tuple[Seed, ...] = (0,)
-    """Seeds of every point: each sets initialisation and data order."""
+    """Seeds of every point; each sets initialisation and data order."""
 
     @pydantic.model_validator(mode="after")
     @all_faults()
@@ -91,11 +91,11 @@ class TargetTable(Table):
     """Table ``[target]``: the large run that the sweep is for."""
 
     width: Annotated[int, Field(le=MAX_WIDTH)]
-    """At least the last width of the ladder."""
+    """Width of the target, at least the last width of the ladder."""
     steps: Count | None = None
-    """Optimizer steps; left out, as [train]."""
+    """Optimizer steps; by default those of [train]."""
     batch_size: Count | None = None
-    """Sequences per step; left out, as [train]."""
+    """Sequences per step; by default as in [train]."""
 
 
 class AxisTable(Table):
@@ -141,7 +141,7 @@ class AxisTable(Table):
         return self
 
     def as_axis(self, name: str) -> Axis:
-        """The ladder's record of this axis; a fixed one has a single point."""
+        """Return the ladder's record of this axis; a fixed one has a single point."""
         if self.value is not None:
             return Axis(name, self.value, self.value, 1)
         assert self.low is not None
@@ -152,24 +152,25 @@ class AxisTable(Table):
 
 
 class ComputeTable(Table):
-    """Table ``[compute]``: where trials run; no part of the fingerprint."""
+    """Table ``[compute]``: the resources of trials; not part of the fingerprint."""
 
     workers: Count | Literal["auto"] = "auto"
-    """Trials at once; auto is one per accelerator where trials take one (as many as fit, if gpus is
-    given), else as many as the machine's CPUs hold."""
+    """Trials at once. auto is one per accelerator if trials use one (as many as fit, if gpus is
+    given), else as many as the machine's CPUs allow."""
     cpus: Cpus | ByWidth[Cpus] = 1
-    """CPUs of a trial, a number or one per width; it computes with as many threads."""
+    """CPUs of a trial, a number or one per width; also its number of threads."""
     gpus: Gpus | ByWidth[Gpus] = 0.0
-    """GPUs of a trial, a number or one per width; 0.5 lets two share one, above 1 it is whole. At 0
-    each worker of our own trainer reserves an even share of this machine's, if the device is
-    one."""
+    """GPUs of a trial, a number or one per width. At 0.5 two trials share one; above 1 it must be
+    whole. At 0, each worker of the built-in trainer reserves an even share of this machine's GPUs,
+    if the device is one."""
     pack: Count | Literal["auto"] = "auto"
-    """Trials of one width that train as one model. auto is 1 on a CPU, and on an accelerator as
-    many as fit its memory, where a short probe says that it pays."""
+    """Trials of one width that train as one model. auto is 1 on a CPU; on an accelerator it is as
+    many as fit its memory, if a short probe shows that this is faster."""
     device: str = "auto"
     """torch's name of the device; auto is the worker's accelerator if it has one, else the CPU."""
     flop_rate: Amount | None = None
-    """FLOP/s of one worker, for `plan`'s seconds; left out, a stated guess. `--probe` measures."""
+    """FLOP/s of one worker, for the times of `plan`; by default a stated guess. `--probe` measures
+    it."""
 
     @pydantic.model_validator(mode="after")
     @all_faults()
@@ -184,15 +185,15 @@ class ComputeTable(Table):
 
     @property
     def is_by_width(self) -> bool:
-        """Whether trials of different widths may need different amounts."""
+        """True if trials of different widths may need different amounts."""
         return isinstance(self.cpus, Mapping) or isinstance(self.gpus, Mapping)
 
     def cpus_at(self, width: int) -> int:
-        """CPUs of a trial at a width of the ladder."""
+        """Return the CPUs of a trial at a width of the ladder."""
         return self.cpus[width] if isinstance(self.cpus, Mapping) else self.cpus
 
     def gpus_at(self, width: int) -> float:
-        """GPUs of a trial at a width of the ladder."""
+        """Return the GPUs of a trial at a width of the ladder."""
         return self.gpus[width] if isinstance(self.gpus, Mapping) else self.gpus
 
 
@@ -200,7 +201,7 @@ class BudgetTable(Table):
     """Table ``[budget]``."""
 
     max_over_target: Amount = 4.0
-    """The most that the sweep may cost, in target runs. `run` refuses what must cost more; the
+    """Most that the sweep may cost, in target runs. `run` refuses a sweep that must cost more; the
     adaptive policy stops there."""
 
 
@@ -226,27 +227,27 @@ class ModelTable(pydantic.BaseModel):
 class TrainerTable(Table):
     """Table ``[trainer]``: another program, or a Python function, that trains the trials.
 
-    Command, environment and result may hold placeholders: ``{width}``, ``{seed}``, every axis by
-    name, ``{base_width}``, ``{steps}``, ``{trial_folder}`` (a folder of the trial's own that is
-    kept, for checkpoints say) and ``{python}`` (the interpreter that runs telescope). ``{{`` and
+    Command, environment and result may have placeholders: ``{width}``, ``{seed}``, every axis by
+    name, ``{base_width}``, ``{steps}``, ``{trial_folder}`` (the trial's own folder, which is kept,
+    for checkpoints and the like) and ``{python}`` (the interpreter that runs telescope). ``{{`` and
     ``}}`` are literal braces.
     """
 
     command: tuple[str, ...] | None = None
-    """A program and its arguments; no shell is between. This or `function`."""
+    """A program and its arguments, run without a shell. This or `function`."""
     function: str | None = None
-    """``package.module:name``, looked for in `folder`, then in the current one."""
+    """``package.module:name``, looked for in `folder`, then in the current folder."""
     folder: str | None = None
-    """Working directory of the command; left out, the sweep file's."""
+    """Working directory of the command; by default the sweep file's folder."""
     environment: dict[str, str] = {}
-    """Command only: variables that are set beside those inherited."""
+    """Command only: variables to set besides the inherited ones."""
     result: str | None = None
-    """Command only: the JSON file in which the result comes back, relative to `folder` and another
-    one for every trial; left out, a JSON line on stdout."""
+    """Command only: the JSON file with the result, relative to `folder`, a different one for every
+    trial; by default a JSON line on stdout."""
     timeout: float = 0.0
-    """Seconds after which a trial that has not ended is ended and fails; 0: never."""
+    """Seconds after which a trial that is still running is killed and fails; 0: never."""
     steps: Count | None = None
-    """Optimizer steps of a trial, where they are to be known: `[target] steps` may then differ."""
+    """Optimizer steps of a trial, if known to telescope; `[target] steps` may then differ."""
     shapes: str | None = None
     """A JSON file of the target's parameters, relative to the sweep file, for `transfer`."""
 
@@ -281,7 +282,7 @@ class TrainerTable(Table):
         return self
 
     def texts(self) -> list[tuple[str, str]]:
-        """Key and text of all that may hold placeholders."""
+        """Return key and text of everything that may have placeholders."""
         return [
             *(("command", part) for part in self.command or ()),
             *((f"environment.{name}", text) for name, text in self.environment.items()),
@@ -290,12 +291,12 @@ class TrainerTable(Table):
 
 
 class CostTable(Table):
-    """Table ``[cost]``: what runs cost that another program trains; one entry per width."""
+    """Table ``[cost]``: the cost of runs that another program trains; one entry per width."""
 
     parameters: ByWidth[Amount] | None = None
-    """Width → parameters of the model: a run costs as many units, tokens being equal."""
+    """Width → parameters of the model, which count as the cost of a run of equal tokens."""
     flops: ByWidth[Amount] | None = None
-    """Width → FLOPs of one run, at the target of the target run. This or `parameters`."""
+    """Width → FLOPs of one run; for the target's width, of the target run. This or `parameters`."""
 
     @pydantic.model_validator(mode="after")
     @all_faults()
@@ -307,7 +308,7 @@ class CostTable(Table):
 
     @property
     def entries(self) -> tuple[str, Mapping[int, float]]:
-        """The key that is given, and its numbers."""
+        """The given key and its numbers."""
         if self.flops is not None:
             return "flops", self.flops
         assert self.parameters is not None
