@@ -21,13 +21,13 @@ _PUBLIC = {
     "Trial": "telescope.records",
     "open": "telescope.api",
 }
-"""Name → where it is. `open` is not among those that `import *` takes: it would hide Python's."""
+"""Name → its module. `open` is not in `__all__`: `import *` would hide Python's own `open`."""
 
 __all__ = ["Choice", "Ladder", "Point", "Result", "Shapes", "Spec", "Status", "Trial"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that `import telescope` costs nothing."""
+    """Import a public name on its first use, so that `import telescope` is fast."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'telescope' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

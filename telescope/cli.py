@@ -1,7 +1,7 @@
-"""The verbs: parse, call, print. What they print for people is in `telescope.report.terminal`.
+"""The commands: parse, call, print. `telescope.report.terminal` formats the output for people.
 
-Every import that costs time is inside the verb that needs it, so that `--help`, `ls` and `status`
-answer at once.
+Every slow import is inside the command that needs it, so that `--help`, `ls` and `status` answer at
+once.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RESULTS = Path("results")
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 FITTING = ("compare", "plan", "report", "run", "show", "transfer")
-"""Verbs that may fit a ladder."""
+"""Commands that may fit a ladder."""
 WATCH_SECONDS = 0.5
-"""Pause between two looks at a heartbeat."""
+"""Pause between two readings of a heartbeat."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -490,7 +490,7 @@ def compare(
 
 
 def _load(spec: str, overrides: list[str] | None, name: str | None) -> Spec:
-    """The spec with the command line's overrides."""
+    """Load the spec with the command line's overrides."""
     from telescope.spec.spec import Spec
 
     named = [f"name={json.dumps(name)}"] if name else []
@@ -500,9 +500,9 @@ def _load(spec: str, overrides: list[str] | None, name: str | None) -> Spec:
 def _load_or_kept(
     spec: str, overrides: list[str] | None, name: str | None, results: Path
 ) -> tuple[Spec, Path]:
-    """The spec, and the folder of results: of a file, or of a sweep that has been started.
+    """Load the spec of a file or of a started sweep; return it with the folder of results.
 
-    A file or a bundled sweep of that name is meant first.
+    A file or a bundled sweep of that name comes first.
     """
     from telescope.spec.catalog import SPEC_FILE, bundled_sweeps
 
@@ -524,7 +524,7 @@ def _load_or_kept(
 
 
 def _corpus_of(sources: list[str], field: str, overrides: list[str] | None) -> DataConfig:
-    """The data of a sweep, or of files, as bytes: their tokenizer is yet to be made."""
+    """Return the data of a sweep or of files, as bytes, because the tokenizer is yet to be made."""
     from telescope.config import DataConfig
     from telescope.spec.catalog import bundled_sweeps
 
@@ -541,7 +541,7 @@ def _corpus_of(sources: list[str], field: str, overrides: list[str] | None) -> D
 
 
 def _make_tokens(spec: Spec) -> None:
-    """Tokenize documents that have not been yet, with a bar; workers then find the tokens."""
+    """Tokenize new documents, with a progress bar, so that workers find the tokens."""
     from telescope.data.tokenizing import needs_tokenizing
 
     if needs_tokenizing(spec.data):
@@ -554,7 +554,7 @@ def _make_tokens(spec: Spec) -> None:
 
 
 def _say_where_tokens_are_kept() -> None:
-    """Tell the user where, if the home folder cannot have them."""
+    """Print the cache folder if the home folder cannot be written."""
     from telescope.data.cache import cache_folder
 
     if is_private(folder := cache_folder()):
@@ -566,7 +566,7 @@ def _say_where_tokens_are_kept() -> None:
 
 
 def _open(sweep: str, results: Path) -> Finished:
-    """A sweep's results; a name that is not there is said before anything heavy is imported."""
+    """Open a sweep's results; report an unknown name before any slow import."""
     from telescope.spec.catalog import find_result
 
     folder = find_result(sweep, results)
@@ -576,7 +576,7 @@ def _open(sweep: str, results: Path) -> Finished:
 
 
 def _say(text: str, *, err: bool = False, nl: bool = True) -> None:
-    """Print as it is; typer's own `echo` writes UTF-8 where the encoding is ASCII."""
+    """Print text in the stream's encoding; typer's `echo` writes UTF-8 even on ASCII streams."""
     print(text, end="\n" if nl else "", file=sys.stderr if err else sys.stdout, flush=True)
 
 
@@ -621,16 +621,16 @@ def _foreign_format(format: str | None, as_json: bool, approximate: bool) -> str
 
 
 def _console() -> Any:
-    """Where text for people goes: as wide as the terminal, and a fixed width in a pipe."""
+    """Return the console for people: as wide as the terminal, of fixed width in a pipe."""
     from rich.console import Console
 
-    # What is printed is data, such as a model file's error; brackets in it are no markup.
+    # The output has data such as a model file's error, whose brackets are not markup.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
     return Console(width=width, markup=False, highlight=False)
 
 
 def _verb_of(context: Any) -> list[str]:
-    """The verb that was being read when a usage error came up; none before there was one."""
+    """Return the command of a usage error as a list of one; empty if there is none."""
     name = getattr(context, "info_name", None)
     return [name] if name in _verbs() else []
 
@@ -640,11 +640,11 @@ def _verbs() -> list[str]:
 
 
 def _fit_with_one_thread(arguments: Sequence[str]) -> None:
-    """Load numpy so that its BLAS computes with one thread in this process, and in no other.
+    """Load numpy so that its BLAS uses one thread in this process, but not in its children.
 
-    OpenBLAS reads the variable once, as it is loaded. A fit solves systems of a few dozen rows: a
-    second thread costs as much CPU time again, which the trials then lack, and gains nothing. A
-    trainer inside this process has what it would have without.
+    OpenBLAS reads the variable once, when it is loaded. A fit solves systems of a few dozen rows: a
+    second thread doubles the CPU time, which the trials then lack, and gains nothing. A trainer
+    inside this process keeps all its threads.
     """
     trains_here = any("inline" in argument for argument in arguments)
     if not arguments or arguments[0] not in FITTING or trains_here or BLAS_THREADS in os.environ:
@@ -653,15 +653,15 @@ def _fit_with_one_thread(arguments: Sequence[str]) -> None:
     try:
         importlib.import_module("numpy")
     finally:
-        del os.environ[BLAS_THREADS]  # processes that are started inherit it
+        del os.environ[BLAS_THREADS]  # child processes would inherit it
 
 
 def main() -> None:
-    """Run the command line, turning errors into one line and an exit code."""
+    """Run the command line; turn errors into one line and an exit code."""
     use_utf8_names()
     open_streams()
     stand_in()
-    # Accepted anywhere, because it is added to a command that has just failed.
+    # --debug is accepted anywhere, because users add it to a command that has just failed.
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -671,7 +671,7 @@ def main() -> None:
         if debug:
             raise
         for fault in error.faults if isinstance(error, SpecError) else [str(error)]:
-            line = " ".join(fault.splitlines())  # a name that was given may hold a newline
+            line = " ".join(fault.splitlines())  # a given name may have a newline
             _say(f"telescope: {line}", err=True)
         code = error.exit_code
     except KeyboardInterrupt:
@@ -683,14 +683,14 @@ def main() -> None:
         _say(f"telescope: {where}{error.strerror or error}; --debug shows where", err=True)
         code = 2
     except Exception as error:
-        # typer's usage errors are in a private module; they alone can format themselves.
+        # typer's usage errors are in a private module; only they have `format_message`.
         message = getattr(error, "format_message", None)
         if debug:
             raise
         if message is None:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             _say(f"telescope: a bug in telescope: {text}; --debug shows where", err=True)
-        elif problem := message().rstrip("."):  # empty where the help has been shown instead
+        elif problem := message().rstrip("."):  # empty if the help has been shown instead
             context = getattr(error, "ctx", None)
             path = " ".join(["telescope", *_verb_of(context)])
             _say(f"telescope: {problem}; see {path} --help", err=True)

@@ -1,8 +1,8 @@
-"""Files that are either whole or absent, and the folders in which they may be.
+"""Write files whole or not at all, and find folders that can be written.
 
 Ray, matplotlib and our own cache keep files in the user's home folder. In a container or under a
-service's account there may be no HOME, no entry for the user, a folder that does not exist, or one
-that is read-only: a private temporary folder then stands in for it.
+service account there may be no HOME or no entry for the user, or the folder may be missing or
+read-only. Then a private temporary folder replaces it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".tmp"
-"""Ends the name of a file that is being written; one that stays was left by a killed process."""
+"""Suffix of a file that is being written; a killed process may leave one."""
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
@@ -28,7 +28,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
         durable: wait for the disk, so that the file also outlives a power cut.
 
     Raises:
-        OSError: it cannot be written, with the file's name; the old file is as it was.
+        OSError: the file cannot be written; the error has its name, and the old file is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -44,7 +44,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        # mkstemp makes the file private; results are for the team to read.
+        # mkstemp makes the file private, but others may read results.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         if durable:
@@ -53,12 +53,12 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
         with suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # a full disk names no file
+            error.filename, error.filename2 = str(path), None  # a full disk's error has no name
         raise
 
 
 def _sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries, a renamed file's among them, are on the disk."""
+    """Wait until a folder's entries, such as a renamed file, are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,7 +67,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed writers left in a folder in which nobody is writing now."""
+    """Remove the unfinished files of killed processes; no process may be writing there now."""
     for path in folder.glob(f".*{UNFINISHED}"):
         path.unlink(missing_ok=True)
 
@@ -78,7 +78,7 @@ def write_json(path: Path, data: Any, *, durable: bool = True) -> None:
 
 
 def home() -> Path | None:
-    """The user's home folder; None where it is not known or not there."""
+    """Return the user's home folder; None if it is unknown or missing."""
     try:
         folder = Path.home()
     except (RuntimeError, KeyError):  # neither HOME nor an entry for the user
@@ -87,19 +87,19 @@ def home() -> Path | None:
 
 
 def can_write(folder: Path) -> bool:
-    """Tell whether files can be made in a folder, or in the nearest one above it that exists."""
+    """Tell whether a folder can be written or created: it or its nearest existing parent."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def private_folder() -> Path:
-    """The user's own folder among the temporary ones, made when it is asked for.
+    """Return the user's private temporary folder; create it if needed.
 
-    The same for all processes of a user, unless somebody else has taken its name.
+    It is the same for all processes of a user, unless another user has taken its name.
 
     Raises:
-        OSError: there is no temporary folder that can be written.
+        OSError: no temporary folder can be written.
     """
     folder = Path(tempfile.gettempdir(), _name())
     with suppress(FileExistsError):
@@ -122,11 +122,11 @@ def _name() -> str:
 
 
 def stand_in() -> None:
-    """Let libraries find a folder where the home folder cannot be used.
+    """Point libraries to a private folder if the home folder cannot be written.
 
-    One that is there and read-only stays HOME: settings and packages may be read from it.
+    A read-only home folder stays HOME, because settings and packages may be read from it.
     """
-    with suppress(OSError):  # no temporary folder either: the code that needs one says so
+    with suppress(OSError):  # without a temporary folder, the code that needs one reports it
         folder = home()
         if folder is None:
             os.environ["HOME"] = str(private_folder())

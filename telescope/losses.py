@@ -1,7 +1,7 @@
-"""Reads a loss, of whatever library or spelling: one rule for every place that takes one.
+"""Read a loss of any library or spelling: one rule for every place that takes one.
 
-A finite number is a loss; NaN, an infinity, null and a number beyond all floats are a divergence;
-anything else is no loss.
+A finite number is a loss. NaN, an infinity, null and a number too large for a float count as a
+divergence. Anything else is not a loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NOT_A_NUMBER = r"[+-]?(?:nan(?:\(\w*\))?|1\.#(?:ind|[qs]?nan)\w*)"
 INFINITE = r"[+-]?(?:inf(?:inity)?|1\.#inf\w*)"
 """Spellings of infinity, in any case."""
 NULL = r"null|none"
-"""Spellings of nothing, in any case: some writers of JSON have no other word for NaN."""
+"""Spellings of null, in any case; some JSON writers use it for NaN."""
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE)
 _NAN, _INFINITY, _NULL = (
     re.compile(words, re.IGNORECASE) for words in (NOT_A_NUMBER, INFINITE, NULL)
@@ -25,13 +25,13 @@ _NAN, _INFINITY, _NULL = (
 
 
 def judged(value: object) -> tuple[Status, float | None, str]:
-    """Judge a loss: the trial's status, the loss if it is one, and why it diverged.
+    """Judge a loss; return the trial's status, the loss or None, and the reason of divergence.
 
     >>> judged(1.9), judged("-Infinity")
     ((<Status.COMPLETE: 'complete'>, 1.9, ''), (<Status.DIVERGED: 'diverged'>, None, 'loss -inf'))
 
     Args:
-        value: a number of any library, one in a text, or None, which is JSON's null.
+        value: a number of any library, a text with a number, or None (JSON's null).
 
     Raises:
         ValueError: it is none of these.
@@ -47,10 +47,10 @@ def judged(value: object) -> tuple[Status, float | None, str]:
 
 
 def as_number(value: Any) -> float | None:
-    """A number of whatever library as a float; None for text, truth values and arrays.
+    """Convert a number of any library to a float; None for text, booleans and arrays.
 
-    An array or a tensor that holds one number is that number; a whole number beyond all floats is
-    infinite.
+    An array or tensor with one element counts as that number. An integer too large for a float
+    becomes infinite.
     """
     try:
         if hasattr(value, "item"):  # a scalar of numpy, torch or jax
@@ -60,12 +60,12 @@ def as_number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-    except Exception:  # whatever a library raises for what is no single number
+    except Exception:  # libraries raise various exceptions for arrays
         return None
 
 
 def in_text(text: str) -> float | None:
-    """The number that a text is; None where it is none.
+    """Convert a text to a number; None if it is not one.
 
     >>> in_text(" 1.9 "), in_text("1e999"), in_text("NaN"), in_text("1_000"), in_text("low")
     (1.9, inf, nan, None, None)
@@ -79,7 +79,7 @@ def in_text(text: str) -> float | None:
 
 
 def shown(value: object) -> str:
-    """A value as Python shows it, on one line, cut where it is long."""
+    """Return a value's repr on one line, cut if it is long."""
     try:
         text = " ".join(repr(value).split())
     except Exception:

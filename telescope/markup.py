@@ -6,11 +6,11 @@ from collections.abc import Container, Iterable, Sequence
 from html import escape
 
 LONG = 28
-"""Letters of a cell from which its column has words that may be broken, not numbers."""
+"""Length of a cell above which its column counts as text that may be broken."""
 
 
 def text(value: object) -> str:
-    """Anything as text that is no markup.
+    """Escape anything for use as text in HTML.
 
     >>> text("a < b & 'c'")
     'a &lt; b &amp; &#x27;c&#x27;'
@@ -19,9 +19,9 @@ def text(value: object) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "") -> str:
-    r"""A table, its head and cells escaped; the first cell of a row is its heading.
+    r"""Render a table with its head and cells escaped; the first cell of a row is its heading.
 
-    Columns with sentences in them have the class `words`.
+    Columns with long text have the class `words`.
 
     >>> print(table(["width", "lr"], [[32, 0.1]]).replace("<tbody>", "\n<tbody>"))
     <table><thead><tr><th scope="col">width</th><th scope="col">lr</th></tr></thead>

@@ -1,8 +1,8 @@
-"""The three standard streams, made safe to use, however this program was started.
+"""The three standard streams, made safe to use however this program was started.
 
-Text that the stream's encoding lacks is spelled in ASCII; a stream that was closed is a null
-device, so that no file opened later, a database say, gets its number and with it what is printed;
-and a reader that has left, `head` say, is no error of the writer.
+Characters that the stream's encoding lacks are spelled in ASCII. A closed stream is opened on the
+null device; otherwise a file opened later, such as a database, would get its number and receive the
+output. A reader that has left, such as `head`, is not an error.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ ERRORS = "telescope.spelled"
 
 
 def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Spell one character that an encoding lacks: the error handler of the streams.
+    """Spell one character that an encoding lacks; the error handler of the streams.
 
-    A byte of a file's name that is no text in this locale comes out as it went in.
+    A byte of a file name that is not text in this locale is written unchanged.
     """
     if not isinstance(error, UnicodeEncodeError):
         raise error
@@ -63,14 +63,14 @@ codecs.register_error(ERRORS, _spell)
 
 
 class _Stream(io.FileIO):
-    """The file that a standard stream writes to; nowhere, once that has failed."""
+    """The file that a standard stream writes to; after a failure, the null device."""
 
     def __init__(self, number: int, on_failure: Callable[[OSError], None]) -> None:
         super().__init__(number, "w", closefd=False)
         self._on_failure = on_failure
 
     def write(self, data: Any, /) -> int:
-        """Write bytes; those that nobody will ever read count as written."""
+        """Write bytes; after a failure they count as written."""
         try:
             return super().write(data)
         except OSError as error:
@@ -80,12 +80,12 @@ class _Stream(io.FileIO):
 
 
 class _Reader:
-    """Whoever reads stdout."""
+    """The reader of stdout."""
 
     is_needed = False
 
     def lost(self, error: OSError) -> None:
-        """End as on Ctrl-C what is done for a reader who has left; a full disk is an error."""
+        """Interrupt, as Ctrl-C does, work for a reader that has left; raise other errors."""
         if not isinstance(error, BrokenPipeError):
             error.filename = "stdout"
             raise error
@@ -98,7 +98,7 @@ _READER = _Reader()
 
 @contextmanager
 def reader_needed() -> Iterator[None]:
-    """Interrupt the code inside, as Ctrl-C does, when it prints to a pipe that nobody reads."""
+    """Interrupt the code inside, as Ctrl-C does, when it prints to a pipe without a reader."""
     _READER.is_needed = True
     try:
         yield
@@ -107,10 +107,10 @@ def reader_needed() -> Iterator[None]:
 
 
 def use_utf8_names() -> None:
-    """Start this process again in Python's UTF-8 mode, where the locale knows ASCII alone.
+    """Restart this process in Python's UTF-8 mode if the locale is ASCII only.
 
-    Python does so by itself unless PYTHONUTF8=0 forbids it; without, a name that is not ASCII can
-    be neither in a spec nor in JSON. What is printed keeps the encoding that it is told.
+    Python does so by itself unless PYTHONUTF8=0 forbids it. Without it, names that are not ASCII
+    can be neither in a spec nor in JSON. The output keeps its encoding.
     """
     encoding = codecs.lookup(sys.getfilesystemencoding()).name
     if encoding != "ascii" or "utf8" in sys._xoptions:
@@ -121,7 +121,7 @@ def use_utf8_names() -> None:
 
 
 def open_streams() -> None:
-    """Open those of the standard streams that are closed, and let none fail at what is written."""
+    """Open closed standard streams, and make them write any text without failing."""
     for number in range(3):
         if not _is_open(number):
             _lead_nowhere(number)
@@ -133,12 +133,15 @@ def open_streams() -> None:
     )
     for name, number, on_failure in ends:
         stream = getattr(sys, name)
-        if stream is None or stream is getattr(sys, f"__{name}__"):  # else it is somebody's own
+        if stream is None or stream is getattr(sys, f"__{name}__"):  # else somebody has replaced it
             setattr(sys, name, _opened(stream, _Stream(number, on_failure)))
 
 
 def _is_open(number: int) -> bool:
-    """Tell whether a standard stream is open; a shell started without may read a script there."""
+    """Tell whether a standard stream is open for its use.
+
+    If a shell was started without it, its number may be the script that the shell reads.
+    """
     try:
         mode = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError:
@@ -148,7 +151,7 @@ def _is_open(number: int) -> bool:
 
 def _lead_nowhere(number: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
-    if nowhere == number:  # it was the lowest that was free
+    if nowhere == number:  # `number` was the lowest free one
         os.set_inheritable(number, True)
         return
     os.dup2(nowhere, number)
@@ -156,7 +159,7 @@ def _lead_nowhere(number: int) -> None:
 
 
 def _opened(stream: TextIO | None, raw: _Stream) -> TextIO:
-    """The stream anew, as text that is written to `raw`."""
+    """Reopen the stream as text that is written to `raw`."""
     if stream is not None:
         stream.flush()
     return io.TextIOWrapper(
@@ -168,7 +171,7 @@ def _opened(stream: TextIO | None, raw: _Stream) -> TextIO:
 
 
 def spell_what_is_lacking() -> None:
-    """Let stdout and stderr of a process that others have started take any text."""
+    """Let stdout and stderr take any text, in a process that another program has started."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ERRORS)

@@ -39,7 +39,7 @@ from telescope.sweep.recorder import Recorder
 from telescope.sweep.run import recorded
 
 FINISHED: str = Searcher.FINISHED
-"""What tells Tune that there is no more to come."""
+"""The value that tells Tune that there are no more trials."""
 FORMAT = 1
 """Of the searcher's state in Tune's own folder; a higher one is a newer version's."""
 GATE = "telescope_gate"
@@ -58,7 +58,7 @@ TUNES_OWN = {
     *("timestamp", "done", "training_iteration", "time_this_iter_s", "time_total_s", "pid"),
     *("time_since_restore", "iterations_since_restore", "should_checkpoint"),
 }
-"""What Tune itself puts into a report."""
+"""Keys that Tune itself adds to a report."""
 
 logger = logging.getLogger(__name__)
 
@@ -285,10 +285,10 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
             self._gate.open()
 
     def _tell(self, trial: Trial, trial_id: str, report: Mapping[str, Any] | None) -> None:
-        # After `Tuner.restore` trials go on to their end before Tune asks for another.
+        # After `Tuner.restore`, trials run to their end before Tune asks for another one.
         self._hold()
         if trial in {result.trial for result in self._ladder.results}:
-            return  # stored after Tune's last checkpoint, by which it has been run again
+            return  # stored after Tune's last checkpoint, so Tune has run it again
         if report is None:
             reason = f"Tune has given up on it; see error.txt of its trial {trial_id}"
             result = Result(trial, Status.FAILED, reason=reason)
@@ -302,12 +302,12 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
             return
         try:
             self._ladder.tell(trial, loss=result.loss, status=result.status, reason=result.reason)
-        except TrialError:  # began before a restore under a spec that has changed since
+        except TrialError:  # it began before a restore, and the spec has changed since
             known = [*self._ladder.results, result]
             self._ladder = Ladder(self.spec, known, given=self._ladder.given)
 
     def _read(self, trial: Trial, report: Mapping[str, Any]) -> Result:
-        """A trial's last report as a result.
+        """Turn a trial's last report into a result.
 
         Raises:
             SpecError: the metric is missing, and no trial has reported it yet.
@@ -342,7 +342,7 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
         )
 
     def _no_metric(self, report: Mapping[str, Any]) -> str:
-        """What to do about a metric that is not there."""
+        """Return the message for a missing metric."""
         own = sorted(
             key
             for key, value in report.items()
@@ -355,7 +355,7 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
         )
 
     def save(self, checkpoint_path: str) -> None:
-        """Write what has been answered and what runs, as JSON: the ladder is a replay of it."""
+        """Write results and running trials as JSON, from which `restore` replays the ladder."""
         running = {key: trial.as_dict() for key, trial in self._running.items() if trial}
         state = {
             "format": FORMAT,
@@ -367,10 +367,10 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
         write_json(Path(checkpoint_path), state)
 
     def restore(self, checkpoint_path: str) -> None:
-        """Replay what `save` wrote.
+        """Replay the ladder from the file that `save` wrote.
 
         Raises:
-            ResumeError: it cannot be read, or is another sweep's or a newer version's.
+            ResumeError: the file cannot be read, or is of another sweep or a newer version.
         """
         try:
             state = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
@@ -386,15 +386,15 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResumeError(f"{checkpoint_path}: cannot be read: {error}") from error
         self._has_loss = any(result.loss is not None for result in results)
-        # With a results folder its store, which also has what was answered since, takes the place.
+        # With a results folder, its store replaces this; it also has later results.
         self._ladder = Ladder(self.spec, results, given=given)
         self._believed = set(self._running)
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
-        """Replay what `save` wrote, and ask again for trials that Tune itself does not run.
+        """Replay the ladder as `restore` does, and ask again for trials that Tune does not run.
 
-        Tune writes its own state and the searcher's one after the other: after a kill between the
-        two, one of them knows of trials of which the other does not.
+        Tune writes its own state and the searcher's one after the other. After a kill between the
+        two, one of them has trials that the other does not know.
 
         Raises:
             ResumeError: as `restore`.
@@ -411,10 +411,10 @@ class TelescopeSearch(Searcher):  # type: ignore[misc]  # Ray's base classes are
 
 
 def _trials_of_tune(folder: str) -> dict[str, Any] | None:
-    """Trial id → trial, as Tune's own state in a folder has them; None where it cannot be read."""
+    """Read Tune's own trials from a folder: trial id → trial; None if they cannot be read."""
     try:
         return {trial.trial_id: trial for trial in tune.ExperimentAnalysis(folder).trials}
-    except Exception as error:  # of any kind: what is in a damaged folder is anybody's guess
+    except Exception as error:  # a damaged folder may raise anything
         logger.warning("%s: cannot be read: %s", folder, error)
         return None
 
@@ -422,23 +422,23 @@ def _trials_of_tune(folder: str) -> dict[str, Any] | None:
 def _again(
     spec: Spec, metric: str, results: str | Path | None, gate: _GateKeeper | None
 ) -> TelescopeSearch:
-    """What a pickled search becomes."""
+    """Rebuild a search from its pickle."""
     search = TelescopeSearch(spec, metric=metric, results=results)
     search._gate = gate
     return search
 
 
 def _flops(spec: Spec, width: int) -> float:
-    """FLOPs of a trial, where the spec gives them."""
+    """Return the FLOPs of a trial, 0 if the spec does not give them."""
     table = spec.cost and spec.cost.flops
     return table[width] if table else 0.0
 
 
 class _Gate(Gate):
-    """The gate of a Tuner, at which nobody waits for longer than `GATE_SECONDS`."""
+    """The gate of a Tuner, at which no worker waits for longer than `GATE_SECONDS`."""
 
     async def wait_beyond(self, turn: int) -> None:
-        """Return when the gate has been opened since `turn`, or after `GATE_SECONDS`."""
+        """Wait until the gate is opened after `turn`, at most `GATE_SECONDS`."""
         with suppress(TimeoutError):
             await asyncio.wait_for(super().wait_beyond(turn), GATE_SECONDS)
 
@@ -452,17 +452,17 @@ class _GateKeeper:
         self._turn = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A new one, with a new name: its actor is another driver's."""
+        """Pickle as a new gate keeper with a new name, because the actor belongs to this driver."""
         return _GateKeeper, ()
 
     def ticket(self) -> str:
-        """What a worker needs to wait for the next turn; makes the actor at the first time."""
+        """Return the ticket with which a worker waits for the next turn; start the actor if new."""
         if self._actor is None:
             self._actor = ray.remote(_Gate).options(num_cpus=0, name=self._name).remote()
         return f"{self._name}:{self._turn}"
 
     def open(self) -> None:
-        """Let go all who wait."""
+        """Release all waiting workers."""
         self._turn += 1
         if self._actor is not None:
             self._actor.open.remote(self._turn)
@@ -475,7 +475,7 @@ def _wait(ticket: str) -> None:
 
 
 def _gated_function(train: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
-    """A function trainable that knows how to wait."""
+    """Wrap a function trainable so that it can wait at the gate."""
 
     @functools.wraps(train)
     def train_or_wait(config: dict[str, Any]) -> Any:
@@ -487,7 +487,7 @@ def _gated_function(train: Callable[[dict[str, Any]], Any]) -> Callable[[dict[st
 
 
 def _gated_class(trainable: Any) -> Any:
-    """A class trainable that knows how to wait; it is set up by its first real trial."""
+    """Wrap a class trainable so that it can wait at the gate; its first real trial sets it up."""
 
     class TrainOrWait(trainable):  # type: ignore[misc]
         _ticket: str | None = None

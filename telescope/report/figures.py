@@ -1,8 +1,8 @@
-"""Drawings: panels of a ladder's portrait, training curves, cost and the coordinate check.
+"""Figures: panels of a ladder's portrait, training curves, cost and the coordinate check.
 
-Each `draw_` function fills one panel. `loss.png` and `coordcheck.png` put several on a page, the
-report puts each in a figure of its own. Colours are a few names, so that the report can turn them
-into those of a light or a dark page.
+Each `draw_` function fills one panel. `loss.png` and `coordcheck.png` combine several; the report
+makes a figure of each. There are only a few colours, so that the report can replace them by those
+of a light or a dark page.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INK, MUTED, GRID, PAPER, BAD, ACCENT = (
     *("#c8102e", "#2563b8"),
 )
 WIDTH_COLOURS = ("#0072b2", "#d55e00", "#008a66", "#b8588f", "#a87000", "#3f90bd")
-"""Of the first six widths, narrow first; of more, again from the start with other markers."""
+"""Colours of the first six widths, narrow first; further widths repeat them with other markers."""
 MARKERS = ("o", "s", "D", "v", "P", "h")
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": MUTED,
@@ -57,21 +57,21 @@ AXIS_LABELS = {"lr": "learning rate", "weight_decay": "weight decay"}
 HOVER, NEXT = "hover:", "\u241e"
 """Beginning of the id of an artist with a title per point, and the mark between titles."""
 PANEL = (4.3, 3.0)
-"""Inches of a panel of the report; a phone shows one beside the other's end."""
+"""Size of a panel of the report, inches; a phone shows one and the edge of the next."""
 MARGINS = (0.72, 0.5, 0.12, 0.3)
-"""Inches left of a panel, below, right and above it, for its labels."""
+"""Margins for labels left of a panel, below, right and above it, inches."""
 LEVELS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-"""Contours of the excess in per cent; in another unit, so many times the finest that is seen."""
+"""Contours of the excess in per cent; in another unit, multiples of the finest visible level."""
 LEAST_SPAN = 2.0
-"""A figure of optima spans this factor at least, so that no noise looks like a drift."""
+"""Least factor that a figure of optima spans, so that noise does not look like a drift."""
 FAR_BUDGET = 2.5
-"""A budget of more than so many times what was spent or planned is not drawn beside them."""
+"""Multiple of the spent or planned cost above which the budget is not drawn."""
 CURVES_SHOWN = 20
-"""Training curves of one width that are drawn, the best first."""
+"""Most training curves drawn for one width, the best first."""
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the house's style, whatever the user's own matplotlib has."""
+    """Make a function draw in our style, whatever the user's matplotlib settings are."""
 
     def drawn(*arguments: Any, **keywords: Any) -> Figure:
         with matplotlib.rc_context():
@@ -84,19 +84,19 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def label_of(axis: str) -> str:
-    """The name of an axis as figures have it."""
+    """Return the name of an axis in figures."""
     return AXIS_LABELS.get(axis, axis)
 
 
 def width_look(portrait: Portrait, width: int) -> tuple[str, str]:
-    """Colour and marker of a width, the same in every figure."""
+    """Return colour and marker of a width, the same in every figure."""
     number = [w.width for w in portrait.widths].index(width)
     rounds = number // len(WIDTH_COLOURS)
     return WIDTH_COLOURS[number % len(WIDTH_COLOURS)], MARKERS[rounds % len(MARKERS)]
 
 
 def entitle(artist: Artist, titles: Sequence[str]) -> None:
-    """Give each point of a line or scatter a title, for the report to show on pointing at it."""
+    """Give each point of a line or scatter a title, which the report shows on pointing at it."""
     artist.set_gid(HOVER + NEXT.join(titles))
 
 
@@ -105,8 +105,8 @@ def loss_figure(ladder: Ladder, title: str) -> Figure:
     """Draw a row per swept axis: its optimum against the width, and the excess loss along it.
 
     Args:
-        ladder: at any time.
-        title: of the whole.
+        ladder: the ladder, at any time.
+        title: title of the figure.
     """
     portrait = ladder.portrait()
     rows = max(1, len(portrait.axes))
@@ -125,7 +125,7 @@ def loss_figure(ladder: Ladder, title: str) -> Figure:
 
 
 def _legend(portrait: Portrait) -> list[Line2D]:
-    """Handles for what the figure of the losses has."""
+    """Return the legend's handles for the figure of the losses."""
     looks = [width_look(portrait, w.width) for w in portrait.widths]
     handles = [
         Line2D([], [], color=colour, marker=marker, ms=4, label=f"width {w.width}")
@@ -147,9 +147,9 @@ def write_loss_figure(path: Path, ladder: Ladder, title: str) -> None:
 
 
 def draw_track(panel: Axes, portrait: Portrait, axis: str) -> None:
-    """Draw one axis' optimum against the width, 90 % bars, and on to the target.
+    """Draw one axis' optimum against the width up to the target, with bars of 90 % intervals.
 
-    What was measured is filled; what is predicted is hollow, and its band shaded.
+    Measured optima are filled; predicted ones are hollow, and their band is shaded.
     """
     track = next(t for t in portrait.tracks if t.axis == axis)
     panel.set_title(f"{label_of(axis)}: optimum against width", loc="left")
@@ -184,7 +184,7 @@ def draw_track(panel: Axes, portrait: Portrait, axis: str) -> None:
 
 
 def _draw_band(panel: Axes, track: Track) -> None:
-    """Join the spots, and shade what is predicted from the last measured one on."""
+    """Join the spots, and shade the prediction from the last measured one on."""
     measured = [spot for spot in track.spots if spot.is_measured]
     panel.plot(
         [s.width for s in measured], [s.value for s in measured], color=MUTED, lw=0.9, zorder=1
@@ -210,10 +210,10 @@ def _describe_spot(track: Track, width: int, target: int) -> str:
 def draw_excess(
     panel: Axes, portrait: Portrait, axis: str, widths: Sequence[WidthPortrait]
 ) -> None:
-    """Draw some widths' excess along one axis: trials, the fit's lower edge, the chosen place.
+    """Draw some widths' excess along one axis: trials, the fit's lower edge, the chosen point.
 
-    Cut off where the bottom is seen well; what lies above stands as triangles at the top. Trials
-    that are off along another axis too are faint.
+    The panel ends where the bottom of the valley is still seen well; trials above it are triangles
+    at the top. Trials that are off along another axis too are faint.
     """
     ceiling = portrait.ceilings[axis]
     for width in widths:
@@ -245,7 +245,7 @@ def draw_excess(
 def _draw_dots(
     panel: Axes, portrait: Portrait, axis: str, width: WidthPortrait, ceiling: float
 ) -> None:
-    """The trials of one width: as measured, at the top where cut off, crosses if diverged."""
+    """Draw the trials of one width; those above the panel at its top, diverged ones as crosses."""
     colour, marker = width_look(portrait, width.width)
     measured = [(dot, dot.excess) for dot in width.dots if dot.excess is not None]
     inside = [(dot, excess) for dot, excess in measured if excess <= ceiling]
@@ -278,7 +278,7 @@ def _describe_dot(portrait: Portrait, width: WidthPortrait, dot: Dot) -> str:
 
 
 def _draw_choice(panel: Axes, portrait: Portrait, axis: str, width: WidthPortrait) -> None:
-    """The chosen place of one width, on the bar of its 90 % interval."""
+    """Draw the chosen point of one width, on the bar of its 90 % interval."""
     assert width.chosen
     colour, _ = width_look(portrait, width.width)
     track = next(t for t in portrait.tracks if t.axis == axis)
@@ -582,7 +582,7 @@ def _scale_values(panel: Axes, which: str, values: Sequence[float]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two others: three to six or so, whatever the span.
+    """Return about three to six round numbers in a range.
 
     >>> log_ticks(0.004, 0.5), log_ticks(0.03, 0.06)
     ([0.01, 0.03, 0.1, 0.3], [0.03, 0.04, 0.05, 0.06])

@@ -1,4 +1,4 @@
-"""A sweep's trials as a table: `trials.csv`, and what `show --csv` prints."""
+"""A sweep's trials as a table, for `trials.csv` and `show --csv`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def trials_frame(ladder: Ladder, results: Sequence[Result]) -> pd.DataFrame:
-    """One row per answered trial, in the ladder's own order, whatever order results came in.
+    """Return one row per answered trial, in the ladder's order.
 
     Columns: width, seed, one per axis in base-width units, loss (missing unless complete), status,
-    reason (its first line), flops, seconds. Trials that today's ladder does not ask for, because
-    the spec has changed since, come last.
+    reason (its first line), flops, seconds. Trials that the ladder no longer asks for, because the
+    spec has changed, come last.
     """
     import pandas as pd
 
@@ -56,7 +56,7 @@ def _rows(ladder: Ladder, results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, ladder: Ladder, results: Sequence[Result]) -> None:
-    """Write `trials.csv`, whole or not at all; without pandas, whose import takes longer."""
+    """Write `trials.csv`, whole or not at all; without pandas, whose import is slow."""
     text = io.StringIO()
     table = csv.DictWriter(text, _columns(ladder), lineterminator="\n")
     table.writeheader()

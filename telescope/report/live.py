@@ -1,4 +1,4 @@
-"""What a running sweep shows: one live screen on a terminal, plain lines elsewhere."""
+"""The display of a running sweep: a live screen on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from telescope.records import Choice, Result, Status
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a sweep is; what a screen shows and the heartbeat file says."""
+    """The progress of a sweep, for the screen and the heartbeat file."""
 
     name: str
     state: str
@@ -36,22 +36,22 @@ class Progress:
     best: Result | None
     """The best trial of the open stage so far."""
     seconds: float
-    """Since this run started."""
+    """Seconds since this run started."""
     eta_seconds: float | None
     eta_range: tuple[float, float] | None = None
-    """Between what `eta_seconds` may turn out: as the results fall, fewer or more trials follow."""
+    """Range of `eta_seconds`: depending on the results, fewer or more trials follow."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, the best trial as its point and loss."""
+        """Return JSON values, with the best trial as its point and loss."""
         best = self.best and {"point": dict(self.best.trial.point), "loss": self.best.loss}
         return {**{key: value for key, value in vars(self).items() if key != "best"}, "best": best}
 
 
 class Screen(AbstractContextManager["Screen"], Protocol):
-    """What a running sweep reports to."""
+    """The receiver of a running sweep's reports."""
 
     def note(self, text: str) -> None:
-        """Something worth a line that is no trial."""
+        """Show a line that is not about a trial."""
         ...
 
     def phase(self, text: str) -> AbstractContextManager[object]:
@@ -59,28 +59,28 @@ class Screen(AbstractContextManager["Screen"], Protocol):
         ...
 
     def start(self, progress: Progress) -> None:
-        """The sweep starts, or goes on."""
+        """Show that the sweep starts or resumes."""
         ...
 
     def watch(self, latest: Callable[[], str]) -> None:
-        """From now on `latest` says in a line where the running trials are."""
+        """Take a function that describes the running trials' progress in one line."""
         ...
 
     def update(self, progress: Progress) -> None:
-        """A worker has taken a trial."""
+        """Show that a worker has taken a trial."""
         ...
 
     def result(self, result: Result, progress: Progress) -> None:
-        """A trial has its result."""
+        """Show a trial's result."""
         ...
 
     def choice(self, choice: Choice) -> None:
-        """A stage has closed."""
+        """Show the choice of a closed stage."""
         ...
 
 
 def describe_start(progress: Progress) -> str:
-    """What lies ahead, in a line."""
+    """Describe the trials ahead in one line."""
     if progress.done == progress.total:
         return f"{progress.name}: all {progress.total} trials are stored already"
     if progress.done:
@@ -89,7 +89,7 @@ def describe_start(progress: Progress) -> str:
 
 
 def describe_result(result: Result) -> str:
-    """One trial in a line."""
+    """Describe a trial's result in one line."""
     seed = f", seed {result.trial.seed}" if result.trial.seed else ""  # a repeat, mostly
     if result.status is Status.COMPLETE:
         return f"{result.trial.point}{seed}: loss {result.loss:.4f} in {result.seconds:.1f} s"
@@ -98,12 +98,12 @@ def describe_result(result: Result) -> str:
 
 
 def describe_choice(choice: Choice) -> str:
-    """One decision in a line."""
+    """Describe a choice in one line."""
     return f"width {choice.width}: chose {choice.point} (loss {choice.loss:.4f}): {choice.reason}"
 
 
 def describe_seconds(seconds: float | None) -> str:
-    """A duration as people say it.
+    """Format a duration for people.
 
     >>> describe_seconds(75.4), describe_seconds(4000), describe_seconds(None)
     ('1 min 15 s', '1 h 06 min', 'unknown')
@@ -121,7 +121,7 @@ def describe_seconds(seconds: float | None) -> str:
 
 
 class QuietScreen(Screen):
-    """Says nothing: whoever runs the loop has a screen of their own."""
+    """Shows nothing, for callers with a display of their own."""
 
     def __exit__(self, *exception: object) -> None:
         """Leave nothing behind."""
@@ -169,25 +169,25 @@ class PlainScreen(Screen):
         self._console.print(text, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """Say it."""
+        """Print the line."""
         self._line(text)
 
     def phase(self, text: str) -> AbstractContextManager[object]:
-        """Say nothing of it: its end follows in a moment."""
+        """Print nothing: the phase is short."""
         return nullcontext()
 
     def watch(self, latest: Callable[[], str]) -> None:
-        """Where trials are on the way is not worth a line."""
+        """Ignore the progress of running trials."""
 
     def start(self, progress: Progress) -> None:
-        """Say what lies ahead."""
+        """Print the trials ahead."""
         self._line(describe_start(progress))
 
     def update(self, progress: Progress) -> None:
-        """Starts are not worth a line."""
+        """Ignore the starts of trials."""
 
     def result(self, result: Result, progress: Progress) -> None:
-        """One line per trial."""
+        """Print one line per trial."""
         width = len(str(progress.total))
         self._line(
             f"[{progress.done:{width}}/{progress.total}] width {result.trial.width}: "
@@ -195,7 +195,7 @@ class PlainScreen(Screen):
         )
 
     def choice(self, choice: Choice) -> None:
-        """One line per stage."""
+        """Print one line per stage."""
         self._line(describe_choice(choice))
 
 
@@ -205,7 +205,7 @@ class LiveScreen(Screen):
     def __init__(self, console: Console) -> None:
         """Draw on `console`."""
         self._last = ""
-        self._phases: dict[str, float] = {}  # → when it began
+        self._phases: dict[str, float] = {}  # phase → time of its start
         self._updated = time.monotonic()
         self._latest: Callable[[], str] | None = None
         self._progress: Progress | None = None
@@ -219,16 +219,16 @@ class LiveScreen(Screen):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop drawing, and take the screen away."""
+        """Stop drawing and remove the screen."""
         self._live.__exit__(None, None, None)
 
     def note(self, text: str) -> None:
-        """Let it scroll by above the screen."""
+        """Print the line above the screen."""
         self._live.console.print(text)
 
     @contextmanager
     def phase(self, text: str) -> Iterator[None]:
-        """A line with a clock, and how long it took when it is over."""
+        """Show a line with a clock, and the phase's duration at its end."""
         start = self._phases[text] = time.monotonic()
         try:
             yield
@@ -238,11 +238,11 @@ class LiveScreen(Screen):
         self._live.console.print(f"{text}  {took}", style="dim")
 
     def watch(self, latest: Callable[[], str]) -> None:
-        """Ask it at every redraw."""
+        """Call `latest` at every redraw."""
         self._latest = latest
 
     def _screen(self) -> RenderableType:
-        """What is drawn, four times a second."""
+        """Return the content to draw, four times a second."""
         now = time.monotonic()
         lines: list[RenderableType] = [
             Text(f"{text} …  {describe_seconds(now - start)}", style="dim")
@@ -272,12 +272,12 @@ class LiveScreen(Screen):
         self.update(progress)
 
     def choice(self, choice: Choice) -> None:
-        """Let the decision scroll by above the screen."""
+        """Print the decision above the screen."""
         self._live.console.print(describe_choice(choice))
 
 
 def _passed(progress: Progress, seconds: float) -> Progress:
-    """The same so many seconds later, while nothing else has happened."""
+    """Return the progress some seconds later, if nothing else has happened."""
     left, between = progress.eta_seconds, progress.eta_range
     return replace(
         progress,
@@ -288,10 +288,7 @@ def _passed(progress: Progress, seconds: float) -> Progress:
 
 
 def describe_left(progress: Progress) -> str:
-    """The time left, and the range in which it may turn out.
-
-    A range is said where it is wider than the estimate is sure anyway.
-    """
+    """Describe the time left, with its range if that is wider than the estimate's own error."""
     if progress.eta_seconds is None or progress.eta_range is None:
         return describe_seconds(progress.eta_seconds)
     low, high = progress.eta_range
@@ -302,7 +299,7 @@ def describe_left(progress: Progress) -> str:
 
 
 def _screen(progress: Progress, last: str, latest: str | None) -> RenderableType:
-    """The live screen: title, bar, and four facts; five where running trials say where they are."""
+    """Lay out the live screen: title, bar, facts, and the running trials' progress if known."""
     title = Text.assemble(
         (progress.name, "bold"),
         f"  stage {progress.stage + 1} of {progress.stages}, width {progress.width}, "
@@ -327,5 +324,5 @@ def _screen(progress: Progress, last: str, latest: str | None) -> RenderableType
 
 
 def make_screen(console: Console) -> Screen:
-    """The live screen on a terminal, plain lines elsewhere."""
+    """Return the live screen on a terminal, plain lines elsewhere."""
     return LiveScreen(console) if console.is_terminal else PlainScreen(console)

@@ -1,8 +1,8 @@
-"""The report: one HTML file with everything to look at of a sweep, or of several side by side.
+"""The report: one HTML file that shows a sweep, or several side by side.
 
 Figures are inline SVG, drawn by matplotlib: a dozen of them take 150 kB, need no script, follow the
-page's colours and print sharply. The only script copies text. The page asks for nothing from
-anywhere.
+page's colours and print sharply. The only script copies text. The page loads nothing
+from elsewhere.
 """
 
 from __future__ import annotations
@@ -47,33 +47,33 @@ if TYPE_CHECKING:
 
 OWN_PROGRAM = "the program that tells this sweep its losses"
 HIDDEN = "(left out of the report)"
-"""In place of what a trainer's environment holds: it may be a password."""
+"""Replacement for the values of a trainer's environment, which may be passwords."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A sweep with all that its report shows."""
+    """A sweep with everything that its report shows."""
 
     name: str
-    """Its name, unlike all others of the page."""
+    """Name of the sweep, unique on the page."""
     finished: Finished
     settings: Transfer | None
     no_settings: str
-    """The reason for having none; "" where there are some."""
+    """The reason that there are no settings; "" if there are."""
     check: CoordCheck | None
     no_check: str
-    """The reason for having none to draw; "" where there is one."""
+    """The reason that there is no check to draw; "" if there is one."""
     run_command: str
-    """The command that runs the sweep or goes on with it; "" where another program does."""
+    """The command that runs or resumes the sweep; "" if another program does."""
 
     @cached_property
     def portrait(self) -> Portrait:
-        """The data of its figures."""
+        """The data of the figures."""
         return self.finished.portrait
 
     @cached_property
     def curves(self) -> Curves:
-        """Trial → its training curve, of those that have one."""
+        """Trial → its training curve, for trials that have one."""
         folder = self.finished.folder
         trials = [
             Trial(width.width, dot.point, dot.seed)
@@ -85,7 +85,7 @@ class Shown:
 
 
 class Page:
-    """Makes figures and texts whose ids differ over a whole page."""
+    """Makes figures and texts whose ids are unique on the page."""
 
     def __init__(self) -> None:
         """Begin a page."""
@@ -99,13 +99,13 @@ class Page:
         caption: str = "",
         size: tuple[float, float] = PANEL,
     ) -> str:
-        """One panel; see `figures`. The label says what it shows."""
+        """Return one panel of `figures` as HTML; `label` describes it for those who cannot see."""
         svg = inline(as_svg(draw, *arguments, size=size), f"f{next(self._numbers)}", label)
         words = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
         return f"<figure>{svg}{words}</figure>"
 
     def copyable(self, content: str, button: str, summary: str) -> str:
-        """A text, folded, with a button that copies it."""
+        """Return a folded text with a button that copies it."""
         name = f"copy{next(self._numbers)}"
         return (
             f'<button type="button" hidden data-copy="{name}">{text(button)}</button>'
@@ -118,12 +118,12 @@ class Page:
 def render(
     sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]], *, seen: bool = True
 ) -> str:
-    """The whole page.
+    """Render the whole page.
 
     Args:
-        sweeps: one, or several whose losses can be compared.
-        differences: key → sweep → value, of what was trained differently in several.
-        seen: whether telescope knows what all of them were measured on.
+        sweeps: one sweep, or several whose losses can be compared.
+        differences: key → sweep → value, for every key in which several sweeps differ.
+        seen: telescope knows the data on which all of them were measured.
     """
     page = Page()
     names = ", ".join(dict.fromkeys(shown.name for shown in sweeps))
@@ -159,7 +159,7 @@ def _section(
     make: Callable[[Page, Shown], str],
     sweeps: Sequence[Shown],
 ) -> str:
-    """One part of the page, with a column per sweep."""
+    """Render one section of the page, with a column per sweep."""
     many = len(sweeps) > 1
     columns = "".join(
         f'<div class="sweep">{f"<h3>{text(s.name)}</h3>" if many else ""}{make(page, s)}</div>'
@@ -174,7 +174,7 @@ def _section(
 def _comparison(
     sweeps: Sequence[Shown], differences: Mapping[str, Mapping[str, Any]], *, seen: bool
 ) -> str:
-    """The losses of several sweeps in one table, and what was trained differently."""
+    """Render the losses of several sweeps in one table, and their differences."""
     names = [shown.name for shown in sweeps]
     choices = [{c.width: c for c in shown.finished.ladder.choices} for shown in sweeps]
     widths = sorted({width for of in choices for width in of})
@@ -201,7 +201,7 @@ def _comparison(
 
 
 def _verdict(finished: Finished) -> tuple[str, str]:
-    """A sweep's verdict: its class (pass, warn or fail), and in the screens' words."""
+    """Return a sweep's verdict: its CSS class (pass, warn or fail), and the terminal's words."""
     if finished.ladder.stuck:
         return "fail", _capital(caveat(finished))
     certificate = finished.certificate
@@ -212,7 +212,7 @@ def _verdict(finished: Finished) -> tuple[str, str]:
 
 
 def _answer(page: Page, shown: Shown) -> str:
-    """The card: settings, verdict, expected excess, what to do next."""
+    """Render the answer: verdict, settings, expected excess, next steps."""
     finished, spec = shown.finished, shown.finished.spec
     kind, words = _verdict(finished)
     parts = [f'<p class="verdict {kind}">{text(words)}</p>']
@@ -228,7 +228,7 @@ def _answer(page: Page, shown: Shown) -> str:
 
 
 def _setting(finished: Finished, axis: Axis) -> str:
-    """One setting with what is known of it."""
+    """Render one setting with its interval, or with the reason that there is none."""
     answer, certificate = finished.target_point(), finished.certificate
     assert answer is not None
     interval = certificate.intervals.get(axis.name) if certificate else None
@@ -246,7 +246,7 @@ def _setting(finished: Finished, axis: Axis) -> str:
 
 
 def _expected_excess(finished: Finished) -> str:
-    """The answer's excess loss, as far as the certificate has it."""
+    """Render the answer's expected excess loss; "" without a certificate."""
     certificate = finished.certificate
     if certificate is None:
         return ""
@@ -265,7 +265,7 @@ def _fact(title: str, value: str, known: str) -> str:
 
 
 def _next_steps(shown: Shown) -> str:
-    """The problems of the answer, and the command that comes next."""
+    """Render the problems of the answer, and the next command."""
     finished = shown.finished
     certificate, ladder = finished.certificate, finished.ladder
     parts = []
@@ -289,7 +289,7 @@ def _next_steps(shown: Shown) -> str:
 
 
 def _sentence(words: str) -> str:
-    """The words with a capital and a full stop."""
+    """Return the words with a capital letter and a full stop."""
     return _capital(_unbroken(words)) + "." * (not words.endswith("."))
 
 
@@ -298,12 +298,12 @@ def _capital(words: str) -> str:
 
 
 def _unbroken(words: str) -> str:
-    """The words without a line's end between a number and its per cent."""
+    """Return the words with no line break between a number and its per cent sign."""
     return words.replace(" %", "\u00a0%")
 
 
 def _optimum(page: Page, shown: Shown) -> str:
-    """Each axis' optimum against the width, and the table of the choices."""
+    """Render each axis' optimum against the width, and the table of choices."""
     portrait, ladder = shown.portrait, shown.finished.ladder
     figures = [
         page.figure(
@@ -338,12 +338,12 @@ def _optimum(page: Page, shown: Shown) -> str:
 
 
 def _note(words: str) -> str:
-    """Words on how to read a figure."""
+    """Render a note on how to read a figure."""
     return f'<p class="note">{text(_unbroken(words))}</p>'
 
 
 def _panels(figures: Sequence[str], portrait: Portrait, *, none: str = "") -> str:
-    """Figures beside each other; where there are none, the reason."""
+    """Render figures beside each other; without any, the reason."""
     if figures:
         return f'<div class="panels">{"".join(figures)}</div>'
     return f"<p>{text(_sentence(none or portrait.unfitted or 'nothing was measured yet'))}</p>"
@@ -354,12 +354,12 @@ def _folded(title: str, content: str) -> str:
 
 
 def _scrolling(content: str) -> str:
-    """A part that may be wider than a phone; the keyboard reaches it, to scroll."""
+    """Wrap content that may be wider than a phone; the keyboard can scroll it."""
     return f'<div class="scroll" tabindex="0">{content}</div>'
 
 
 def _excess(page: Page, shown: Shown) -> str:
-    """The excess loss of every width along every axis, and all trials in a table."""
+    """Render the excess loss of every width along every axis, and a table of all trials."""
     portrait = shown.portrait
     rows_of_panels = [
         _panels([_excess_panel(page, portrait, axis, w) for w in portrait.widths], portrait)
@@ -384,7 +384,7 @@ def _excess(page: Page, shown: Shown) -> str:
 
 
 def _excess_panel(page: Page, portrait: Portrait, axis: str, width: WidthPortrait) -> str:
-    """One width along one axis."""
+    """Render the excess loss of one width along one axis."""
     start = "what it chose" if width.chosen else "the lowest measured"
     return page.figure(
         f"excess loss against {label_of(axis)} at width {width.width}",
@@ -417,7 +417,7 @@ def _surface(page: Page, shown: Shown) -> str:
 
 
 def _training(page: Page, shown: Shown) -> str:
-    """The training curves of every width."""
+    """Render the training curves of every width."""
     portrait, curves = shown.portrait, shown.curves
     figures = []
     for width in portrait.widths:
@@ -439,7 +439,7 @@ def _training(page: Page, shown: Shown) -> str:
 
 
 def _cost(page: Page, shown: Shown) -> str:
-    """Planned and actual cost."""
+    """Render planned and actual cost."""
     finished, cost = shown.finished, shown.finished.cost()
     spent, limit = finished.cost_by_width(), finished.spec.budget.max_over_target
     figure = page.figure(
@@ -470,7 +470,7 @@ def _cost(page: Page, shown: Shown) -> str:
 
 
 def _check(page: Page, shown: Shown) -> str:
-    """The coordinate check."""
+    """Render the coordinate check."""
     check = shown.check
     if check is None:
         return f"<p>{text(_sentence(shown.no_check))}</p>"
@@ -496,7 +496,7 @@ def _check(page: Page, shown: Shown) -> str:
 
 
 def _settings(page: Page, shown: Shown) -> str:
-    """The settings per parameter group, to copy."""
+    """Render the settings per parameter group, to copy."""
     settings = shown.settings
     if settings is None:
         return f"<p>{text(shown.no_settings)}</p>"
@@ -514,7 +514,7 @@ def _settings(page: Page, shown: Shown) -> str:
 
 
 def _reproduce(page: Page, shown: Shown) -> str:
-    """Command, versions, fingerprint and the spec itself."""
+    """Render command, versions, fingerprint and the spec itself."""
     finished = shown.finished
     record = finished.folder.read_spec()
     versions = record.get("versions", {})

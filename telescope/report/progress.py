@@ -1,4 +1,4 @@
-"""A bar on stderr for what takes long before a sweep starts."""
+"""A progress bar on stderr for long tasks before a sweep starts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 SMALLEST_MOVE = 0.002
-"""Share of the whole below which the bar is not moved: a call per document would cost more than the
-document."""
+"""Least share of the whole by which the bar moves: a call per document would cost more than the
+document itself."""
 
 
 @contextmanager
 def progress_bar(title: str, afterwards: str = "") -> Iterator[Callable[[float, float], None]]:
-    """Show a bar while the block runs; nothing where stderr is no terminal.
+    """Show a bar while the block runs; nothing if stderr is not a terminal.
 
     Args:
-        title: what is being done.
-        afterwards: what is done once everything has been read, for as long as it takes.
+        title: name of the task.
+        afterwards: name of a last step without progress, after everything has been read.
 
     Yields:
-        What takes how much is done, and of how much.
+        A function to call with the amount done and the whole.
     """
     console = Console(stderr=True)
     columns = (

@@ -1,4 +1,4 @@
-"""What `status` and `ls` say, from heartbeat files alone; standard library, to start at once."""
+"""The text of `status` and `ls`, from heartbeat files; standard library only, to start at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEYS = ("name", "state", "stage", "done", "total", "running", "eta_seconds")
 
 
 def read_status(sweep: str | Path, results: Path) -> dict[str, Any]:
-    """The heartbeat of a sweep in the keys of `status --json`; unknown ones are None.
+    """Return the heartbeat of a sweep with the keys of `status --json`; unknown ones are None.
 
     Raises:
         SpecError: there is no such sweep.
@@ -25,7 +25,7 @@ def read_status(sweep: str | Path, results: Path) -> dict[str, Any]:
 
 
 def _is_whole(heartbeat: dict[str, Any]) -> bool:
-    """Tell whether a heartbeat has what is told of it; one that does not is no news."""
+    """Tell whether a heartbeat has all required keys; others are ignored."""
     words, numbers = ("name", "state"), ("done", "total", "stage", "stages", "width", "running")
     return all(isinstance(heartbeat.get(key), str) for key in words) and all(
         isinstance(heartbeat.get(key), int) for key in numbers
@@ -33,7 +33,7 @@ def _is_whole(heartbeat: dict[str, Any]) -> bool:
 
 
 def describe_status(state: dict[str, Any]) -> str:
-    """One line for people."""
+    """Describe a sweep's state in one line."""
     line = f"{state['name']}: {state['state']}"
     if state["done"] is None:
         return f"{line}, no heartbeat; `telescope show` reads what it has stored"

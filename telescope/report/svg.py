@@ -1,7 +1,7 @@
-"""Turns matplotlib's SVG files into pieces of an HTML page.
+"""Turn matplotlib's SVG files into elements of an HTML page.
 
-The page's colours in place of fixed ones, so that a figure is as readable on a dark page; a title
-on every point; ids that no other figure has; nothing that the page's own style says.
+An element has the page's colours instead of fixed ones, so that it is readable on a dark page too.
+It has a title on every point, ids that no other figure has, and no style that the page sets.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ PAINT = {
     ACCENT: "var(--accent)",
     **{colour: f"var(--w{number})" for number, colour in enumerate(WIDTH_COLOURS)},
 }
-"""Colour of a figure → the page's."""
+"""Colour of a figure → the page's colour."""
 COLOUR = re.compile("|".join(PAINT))
 REFERENCE = re.compile(r"url\(#([^)]+)\)")
 FONT = re.compile(r" ?font-family: [^;]*;?|stroke-opacity: 1;? ?")
 LONG = re.compile(r"(-?\d+\.\d{2})\d+")
-"""A coordinate to more than a hundredth of a point."""
+"""A coordinate with more than two decimals of a point."""
 
 
 def inline(svg: str, prefix: str, label: str) -> str:
-    """One figure as an element of a page.
+    """Turn one figure into an element of a page.
 
     Args:
         svg: the file's text, as matplotlib writes it.
-        prefix: begins every id in it; another for each figure of a page.
-        label: what it shows, in words, for those who cannot see it.
+        prefix: beginning of every id in it, a different one for each figure of a page.
+        label: description of the figure, for those who cannot see it.
     """
     root = ET.fromstring(svg)
     for element in root.iter():
@@ -55,7 +55,7 @@ def inline(svg: str, prefix: str, label: str) -> str:
                 element.set(_plain(name), element.attrib.pop(name))
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag in ("metadata", "style")]:
-            parent.remove(child)  # the page's style says it, and would be changed by it
+            parent.remove(child)  # the page has its own style, which this one would change
     for group in list(root.iter("g")):
         if group.get("id", "").startswith(HOVER):
             _entitle(group, group.attrib.pop("id").removeprefix(HOVER).split(NEXT))
@@ -68,7 +68,7 @@ def inline(svg: str, prefix: str, label: str) -> str:
         for name in ("d", "x", "y", "transform"):
             if value := element.get(name):
                 element.set(name, LONG.sub(r"\1", " ".join(value.split())))
-        # Blanks between elements are the file's layout; between those of a text there are none.
+        # Blanks between elements are only the file's layout; text elements have none.
         element.text, element.tail = _unless_blank(element.text), _unless_blank(element.tail)
     view = root.get("viewBox", "")
     root.attrib.clear()
@@ -81,12 +81,12 @@ def _unless_blank(words: str | None) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """A name without its namespace: in a page there is none."""
+    """Return a name without its namespace; a page has none."""
     return name.rsplit("}", 1)[-1]
 
 
 def _entitle(group: ET.Element, titles: list[str]) -> None:
-    """Give each point of a line its title, or a shape the only one."""
+    """Give each point of a line its title, or a shape its only title."""
     points = list(group.iter("use"))
     if not points:
         points = list(group.iter("path"))[:1]
@@ -96,7 +96,7 @@ def _entitle(group: ET.Element, titles: list[str]) -> None:
 
 
 def _rename(root: ET.Element, prefix: str) -> None:
-    """Number the ids that are referred to, and drop the others."""
+    """Number the ids that something refers to, and drop the others."""
     used = {name for element in root.iter() for name in _referred(element)}
     new = {name: f"{prefix}-{number}" for number, name in enumerate(sorted(used))}
     for element in root.iter():

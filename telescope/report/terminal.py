@@ -1,4 +1,4 @@
-"""The tables that people read, and the same facts in the keys of `show --json`."""
+"""The tables on the terminal, and the same facts with the keys of `show --json`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 LEFT = ("why", "role", "grid", "trials", "quantity", "verdict", "sweep", "state", "answer")
-"""Columns of words; the others hold numbers, which never break over two lines."""
+"""Columns of words; the others are numbers, which never break over two lines."""
 WRAPPED = ("why", "grid")
-"""Columns of sentences: they may break, and get at least `SENTENCE` characters."""
+"""Columns of sentences, which may break and get at least `SENTENCE` characters."""
 ANSWER = "answer"
-"""The column of points: where all else has gone that can, each axis gets a line."""
+"""The column of points; in a table that is still too wide, each axis gets a line of its own."""
 SENTENCE = 24
 
 
@@ -38,13 +38,13 @@ def _print_table(
     expendable: Sequence[str] = (),
     styles: Sequence[str | None] = (),
 ) -> None:
-    """Print a table, without columns for which the screen is too narrow.
+    """Print a table; leave out columns for which the screen is too narrow.
 
     Args:
-        console: where to.
+        console: the console to print on.
         columns: heading → cells.
-        expendable: headings that can be missed, the least important first.
-        styles: of each row; left out, none.
+        expendable: headings that may be left out, the least important first.
+        styles: the style of each row; by default none.
     """
     kept, dropped = dict(columns), []
     for name in expendable:
@@ -53,7 +53,7 @@ def _print_table(
             dropped.append(name)
     if _width_of(kept) > console.width and ANSWER in kept:
         kept[ANSWER] = [cell.replace(", ", ",\n") for cell in kept[ANSWER]]
-    fits = _width_of(kept) <= console.width  # else what is not broken would be cut off unsaid
+    fits = _width_of(kept) <= console.width  # if not, break words, or rich would cut them silently
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for name in kept:
         wraps = name in WRAPPED
@@ -69,7 +69,7 @@ def _print_table(
 
 
 def _width_of(columns: Mapping[str, Sequence[str]]) -> int:
-    """The characters that a table needs."""
+    """Return the number of characters that a table needs."""
     each = (
         min(longest, SENTENCE) if name in WRAPPED else longest
         for name, cells in columns.items()
@@ -79,12 +79,12 @@ def _width_of(columns: Mapping[str, Sequence[str]]) -> int:
 
 
 def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -> None:
-    """Print what a sweep will cost.
+    """Print the plan of a sweep with its cost.
 
     Args:
-        console: where to.
+        console: the console to print on.
         plan: the keys of `plan --json`.
-        warning: why `run` would refuse it, or None.
+        warning: the reason that `run` would refuse it, or None.
     """
     columns = _stage_columns(plan["stages"])
     _print_table(console, columns, expendable=("of which optimizer", "tokens"))
@@ -105,7 +105,7 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
 
 
 def _in_both(seconds: Mapping[str, Mapping[int, float]]) -> str:
-    """How long each arithmetic takes at each width, in words."""
+    """Describe the time of a step in each arithmetic at each width."""
     return "; ".join(
         f"{arithmetic} "
         + ", ".join(f"{1000 * taken:.3g} at width {width}" for width, taken in by_width.items())
@@ -114,7 +114,7 @@ def _in_both(seconds: Mapping[str, Mapping[int, float]]) -> str:
 
 
 def _stage_columns(stages: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """One row per width that the plan trains."""
+    """Return the columns of the plan's table, with one row per width."""
     flops = [stage["flops"] for stage in stages]
     return {
         "width": [str(stage["width"]) for stage in stages],
@@ -135,7 +135,7 @@ def _stage_columns(stages: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _target_facts(target: Mapping[str, Any]) -> str:
-    """What is known of the target run: parameters, tokens, FLOPs."""
+    """Describe the known facts of the target run: parameters, tokens, FLOPs."""
     known = [
         _number(target["parameters"], ",.0f", " parameters"),
         _number(target["tokens"], unit=" tokens"),
@@ -145,7 +145,7 @@ def _target_facts(target: Mapping[str, Any]) -> str:
 
 
 def _print_planned_cost(console: Console, plan: Mapping[str, Any]) -> None:
-    """Print the sweep's cost next to the target run's, and between what it may lie."""
+    """Print the sweep's cost as a multiple of the target run's, with its range."""
     adaptive = plan["policy"] == "adaptive"
     flops = _number(plan["sweep_flops"], unit=" FLOPs: ") if plan["sweep_flops"] else ""
     expected = " expected" if adaptive else ""
@@ -161,12 +161,12 @@ def _print_planned_cost(console: Console, plan: Mapping[str, Any]) -> None:
 
 
 def _number(value: float | None, form: str = ".3g", unit: str = "") -> str:
-    """A number with its unit, or a dash for what is not known."""
+    """Format a number with its unit; an unknown one is a dash."""
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
 def print_check(console: Console, check: CoordCheck, title: str) -> None:
-    """Print the slopes of the coordinate check, each with the sizes that it is the slope of."""
+    """Print the slopes of the coordinate check, each with the sizes that it was fitted to."""
     steps = ", ".join(map(str, check.steps))
     console.print(f"{title}, {check.point}: {len(check.seeds)} seeds, after steps {steps}")
     shown = check.shown()
@@ -211,12 +211,12 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
 
 def _slope_of(check: CoordCheck, name: str) -> str:
     slope = check.slopes[name]
-    # Rounded first, so that none is shown as -0.00.
+    # Rounded first and added to 0.0, so that none is shown as -0.00.
     return "–" if slope is None else f"{round(slope, 2) + 0.0:+.2f} ± {check.errors[name]:.2f}"
 
 
 def _verdict_on(check: CoordCheck, name: str) -> str:
-    """What the check says of one quantity; nothing where it is flat."""
+    """Return the check's verdict on one quantity; "" if its slope is flat."""
     if name in check.problems:
         return "FAIL"
     if check.slopes[name] is None:
@@ -225,12 +225,12 @@ def _verdict_on(check: CoordCheck, name: str) -> str:
 
 
 def print_answer(console: Console, finished: Finished, settings: Transfer | None = None) -> None:
-    """Print the choice per width, the answer for the target, and what it cost.
+    """Print the choice per width, the answer for the target, and the sweep's cost.
 
     Args:
-        console: where to.
+        console: the console to print on.
         finished: the sweep.
-        settings: the answer as torch settings, printed too when given.
+        settings: the answer as torch settings, printed too if given.
     """
     choices = finished.ladder.choices
     columns = {
@@ -269,7 +269,7 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
 
 
 def _files_in(folder: Path) -> str:
-    """The files for people that a results folder has; a driver that was killed wrote none."""
+    """Name the files for people in a results folder; a killed driver has written none."""
     there = [name for name in ("loss.png", "trials.csv") if (folder / name).is_file()]
     if any((folder / "curves").glob("*.csv")):
         there.append("curves/")
@@ -277,7 +277,7 @@ def _files_in(folder: Path) -> str:
 
 
 def _answer(finished: Finished, facts: Mapping[str, Any]) -> str:
-    """The answer for the target in a sentence, as sure as it is."""
+    """State the answer for the target in a sentence, with its caveat."""
     ladder, target, but = finished.ladder, facts["target"], caveat(finished)
     if ladder.stuck:
         return f"{but}: {ladder.stuck}"
@@ -293,7 +293,7 @@ def _answer(finished: Finished, facts: Mapping[str, Any]) -> str:
 
 
 def _planned(planned: Mapping[str, float] | None) -> str:
-    """What the plan had said, where it left room."""
+    """Describe the planned cost, if the plan gave a range."""
     if planned is None or planned["best"] == planned["worst"]:
         return ""
     low, expected, high = planned["best"], planned["expected"], planned["worst"]
@@ -309,10 +309,10 @@ def print_certificate(
     """Print the verdict on an answer, the intervals, and what speaks for and against it.
 
     Args:
-        console: where to.
+        console: the console to print on.
         certificate: the verdict.
-        spec: the sweep's, for the goal and the axes that were not tuned.
-        confirm: the command that would confirm it, as `confirming` says.
+        spec: the sweep's spec, for the goal and the axes that were not tuned.
+        confirm: the command that would confirm the answer, from `confirming`.
     """
     style = STYLES[certificate.verdict]
     _print_item(console, "verdict", describe_certificate(certificate, spec.ladder.tolerance), style)
@@ -332,13 +332,13 @@ def print_certificate(
 
 
 LABEL = 10
-"""Characters of the label that begins a line of an answer."""
+"""Width of the label at the start of a line of an answer, characters."""
 GLUE = "\ue000"
-"""Keeps a number and its per cent on one line: a no-break space is a space to rich."""
+"""Keeps a number and its per cent on one line; rich would break at a no-break space."""
 
 
 def _print_item(console: Console, label: str, text: str, style: str | None = None) -> None:
-    """A labelled line, its continuation indented under the text."""
+    """Print a labelled line, with its continuation indented under the text."""
     whole = Text(text.replace(" %", f"{GLUE}%"))
     first, *rest = whole.wrap(console, max(console.width - LABEL - 1, SENTENCE))
     for start, line in [(label, first), *(("", line) for line in rest)]:
@@ -347,7 +347,7 @@ def _print_item(console: Console, label: str, text: str, style: str | None = Non
 
 
 def _counts(choice: Choice) -> str:
-    """How a stage's trials ended; what did not happen is not said."""
+    """Count a stage's trials by outcome, without outcomes that did not occur."""
     counts = [
         f"{choice.counts.get(status, 0)} {status}" for status in Status if choice.counts.get(status)
     ]
@@ -355,7 +355,7 @@ def _counts(choice: Choice) -> str:
 
 
 def show_as_json(finished: Finished) -> dict[str, Any]:
-    """The keys of `telescope show --json`."""
+    """Return the keys of `telescope show --json`."""
     spec, ladder = finished.spec, finished.ladder
     answer = finished.target_point()
     return {
@@ -392,7 +392,7 @@ def _choice_as_json(choice: Choice) -> dict[str, Any]:
 
 
 def print_transfer(console: Console, settings: Transfer, spec: Spec) -> None:
-    """Print the settings for the target run, with what to know about them."""
+    """Print the settings for the target run, with notes, verdict and assumptions."""
     steps = f", {settings.steps} steps" if settings.steps else ""
     console.print(f"width {settings.width}{steps}: {settings.point} (base-width units)")
     if settings.groups is not None:
@@ -429,7 +429,7 @@ def _print_groups(
 
 
 def print_sweeps(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print what `ls` lists: one row per sweep."""
+    """Print the table of `ls`, with one row per sweep."""
     ages = [row["age_seconds"] for row in rows]
     columns = {
         "sweep": [row["name"] for row in rows],
@@ -459,7 +459,7 @@ def _point(row: Mapping[str, Any]) -> str:
 
 
 def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
-    """Print what `compare` says: a row per sweep, and what else than the answers differs."""
+    """Print the table of `compare`, one row per sweep, and the settings that differ."""
     rows = comparison["sweeps"]
     widths = sorted({int(width) for row in rows for width in row["losses"]})
     excess = [row["predicted_excess_loss"] for row in rows]

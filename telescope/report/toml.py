@@ -1,4 +1,4 @@
-"""Writes a spec as TOML; the standard library only reads it."""
+"""Write a spec as TOML, which the standard library can only read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def as_toml(tables: Mapping[str, Any]) -> str:
-    """Nested tables of JSON's types as TOML.
+    """Convert nested tables of JSON's types to TOML.
 
     >>> print(as_toml({"name": "a", "target": {"width": 8}}), end="")
     name = "a"
@@ -20,7 +20,7 @@ def as_toml(tables: Mapping[str, Any]) -> str:
 
 
 def _parts(table: Mapping[str, Any], prefix: str) -> list[str]:
-    """A table's own keys, then its tables."""
+    """Return the text of a table's own keys, then of its tables."""
     plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
     plain = {key: value for key, value in plain.items() if value is not None}
     lines = [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
@@ -43,5 +43,5 @@ def _value(value: Any) -> str:
         return "{" + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
-    # JSON's literals are TOML's, but for a deletion character.
+    # JSON's literals are valid TOML, except for the delete character.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

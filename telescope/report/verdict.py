@@ -1,4 +1,4 @@
-"""A sweep's verdict in words, the same on the screens and in the report."""
+"""A sweep's verdict in words, the same on the terminal and in the report."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 HEADINGS = {"PASS": "CONFIRMED", "FAIL": "DO NOT USE"}
 WORDS = {"PASS": "confirmed", "WARN": "not confirmed", "FAIL": "do not use"}
-"""A verdict in a table's cell."""
+"""Verdict → its words in a table's cell."""
 
 
 def caveat(finished: Finished) -> str:
-    """The reason why a sweep has no answer, or one that no certificate is for; "" without one."""
+    """Say why a sweep has no answer, or an answer without a certificate; else ""."""
     ladder = finished.ladder
     if ladder.stuck:
         return "none: stuck"
@@ -33,11 +33,11 @@ def caveat(finished: Finished) -> str:
 
 
 def heading_of(certificate: Certificate, goal: float) -> str:
-    """A verdict in a few words that say whether the answer can be used.
+    """Return a heading that says whether the answer can be used.
 
     Args:
         certificate: the verdict.
-        goal: the excess loss that will do, as a share of the loss: `ladder.tolerance`.
+        goal: the excess loss that is good enough, as a share of the loss: `ladder.tolerance`.
     """
     is_usable = certificate.excess_bound <= USABLE * goal
     unproven = "USABLE, NOT CONFIRMED" if is_usable else "A START, NOT YET AN ANSWER"
@@ -45,7 +45,7 @@ def heading_of(certificate: Certificate, goal: float) -> str:
 
 
 def describe_certificate(certificate: Certificate, goal: float) -> str:
-    """A verdict with what its answer costs; see `heading_of`."""
+    """Describe a verdict with its answer's excess loss; see `heading_of`."""
     excess, bound = certificate.predicted_excess_loss, certificate.excess_bound
     return (
         f"{heading_of(certificate, goal)}: expect about {percent(excess)} worse than the best "
@@ -55,7 +55,7 @@ def describe_certificate(certificate: Certificate, goal: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of the loss, with a space as people write it.
+    """Format a share of the loss as a percentage, with a space.
 
     >>> percent(0.0021), percent(0.00004)
     ('0.21 %', '0.004 %')
@@ -64,9 +64,10 @@ def percent(share: float) -> str:
 
 
 def confirming(finished: Finished) -> str | None:
-    """The command that trains what would confirm an answer; None where none is sure to help.
+    """Return the command whose trials would confirm an answer; None if none is sure to help.
 
-    A width more, or the widths that were left out: not where an axis has to be changed first.
+    It adds a width, or trains the widths that were left out. There is none if an axis has to be
+    changed first.
     """
     certificate, ladder, spec = finished.certificate, finished.ladder, finished.spec
     if certificate is None or certificate.verdict != "WARN" or not ladder.is_finished:
