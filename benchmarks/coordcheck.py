@@ -1,4 +1,4 @@
-"""How far right models are from the coordinate check's threshold, and wrong ones beyond it.
+"""Distance of right and wrong models from the coordinate check's threshold.
 
     python benchmarks/coordcheck.py         about seven minutes on 2 cores
 

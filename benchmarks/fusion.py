@@ -57,7 +57,7 @@ WARM_UP = 5
 POINTS = [Point.of(lr=1e-4 * (n + 1), weight_decay=0.1) for n in range(1024)]
 """No two trials of a pack are alike, and none diverges."""
 STOPPED = "another process failed"
-"""What a process says that has stopped because of another one."""
+"""Message of a process that has stopped because of another one."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one way of training has shown."""
+    """The measurements of one way of training."""
 
     trials_per_second: float
     startup_seconds: float
@@ -91,7 +91,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one process has seen."""
+    """The measurements of one process."""
 
     start: float
     end: float
@@ -174,7 +174,7 @@ def _train(
 
 
 def _collect(workers: Sequence[BaseProcess], found: Any) -> list[Seen]:
-    """What all processes have seen, when all have ended.
+    """Collect the measurements of all processes, once all have ended.
 
     Raises:
         WayError: one of them failed, or was killed.

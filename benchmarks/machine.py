@@ -1,4 +1,4 @@
-"""What a benchmark runs on: its name, its clock, its memory, and a process of its own.
+"""The machine of a benchmark: its name, clock and memory, and a fresh process.
 
 The parent of a benchmark that measures memory must not compute on a GPU itself: its context would
 be part of every figure. Whatever it wants to know it asks a child.
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def in_child(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a function returns, or raises, in a fresh process that ends with it."""
+    """Call a function in a fresh process; return its value or raise its exception."""
     with _process() as process:
         return process.submit(function, *args, **kwargs).result()
 

@@ -1,4 +1,4 @@
-"""How busy the Ray dispatcher keeps its workers: a quickstart-sized sweep against a perfect one.
+"""Time of a quickstart-sized sweep on the Ray dispatcher, against a perfect scheduler.
 
     python benchmarks/makespan.py [--workers 2] [--scale 1.0] [--spin]
 

@@ -24,7 +24,7 @@ from telescope.train.muon import Muon
 
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1}
 TOLERANCE = 0.03
-"""How far the two may be apart after five steps, as a share of what the steps have moved: bf16 is
+"""Largest difference after five steps, as a share of what the steps have moved: bf16 is
 2–3 % off the exact iteration, and its rounding depends on how the products are grouped."""
 
 

@@ -54,7 +54,7 @@ class Recorded:
 
     rows: pd.DataFrame
     draw: int = 0
-    """Which recorded seed answers as seed 0, and which residuals are drawn."""
+    """The recorded seed that answers as seed 0; it also decides the residuals that are drawn."""
 
     @cached_property
     def _cells(self) -> dict[tuple[int, float, float], dict[int, float]]:

@@ -65,7 +65,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Setting:
-    """How plain Tune runs."""
+    """Settings of plain Tune."""
 
     at_once: int
     gpus: float
@@ -178,7 +178,7 @@ def plain(config: TrialConfig, trials: Sequence[Trial], setting: Setting, device
 
 
 def settings_of(options: argparse.Namespace, devices: int) -> list[Setting]:
-    """How plain Tune is run: with its defaults, then every way that may be its best."""
+    """Return the settings of plain Tune: its defaults, then all that may be its best."""
     found = [Setting(options.workers, options.gpus, precision=options.precision[0], reuse=False)]
     for number, compiled, precision in itertools.product(
         options.at_once, options.compile, options.precision

@@ -47,7 +47,7 @@ def program_step(config: TrialConfig, width: int) -> Callable[[int], None]:
 
 
 def minimal_step(config: TrialConfig, width: int) -> Callable[[int], None]:
-    """What one would write for a single run: no schedule object, no groups, no checks."""
+    """Take a step as code for a single run would: no schedule object, no groups, no checks."""
     setup = set_up(config, Trial(width, POINT, 0))
     parameters = dict(setup.model.named_parameters())
     tags = build_meta(config.model, width=width, base_width=config.base_width).tags

@@ -48,7 +48,7 @@ HIDDEN_ARMS = ARMS[:3]
 WEIGHT_DECAY = 0.1
 """The middle of the grid: the only one at the widest width, and where Muon's lr is swept alone."""
 ADAMW_LR = 0.1
-"""Where Muon's learning rate is swept alone: near the best that the joint grids found."""
+"""Learning rates for the sweep of Muon's alone: near the best that the joint grids found."""
 LRS_AT_THE_WIDEST = 5
 EVALS = 8
 COLUMNS = (
@@ -167,7 +167,7 @@ class Table:
     def results(
         self, optimizer: str, rule: str, *, hidden_alone: bool
     ) -> Iterator[tuple[Trial, Result]]:
-        """What is known under one rule, base width included."""
+        """Return the results under one rule, base width included."""
         for row in self.rows:
             if row["optimizer"] == optimizer and row["rule"] in (rule, "any"):
                 point = Point.of(lr=float(row["lr"]), weight_decay=float(row["weight_decay"]))

@@ -1,4 +1,4 @@
-"""What the table of `width_rules.py` says: optimum against width, per width rule.
+"""The table of `width_rules.py`: optimum against width, per width rule.
 
     python benchmarks/width_rules_report.py         seconds: prints the table, writes the figure
 
@@ -36,7 +36,7 @@ REDRAWS = 2000
 
 @dataclass(frozen=True)
 class Optimum:
-    """Where the learning rate is best at one width."""
+    """The best learning rate at one width."""
 
     width: int
     lrs: tuple[float, ...]

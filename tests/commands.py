@@ -41,7 +41,7 @@ STABLE_OPTIONS = {
 
 
 class Done(NamedTuple):
-    """How a command ended."""
+    """The end of a command."""
 
     returncode: int
     stdout: str

@@ -1,4 +1,4 @@
-"""What several test files share: a corpus of a few kilobytes, and a sweep of seconds."""
+"""Fixtures for several test files: a corpus of a few kilobytes, and a sweep of seconds."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def memory_folder(otherwise: Path) -> Iterator[Path]:
 
 @cache
 def server() -> Any:
-    """Where processes are forked from: everything imported, one thread, no sweep run yet."""
+    """Start the server that forks processes: everything imported, one thread, no sweep run yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["faults_server"])
     # Python 3.11 does not hand its sys.path on to the server, and passes over what is not found.
@@ -148,7 +148,7 @@ def finish(process: BaseProcess, seconds: float = 120) -> int | None:
 
 
 def answers(place: Path, name: str = "tiny") -> dict[str, Any]:
-    """What must not depend on how often a sweep was disturbed."""
+    """Return the answers of a sweep that must not depend on how often it was disturbed."""
     finished = open_result(name, place / "results")
     facts = show_as_json(finished)
     del facts["cost"]["seconds"]
@@ -164,7 +164,7 @@ def answers(place: Path, name: str = "tiny") -> dict[str, Any]:
 
 
 def stored(place: Path, name: str = "tiny") -> dict[str, str]:
-    """What a database holds at this moment, trial → its row; read without this program's code."""
+    """Read a database's rows by trial, at this moment and without this program's code."""
     path = place / "results" / name / "trials.db"
     if not path.exists():
         return {}
@@ -194,7 +194,7 @@ def stored(place: Path, name: str = "tiny") -> dict[str, str]:
 
 @dataclass
 class Tally:
-    """What a series of faults did; the figures that docs/fault-tolerance.md states."""
+    """Counts over a series of faults; docs/fault-tolerance.md states these figures."""
 
     faults: int = 0
     sweeps: int = 0
@@ -300,7 +300,7 @@ def ptrace(request: int, pid: int, data: Any = 0) -> None:
 
 
 def can_trace() -> bool:
-    """Whether this machine lets one process stop another between two system calls."""
+    """Tell whether this machine lets one process stop another between two system calls."""
     if os.uname().machine != "x86_64":
         return False
     child = start(time.sleep, 10)

@@ -1,4 +1,4 @@
-"""What the server of `faults.py` loads before it forks its first process."""
+"""Imports of the server of `faults.py`, done before it forks its first process."""
 
 from __future__ import annotations
 

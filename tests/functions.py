@@ -16,7 +16,7 @@ TRIAL = Trial(32, Point.of(lr=0.1, weight_decay=0.25), 3)
 
 
 def place(folder: Path, **known: Any) -> Place:
-    """Where a trainer of the test finds what it needs."""
+    """Return a trial's `Place`, with the trials' folders under `folder`."""
     return Place(base_width=16, trial_folders=str(folder / "trials"), **known)
 
 

@@ -123,7 +123,7 @@ def model_of(parameters: list[Tag]) -> nn.Module:
 
 
 def read_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Read:
-    """What torch's own classes make of their groups."""
+    """Build torch's own optimizers from the groups."""
     names = {id(p): name for name, p in model.named_parameters()}
     found: Read = {}
     for optimizer in optimizers:
@@ -251,7 +251,7 @@ class SchedulersConfig:
 
 
 def torchtitan_modules() -> dict[str, ModuleType]:
-    """What an export imports of torchtitan, with the fields of version 0.3.0."""
+    """Stand-ins for the modules of torchtitan that an export imports, with the fields of 0.3.0."""
     module = ModuleType("torchtitan.components.optimizer")
     module.__dict__["ParamGroupConfig"] = ParamGroupConfig
     for name, config in (

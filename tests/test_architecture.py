@@ -127,7 +127,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 def test_no_module_of_tests_is_a_library_of_others() -> None:
-    """What several tests share is in conftest.py or in a module of its own."""
+    """Code that several tests share is in conftest.py or in a module of its own."""
     files = [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     found = {path.name: names for path in files if (names := modules_of_tests(imports(path)))}
     assert len(files) > 70

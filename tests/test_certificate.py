@@ -1,4 +1,4 @@
-"""What a ladder claims of the target, on surfaces of which the truth is known."""
+"""Certificates against the truth, on surfaces whose optimum at the target is known."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def tokens(page: str) -> list[Token]:
 
 
 def links(page: str) -> Iterator[str]:
-    """Where a page's links and pictures lead."""
+    """Return the targets of a page's links and pictures."""
     for token in tokens(page):
         target = token.attrs.get("href" if token.type == "link_open" else "src")
         if token.type in ("link_open", "image") and isinstance(target, str):
@@ -67,7 +67,7 @@ def anchors(page: str) -> set[str]:
 
 
 def code_spans(page: str) -> Iterator[str]:
-    """What stands in backquotes in a page's text."""
+    """Return the code spans of a page's text."""
     return (token.content for token in tokens(page) if token.type == "code_inline")
 
 
@@ -210,7 +210,7 @@ def test_the_command_line_page_has_every_option() -> None:
 
 
 def test_the_results_page_has_the_keys_of_the_json() -> None:
-    """What `show` and `transfer` print is in files, which test_reference_answers keeps true."""
+    """The page names every key of `show` and `transfer`, whose output is in files."""
     stated = {
         verb.strip("`"): set(re.findall(r"`(\w+)`", keys))
         for verb, keys in rows("docs/results.md", "JSON for scripts")

@@ -70,7 +70,7 @@ def test_digits_ends_in_what_a_dense_grid_at_the_target_finds(tmp_path: Path) ->
 
 
 def loss_of_the_function(folder: Path, point: dict[str, float]) -> float:
-    """What the example's function gives at its target, the mean over seeds that no sweep saw."""
+    """Return the example function's mean loss at its target, over seeds that no sweep saw."""
     code = (
         "import json, sys; from training import train; "
         "losses = [train(width=128, seed=seed, base_width=16, **json.loads(sys.argv[1]))['loss'] "

@@ -1,4 +1,4 @@
-"""How many workers there are and what each reserves, on machines that are only said to be there."""
+"""The number of workers and what each reserves, on pretended machines."""
 
 from __future__ import annotations
 

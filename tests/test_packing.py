@@ -105,7 +105,7 @@ class Fake:
 def packed(
     trainer: Any, wanted: Sequence[Trial], *, pack: Any = 8, **options: Any
 ) -> tuple[Source, list[Any]]:
-    """What became of the trials, and what was said about packs."""
+    """Run the trials; return their results, and the notes about packs."""
     source, lines = Source(wanted), list[Any]()
     run_inline(source, trainer, packs=Packs(pack, note=lines.append), **options)
     assert set(source.told) == set(wanted)

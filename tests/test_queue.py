@@ -1,4 +1,4 @@
-"""Which failures are tried again, by a source that records what it is told."""
+"""The retries of failures, with a source that records everything it is told."""
 
 from __future__ import annotations
 

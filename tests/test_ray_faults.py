@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 PARTS = {"worker": "ray::", "raylet": "raylet", "head": "gcs_server"}
 LOST = {LostError.exit_code, 1}
-"""How a driver ends whose Ray has died; 1 where Ray's own library ends it, while it starts."""
+"""Exit codes of a driver whose Ray has died; 1 if Ray's own library ends it during the start."""
 
 
 def run_sweep(place: Path, dispatcher: str) -> None:
@@ -118,7 +118,7 @@ def go_through(place: Path, parts: Iterator[str], moments: random.Random, tally:
 
 
 def left_behind(place: Path) -> list[Any]:
-    """What there should not be after a sweep's end: processes, temporary folders."""
+    """Return processes and temporary folders that a sweep should have removed at its end."""
     folders = []
     for owner in Path(tempfile.gettempdir()).glob("telescope-*/owner"):
         with suppress(OSError):  # another's, just gone

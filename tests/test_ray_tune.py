@@ -62,7 +62,7 @@ def verdicts(source: Stages, *, without: Trial) -> set[tuple[Trial, Status, floa
 
 
 def listening_addresses() -> set[str]:
-    """Where this process and all that it started accept connections."""
+    """Return the addresses at which this process and its children accept connections."""
     me = psutil.Process()
     addresses = set()
     for process in [me, *me.children(recursive=True)]:
@@ -84,7 +84,7 @@ def own_folders() -> set[Path]:
 
 
 WORKER = r"ray::(Worker|ResourceTrainable)"
-"""How a process is called that Tune has made a worker."""
+"""Name of a process that Tune has made a worker."""
 
 
 def test_workers_start_before_the_source_can_be_asked() -> None:

@@ -1,4 +1,4 @@
-"""What people see: the live screen, the plain lines, the figure; data in them is never markup."""
+"""The live screen, the plain lines and the figure; data in them is never markup."""
 
 from __future__ import annotations
 

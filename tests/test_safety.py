@@ -1,4 +1,4 @@
-"""What is read from a results folder is data: no pickle is loaded, and no name leads out of it."""
+"""A results folder is read as data only: no pickle is loaded, and no name leads out of it."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """What people have: plain torch, no mup."""
+    """A typical user's model: plain torch, no mup."""
 
     def __init__(self, width: int, tied: bool = False) -> None:
         super().__init__()

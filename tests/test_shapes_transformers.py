@@ -91,7 +91,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, dict[str, Any]]:
-    """What Shapes says of every family, and what the models are that it says it of."""
+    """Return the Shapes of every family, and the models themselves."""
     pytest.importorskip("transformers", reason="of the test extra")
     named = json.dumps({name: family[:2] for name, family in FAMILIES.items()})
     done = subprocess.run(

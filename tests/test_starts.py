@@ -1,4 +1,4 @@
-"""How parameters start, as the groups say it, against the values of models that were built.
+"""The initialisation stated in the groups, against the values of models that were built.
 
 `Shapes` watches what is written on the meta device; the same model built on the CPU is the other
 route. A model file's groups are checked against a trial's own model.
@@ -61,7 +61,7 @@ class Vectors(nn.Module):
 
 
 def true_start(values: Tensor) -> str:
-    """How a vector starts, by its values."""
+    """Return a vector's initialisation by its values."""
     numbers = set(values.flatten().tolist())
     return {0.0: "zeros", 1.0: "ones"}.get(numbers.pop(), "as built") if len(numbers) == 1 else ""
 

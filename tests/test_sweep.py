@@ -61,7 +61,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
 
 
 def answers(folder: Folder) -> dict[str, Any]:
-    """What must not depend on how often a sweep was disturbed."""
+    """Return the answers of a sweep that must not depend on how often it was disturbed."""
     facts = show_as_json(open_result(folder.path, folder.path.parent))
     del facts["cost"]["seconds"]
     table = pd.read_csv(folder.path / "trials.csv").drop(columns="seconds")

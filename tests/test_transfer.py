@@ -44,7 +44,7 @@ def exported(config: TrialConfig, width: int = WIDTH, point: Point = POINT) -> d
 
 
 def plain_optimizers(model: nn.Module, export: dict[str, Any]) -> list[torch.optim.Optimizer]:
-    """What a reader of the JSON would write."""
+    """Build optimizers as a reader of the JSON would."""
     parameters = dict(model.named_parameters())
     optimizers = []
     for group in export["groups"]:
@@ -94,7 +94,7 @@ def test_plain_torch_reproduces_the_training_loop(corpus_file: Path, tied: bool,
 
 
 def test_one_lr_for_all_does_not_reproduce_it(corpus_file: Path) -> None:
-    """What people hand over without a transfer, at r = 4: off by much of the step."""
+    """One lr for all groups, as without a transfer, is off by much of the step at r = 4."""
     config = trial_config(corpus_file, steps=STEPS)
     export = exported(config, width=64)
     for group in export["groups"]:

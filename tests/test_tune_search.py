@@ -194,7 +194,7 @@ def ends_as_by_hand(folder: Path, space: dict[str, str]) -> None:
 
 @on_ray
 def test_tuner_restore_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Tune knows to have ended is not run again."""
+    """Trials that Tune knows to have ended are not run again."""
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
     search, space = TelescopeSearch(spec()), {"marks": str(tmp_path)}
     (tmp_path / "died").touch()
@@ -249,7 +249,7 @@ def drive(search: Searcher, report: Any, limit: int = 100) -> int:
 
 
 def test_a_wrong_metric_ends_the_experiment_in_words() -> None:
-    """What `suggest` raises comes out of `Tuner.fit` as it is."""
+    """An exception of `suggest` comes out of `Tuner.fit` unchanged."""
     search = TelescopeSearch(spec())
     search.suggest("a")
     search.on_trial_complete("a", result={"val": 1.0, "accuracy": 0.5, "pid": 3, "config/lr": 1.0})
@@ -494,7 +494,7 @@ def test_nobody_waits_at_the_gate_for_long(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_import_leaves_the_users_ray_as_it_is() -> None:
-    """What the program sets for a Ray of its own is nothing for somebody else's."""
+    """Settings for the program's own Ray do not change the user's Ray."""
     code = "import os, telescope.tune; print('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER' in os.environ)"
     names = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", code], env=names, capture_output=True, check=True)
