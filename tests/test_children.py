@@ -117,3 +117,22 @@ def test_a_pool_on_ray(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed" not in done.stdout
     assert not left_over(str(tmp_path), patience=20)
+
+
+def test_a_signal_that_comes_as_a_child_is_made_ends_it() -> None:
+    """As `Pool.terminate` sends it on a busy machine: a child that lost it waits for ever."""
+    script = """if True:
+    import os, signal, time
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    from telescope.dispatch.children import plain_children
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with plain_children():
+        child = os.fork()
+        if not child:
+            time.sleep(5)
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(os.WTERMSIG(status), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == f"{int(signal.SIGTERM)} set()\n", done.stderr

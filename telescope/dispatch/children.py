@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,11 +40,29 @@ def plain_children() -> Iterator[None]:
         _inherited.update(before)
 
 
+_mask = threading.local()
+"""Signals that a forking thread had blocked before."""
+
+
+def _hold() -> None:
+    """Keep signals back while a child is made: one that comes before `_reset` would be lost."""
+    if _inherited:
+        _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, DEFAULTS)
+
+
+def _release() -> None:
+    """Let them come."""
+    before = _mask.__dict__.pop("before", None)
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _reset() -> None:
     """Set the defaults, in a child."""
     for number, inherited in _inherited.items():
         if inherited is not signal.SIG_IGN and signal.getsignal(number) == inherited:
             signal.signal(number, DEFAULTS[number])
+    _release()
 
 
-os.register_at_fork(after_in_child=_reset)
+os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_reset)
