@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from telescope.api import open as open
     from telescope.records import Choice, Point, Result, Status, Trial
     from telescope.spec.spec import Spec
+    from telescope.transfer.apply import apply as apply
     from telescope.transfer.shapes import Shapes
 
 _PUBLIC = {
@@ -19,6 +20,7 @@ _PUBLIC = {
     "Spec": "telescope.spec.spec",
     "Status": "telescope.records",
     "Trial": "telescope.records",
+    "apply": "telescope.transfer.apply",
     "open": "telescope.api",
 }
 """Name → its module. `open` is not in `__all__`: `import *` would hide Python's own `open`."""

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import gpt_config, tiny_spec
+from foreign_specs import finished, foreign_spec
 from torch import nn
 
-from telescope import Ladder, Shapes, Spec
+from telescope import Shapes, Spec
 from telescope.config import OptimizerConfig
 from telescope.errors import ModelError, SpecError
 from telescope.records import Point
@@ -206,28 +207,6 @@ def test_a_file_of_one_width_is_the_targets(tmp_path: Path) -> None:
         Shapes.load(path, width=16, base_width=16)
     with pytest.raises(SpecError, match="cannot be read: No such file"):
         Shapes.load(tmp_path / "none.json", width=64, base_width=16)
-
-
-def foreign_spec(**tables: Any) -> dict[str, Any]:
-    return {
-        "name": "foreign",
-        "ladder": {"widths": [16, 32], "policy": "paper"},
-        "target": {"width": 64},
-        "axes": {
-            "lr": {"low": 0.01, "high": 0.16, "points": 3},
-            "weight_decay": {"value": 0.3},
-        },
-        "optimizer": {"rule": "mup"},
-        **tables,
-    }
-
-
-def finished(spec: Spec) -> Ladder:
-    ladder = Ladder(spec)
-    while trials := ladder.ask():
-        for trial in trials:
-            ladder.tell(trial, loss=1 + abs(trial.point["lr"] - 0.04))
-    return ladder
 
 
 def test_transfer_with_shapes_gives_groups_at_several_widths(tmp_path: Path) -> None:

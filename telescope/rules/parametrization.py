@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import mup
 import torch
@@ -168,22 +169,31 @@ def initialise(
         init_scale: factor of every standard deviation, at every width.
         zeroed: the biases that start at zero, see `telescope.rules.scaling.layer_biases`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    parameters, padding = dict(model.named_parameters()), _padding_rows(model)
-    with torch.no_grad():
-        for name, tag in tags.items():
-            parameter = parameters[name]
-            std = init_std(tag.role, tag.shape) * init_scale
-            if tag.role in (Role.VECTOR, Role.FINITE):
-                if name in zeroed:
-                    parameter.zero_()
-            elif std == 0:
-                parameter.zero_()
-            else:
-                values = torch.randn(tag.shape, generator=generator) * std
-                for row in padding.get(id(parameter), ()):
-                    values[row] = parameter[row]
-                parameter.copy_(values)
+    parameters, starts = dict(model.named_parameters()), []
+    for name, tag in tags.items():
+        if not tag.role.is_vector:
+            starts.append((parameters[name], init_std(tag.role, tag.shape) * init_scale))
+        elif name in zeroed:
+            starts.append((parameters[name], 0.0))
+    draw(model, starts, seed=seed)
+
+
+@torch.no_grad()
+def draw(model: nn.Module, starts: Iterable[tuple[Tensor, float]], *, seed: int) -> None:
+    """Initialise parameters in place, each with its standard deviation; 0 means zeros.
+
+    All values come from one generator on the CPU, in the given order. An embedding's padding row
+    keeps its values.
+    """
+    generator, padding = torch.Generator().manual_seed(seed), _padding_rows(model)
+    for parameter, std in starts:
+        if std == 0:
+            parameter.zero_()
+            continue
+        values = torch.randn(parameter.shape, generator=generator) * std
+        for row in padding.get(id(parameter), ()):
+            values[row] = parameter[row]
+        parameter.copy_(values)
 
 
 def _padding_rows(model: nn.Module) -> dict[int, set[int]]:
@@ -216,3 +226,38 @@ def readouts(model: nn.Module) -> Iterator[tuple[mup.MuReadout, str]]:
     for module in model.modules():
         if isinstance(module, mup.MuReadout):
             yield module, names[id(module.weight)]
+
+
+class Multiplied:
+    """A forward pre-hook that multiplies a layer's input, and so its output but for the bias."""
+
+    def __init__(self, factor: float) -> None:
+        """Multiply by `factor`."""
+        self.divisor = 1 / factor  # as mup: where this is a whole number, a product is less exact
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Multiply the input, which is the first argument or the keyword `input`."""
+        if args:
+            return (args[0] / self.divisor, *args[1:]), kwargs
+        return args, {**kwargs, "input": kwargs["input"] / self.divisor}
+
+
+def set_multiplier(module: nn.Module, multiplier: float) -> None:
+    """Set the total multiplier of a readout's logits, in place of any that was set before.
+
+    Args:
+        module: mup's readout, which then needs no base shapes, or a plain layer.
+        multiplier: of the weight's part of the logits; the bias is not multiplied, as in mup.
+    """
+    if isinstance(module, mup.MuReadout):
+        ratio = module.output_mult / multiplier
+        module.width_mult = functools.partial(float, ratio)  # its forward divides by this
+        return
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, Multiplied):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if multiplier != 1:
+        module.register_forward_pre_hook(Multiplied(multiplier), with_kwargs=True)

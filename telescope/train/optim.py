@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
 from telescope.config import OptimizerConfig, TrainConfig
 from telescope.rules.groups import Group
+from telescope.rules.schedule import share_of_peak
 from telescope.train.muon import Muon
 
 
@@ -53,21 +52,14 @@ def schedule(step: int, config: TrainConfig) -> float:
     >>> [round(schedule(step, config), 3) for step in (0, 5, 10)]
     [1.0, 0.55, 0.1]
     """
-    warmup_steps = round(config.warmup * config.steps)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    last = config.steps - 1
-    match config.schedule:
-        case "constant":
-            return 1.0
-        case "cosine":
-            start = max(warmup_steps - 1, 0)
-            progress = (step - start) / max(last - start, 1)
-            return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
-        case "wsd":
-            start = max(last - round(config.decay * config.steps), warmup_steps - 1)
-            progress = max(step - start, 0) / max(last - start, 1)
-            return 1 - (1 - config.final_lr) * progress
+    return share_of_peak(
+        step,
+        name=config.schedule,
+        steps=config.steps,
+        warmup_steps=round(config.warmup * config.steps),
+        final_lr=config.final_lr,
+        decay_steps=round(config.decay * config.steps),
+    )
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], share: float) -> None:

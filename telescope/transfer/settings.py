@@ -222,7 +222,7 @@ def transfer_settings(
 
 
 def _schedule(train: TrainConfig, point: Point, steps: int) -> dict[str, Any]:
-    """Return the learning-rate schedule of a run of `steps`; see `optim.schedule`."""
+    """Return the learning-rate schedule of a run of `steps`; see `share_of_peak`."""
     schedule: dict[str, Any] = {
         "name": train.schedule,
         "warmup_steps": round(min(1.0, point.get("warmup", train.warmup)) * steps),
