@@ -7,6 +7,7 @@ direction, it does not change it.
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,8 @@ LIBRARIES = {
     "tokenizers": {"data/tokenizer.py"},
     "pyarrow": {"data/sources.py"},
 }
+QUESTION_WORDS = {"What", "Whether", "How", "Where", "Why", "Which"}
+"""First words of sentences that describe by a question; a verb or a noun says it plainly."""
 STANDARD_ONLY = [
     *("records.py", "losses.py", "errors.py", "streams.py", "files.py", "markup.py", "config.py"),
     *("store/folder.py", "spec/catalog.py", "report/status.py", "report/toml.py"),
@@ -229,3 +232,35 @@ def test_public_names_are_a_contract() -> None:
         assert getattr(telescope, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         telescope.__getattr__("Nothing")
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    folders = ("telescope", "tests", "benchmarks", "examples", "models")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    texts = [(path, *found) for path in paths for found in docstrings(ast.parse(path.read_text()))]
+    assert len(texts) > 3000, "docstrings are found"
+    sample = 'A = 1\n"""How many."""\ndef f():\n    """Why, in words."""\n    return """What."""'
+    assert [asks(text) for _, text in docstrings(ast.parse(sample))] == [True, True]
+    assert not asks("Return the number.\n\nWhat follows is prose.")
+    assert not asks("Whatever the order, sort.")
+    wrong = [f"{path.relative_to(ROOT)}:{line}" for path, line, text in texts if asks(text)]
+    assert not wrong, "begin with a verb ('Return …', 'Tell whether …') or a noun"
+
+
+def docstrings(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, text) of the docstrings of modules, classes, functions and attributes."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, owners)]
+    return [
+        (statement.lineno, statement.value.value)
+        for body in bodies
+        for statement in body
+        if isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    ]
+
+
+def asks(text: str) -> bool:
+    """Tell whether a text begins with one of the question words."""
+    return re.split(r"\W", text.strip(), maxsplit=1)[0] in QUESTION_WORDS

@@ -51,7 +51,7 @@ def build(width: int) -> LlamaForCausalLM:
 
 
 def shapes_at(width: int) -> Shapes:
-    """What each parameter is at a width."""
+    """Return each parameter's role and shape at a width."""
     return Shapes.of(build, width=width, base_width=BASE_WIDTH)
 
 

@@ -1,1 +1,1 @@
-"""What the results of a sweep say: its answer, how sure it is, and what it cost."""
+"""The answer of a sweep, from its results: settings, certainty and cost."""

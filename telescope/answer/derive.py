@@ -1,4 +1,4 @@
-"""What a ladder says of a width: how sure it is, and what to hand over."""
+"""A ladder's answer for a width: its certificate, and the settings to transfer."""
 
 from __future__ import annotations
 

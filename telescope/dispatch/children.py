@@ -1,8 +1,8 @@
-"""Gives the processes that a trial forks the system's own signal handlers.
+"""Give the processes that a trial forks the system's own signal handlers.
 
-This program and Ray's workers turn SIGTERM into an exception, to leave in good order. A forked
-child inherits that, and `multiprocessing.Pool` ends its children by SIGTERM: one that raises
-instead, in the middle of its queue's lock, leaves the others and its parent waiting for ever.
+This program and Ray's workers turn SIGTERM into an exception, to end in good order. Forked children
+inherit that, and `multiprocessing.Pool` ends its children by SIGTERM. A child that raises instead
+while it holds its queue's lock leaves the others and its parent waiting for ever.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ DEFAULTS: dict[signal.Signals, Any] = {
     signal.SIGALRM: signal.SIG_DFL,
     signal.SIGINT: signal.default_int_handler,
 }
-"""Signals that are handled here, and what a new Python does at them."""
+"""Signals that are handled here → the handler in a new Python process."""
 
 _inherited: dict[signal.Signals, Any] = {}
-"""Signal → handler as the trial found it; empty where none runs."""
+"""Signal → its handler at the start of the trial; empty while none runs."""
 
 
 @contextmanager
 def plain_children() -> Iterator[None]:
-    """Give processes forked by the code inside `DEFAULTS`, but for handlers that this code has set.
+    """Give processes forked by the code inside the handlers of `DEFAULTS`.
 
-    A signal that is ignored stays so.
+    Handlers that this code sets itself stay, and so do ignored signals.
     """
     before = dict(_inherited)
     _inherited.update({number: signal.getsignal(number) for number in DEFAULTS})
@@ -58,7 +58,7 @@ def _release() -> None:
 
 
 def _reset() -> None:
-    """Set the defaults, in a child."""
+    """Set the default handlers in a child process."""
     for number, inherited in _inherited.items():
         if inherited is not signal.SIG_IGN and signal.getsignal(number) == inherited:
             signal.signal(number, DEFAULTS[number])

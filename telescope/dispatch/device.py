@@ -1,8 +1,8 @@
-"""What a failed trial has left of this process's accelerator: its memory, or nothing at all.
+"""The state of this process's accelerator after a failed trial: out of memory, or lost.
 
-After some errors (an illegal access, a device-side assert, a memory fault) CUDA refuses every call
-of the process for good. Such a worker would fail whatever it is handed, and at once, so that it
-would be handed most. torch is looked at only where a trainer has brought it in.
+After some errors (an illegal access, a device-side assert, a memory fault) CUDA refuses every later
+call of the process. Such a worker would fail every trial at once, and so would get most of them.
+torch is used only if a trainer has imported it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 from telescope.errors import LostError
 
 NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")
-"""What a driver, a CPU's allocator, and cuBLAS or cuDNN say in errors of no type of their own."""
+"""Parts of the messages of drivers, CPU allocators, cuBLAS and cuDNN, whose errors are untyped."""
 
 
 def check_device(error: BaseException) -> None:
-    """Check that the devices in use compute; to be called with what a trial has raised.
+    """Check that the devices in use still compute, after a trial has raised `error`.
 
     Raises:
-        LostError: one does not, so that this process is of no more use.
+        LostError: one does not, so this process can train nothing more.
     """
     torch: Any = sys.modules.get("torch")
     if torch is None:
@@ -44,12 +44,12 @@ def check_device(error: BaseException) -> None:
 
 
 def _in_use(torch: Any, error: BaseException) -> list[str]:
-    """The CUDA devices that hold something of this process; to ask others would occupy them."""
+    """Return the CUDA devices with memory of this process; a call to others would occupy them."""
     if torch.cuda.is_initialized():
         used = [n for n in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(n)]
         if used:
             return [f"cuda:{n}" for n in used]
-    # Nothing is held: the very first call may have failed.
+    # Without memory anywhere, the very first call may have failed.
     return ["cuda"] if isinstance(error, torch.AcceleratorError) else []
 
 
@@ -62,7 +62,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give back what nobody uses any more: unreachable cycles, and the allocator's cache."""
+    """Free unused memory: unreachable cycles, and the allocator's cache."""
     gc.collect()
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Runs a sweep in this process, one order after the other: for debugging, and as the reference."""
+"""Run a sweep in this process, one order after the other: for debugging, and as the reference."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def run_inline(
     timeout: float = 0.0,
     packs: Packs | None = None,
 ) -> None:
-    """Run every trial that `source` asks for; returns when it asks for no more.
+    """Run every trial that `source` asks for; return when it asks for no more.
 
-    What a trial does to its process (exits, is killed, hangs in C) it does to this one.
+    A trial that exits, is killed or hangs in C does so to this process.
 
     Raises:
-        LostError: a trial has left this process unable to use its device; no failure is told.
+        LostError: after a trial, this process cannot use its device; no failure is told.
     """
     packs = packs or Packs()
     queue = Queue(source, packs=packs)

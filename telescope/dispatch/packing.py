@@ -1,7 +1,8 @@
-"""How a worker trains what it is handed, as one or alone, and what happens when that goes wrong.
+"""A worker's training of its orders, as packs or single trials, and its handling of errors.
 
-It is asked once per width to look: how many such trials go together, and what is gained. What fails
-only as a pack, such as a point whose forward raises, is trained alone, as it would be anyway.
+Once per width a worker probes how many trials can train as one pack, and how much faster that is.
+If a pack fails, as with a point whose forward raises, its trials are trained alone, as without
+packs.
 """
 
 from __future__ import annotations
@@ -29,23 +30,22 @@ from telescope.dispatch.queue import (
 from telescope.records import Result, Trial
 
 MIN_GAIN = 1.2
-"""Trials per second of a pack over those one after the other, below which "auto" does not pack. An
-assumption: what is gained must pay for the noise of a probe of a few steps, and for results that
-come later."""
+"""Least gain in trials per second, over trials one after the other, at which "auto" packs.
+Assumption: the gain must make up for the noise of a short probe, and for later results."""
 MEMORY_SHARE = 0.8
-"""How much of a worker's memory a pack may take: allocators fragment, and others may come."""
+"""Share of a worker's memory that a pack may take: allocators fragment, and others need some."""
 
 
 class Probed(Protocol):
-    """What a short probe of a pack has found."""
+    """The findings of a short probe of a pack."""
 
     @property
     def gain(self) -> float:
-        """Trials per second as a pack over one after the other."""
+        """Trials per second as a pack, over those one after the other."""
         ...
 
     def most(self, share: float, /) -> float:
-        """How many trials a share of the device's memory holds; infinite if that is not known."""
+        """Return the trials that fit a share of the device's memory; infinite if unknown."""
         ...
 
 
@@ -57,33 +57,33 @@ class PackTrainer(Trainer, Protocol):
         ...
 
     def obstacle(self, trial: Trial, /) -> str:
-        """Why trials like this one cannot be trained as one; "" if they can."""
+        """Say why trials like this one cannot train as one; "" if they can."""
         ...
 
     def probe_pack(self, trials: Sequence[Trial], /) -> Probed | None:
-        """Train a few steps of them, on an accelerator; None where there is none."""
+        """Train a few steps of them on an accelerator; None without one."""
         ...
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """What a pack has failed of."""
+    """The reason that a pack has failed."""
 
     text: str
     is_memory: bool
 
 
 class Packer:
-    """Does what one worker is ordered to, with a trainer that is loaded once.
+    """Carries out one worker's orders, with a trainer that is loaded once.
 
     Args:
-        load: gives the trainer when it is first needed; a `PackTrainer` trains packs too.
+        load: returns the trainer, on first use; a `PackTrainer` trains packs too.
         size: the largest pack.
-        timeout: seconds after which a trial counts as hung; 0: never. Interrupts Python code in the
-            main thread alone: a call that never comes back from C needs its process ended. A pack
-            of K trials may take K times as long, as they would one after the other.
-        share: of its device, what this worker may take: others may have the rest.
-        guard: a context for all that may take so many seconds.
+        timeout: seconds after which a trial counts as hung; 0: never. This interrupts only Python
+            code in the main thread; for a call that never returns from C, the process must be
+            ended. A pack of K trials may take K times as long.
+        share: share of its device that this worker may use.
+        guard: makes a context for code that may take a given number of seconds.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Packer:
         self._guard = guard
 
     def __call__(self, order: Order) -> Done | Limit:
-        """Train the order's trials, or look how many such trials go together.
+        """Train the order's trials, or probe how many such trials can train as one.
 
         Raises:
             LostError: this process can no longer use its device.
@@ -115,8 +115,8 @@ class Packer:
                 return self._look(trials)
             if len(trials) > 1:
                 return self._train(trials)
-            # The one broad `except` of the program: whatever a model file or a library throws is
-            # the trial's failure, and must not take the sweep with it.
+            # Any exception of a model file or a library is the trial's failure and must not end the
+            # sweep.
             start = time.perf_counter()
             try:
                 with time_limit(self._timeout):
@@ -128,7 +128,7 @@ class Packer:
             return Done(trials, (named_worker(result),))
 
     def warm(self) -> None:
-        """Do ahead what the first trial needs anyway; what fails now fails with the trial too."""
+        """Do in advance what the first trial needs; an error now will recur with the trial."""
         if self._trainer is not None:
             return
         with suppress(Exception), self._guard(self._timeout), plain_children():
@@ -142,7 +142,7 @@ class Packer:
         return cast(PackTrainer, self._trainer)
 
     def _look(self, trials: Sequence[Trial]) -> Limit:
-        """How many trials of this width go together, and why no more."""
+        """Probe how many trials of this width can train as one, and the reason for no more."""
         number = len(trials)
         while number > 1:
             try:
@@ -154,7 +154,7 @@ class Packer:
                         return Limit(1, why)
                     measured = trainer.probe_pack(trials[:number])
                 limit = choose_size(self._size, number, measured, self._share)
-                # A larger one than memory held just now need not be tried again.
+                # Never probe again if a larger pack has just run out of memory.
                 return limit if number == len(trials) else limit._replace(until=None)
             except KeyboardInterrupt:
                 raise
@@ -168,7 +168,7 @@ class Packer:
         return Limit(1, "two trials need more memory than there is")
 
     def _train(self, trials: tuple[Trial, ...]) -> Done:
-        """Train a pack; one that is interrupted has no results, for it is begun again as it was."""
+        """Train a pack; an interrupted one has no results, because it is begun again unchanged."""
         ended: list[Result] = []
         problem = self._collect(trials, ended)
         if problem is None:
@@ -180,7 +180,7 @@ class Packer:
         return Done(trials, tuple(ended), Limit(-(-len(trials) // 2), why), why)
 
     def _collect(self, trials: Sequence[Trial], ended: list[Result]) -> _Problem | None:
-        """Add each result to `ended`; what happened to the others, or None if they all have one."""
+        """Train a pack and add each result to `ended`; return what went wrong, or None."""
         try:
             with time_limit(self._timeout * len(trials)):
                 for result in self._loaded().train_pack(trials):
@@ -198,13 +198,13 @@ class Packer:
 
 
 def choose_size(size: PackSize, number: int, measured: Probed | None, share: float = 1.0) -> Limit:
-    """How many trials go together, and why no more.
+    """Decide how many trials train as one, with the reason for no more.
 
     Args:
-        size: what the spec says.
-        number: how many trials were measured together.
-        measured: what was found; None on a CPU.
-        share: what the worker may take of its device.
+        size: the spec's pack size.
+        number: number of trials in the probe.
+        measured: the findings of the probe; None on a CPU.
+        share: share of its device that the worker may use.
     """
     if measured is None:
         on_cpu = Limit(1, "on a CPU auto is 1: runs stay bit-equal, and workers share the cores")
@@ -219,5 +219,5 @@ def choose_size(size: PackSize, number: int, measured: Probed | None, share: flo
 
 
 def _problem(error: BaseException) -> _Problem:
-    """An exception without its traceback, whose frames hold the tensors of a whole pack."""
+    """Keep an exception's message, without its traceback, whose frames hold a pack's tensors."""
     return _Problem(clean([message(error)]), is_out_of_memory(error))

@@ -1,9 +1,9 @@
-"""Which trials are trained as one: decided once, written down, and decided alike by a resume.
+"""The division of trials into packs: decided once, logged, and the same after a resume.
 
-How a pack rounds depends on who is in it, and where losses are close, a choice can hang on that. So
-the trials that are asked for together are divided at once, before any of them is begun, and what
-was learned about a width holds for all its packs. Both are kept as lines of JSON: after a kill, the
-packs that have not ended are begun again with the same members.
+The rounding of a pack depends on its members, and where losses are close, a choice may depend on
+the rounding. So trials that are asked for together are divided at once, before any of them starts,
+and a finding about a width holds for all its packs. Both are logged as lines of JSON: after a kill,
+unfinished packs are begun again with the same members.
 """
 
 from __future__ import annotations
@@ -16,55 +16,54 @@ from typing import Any, Literal, NamedTuple
 from telescope.records import Result, Status, Trial
 
 PackSize = int | Literal["auto"]
-"""Trials of a pack at most; "auto" packs on an accelerator, as many as fit, where it pays."""
+"""Most trials of a pack; "auto" packs only on an accelerator, as many as fit, if that is faster."""
 
 
 class Limit(NamedTuple):
-    """How many trials of a width go together."""
+    """The largest pack of a width."""
 
     most: int | None
-    """None where nothing limits it."""
+    """Most trials of a pack; None without a limit."""
     why: str = ""
-    """What limits it; "" if nothing does."""
+    """The reason for the limit; "" without one."""
     until: int | None = None
-    """From how many trials on that is to be found out anew, for a larger pack gains more; None:
-    never."""
+    """Probe again once this many trials wait, because a larger pack gains more; None: never."""
 
     def holds_for(self, number: int) -> bool:
-        """Whether it says how many go together of so many trials."""
+        """Tell whether the limit is known to hold when `number` trials wait."""
         return self.until is None or number < self.until
 
     def cut(self, number: int) -> int:
-        """How many of so many trials go together."""
+        """Return the size of a pack of at most `number` trials under this limit."""
         return number if self.most is None else min(number, self.most)
 
 
 @dataclass(frozen=True)
 class Done:
-    """What came of trials that a worker was handed to train as one, or of one alone."""
+    """The outcome of a pack, or of a single trial."""
 
     members: tuple[Trial, ...]
     results: tuple[Result, ...]
-    """Of those that have ended; none is another trial's."""
+    """Results of the members that have ended."""
     limit: Limit | None = None
-    """What it has taught about its width, if anything: the memory did not hold it."""
+    """A new limit for the width, if the pack ran out of memory."""
     why: str = ""
-    """Why those without a result have none; each is then trained alone, if there is no limit."""
+    """The reason that other members have no result. Without a limit, each is then trained alone."""
 
     @property
     def released(self) -> tuple[Trial, ...]:
-        """Those that have not ended, for whoever is free."""
+        """The members that have not ended, free for any worker."""
         ended = {result.trial for result in self.results}
         return tuple(trial for trial in self.members if trial not in ended)
 
 
 class Packs:
-    """Who goes with whom.
+    """The division of trials into packs.
 
     Args:
-        size: how many trials go together at most.
-        lines: what `note` was given before, in its order.
-        note: keeps a line; called before what it says is acted upon.
+        size: most trials of a pack.
+        lines: the lines that `note` was given before, in their order.
+        note: stores a line; called before the line takes effect.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Packs:
         lines: Iterable[Mapping[str, Any]] = (),
         note: Callable[[Mapping[str, Any]], None] = lambda line: None,
     ) -> None:
-        """Know what the lines say."""
+        """Restore the state from the lines."""
         self.size = size
         self._note = note
         self._limits: dict[int, Limit] = {}
@@ -84,21 +83,22 @@ class Packs:
             self._learn(line)
 
     def is_alone(self, trial: Trial) -> bool:
-        """Whether a trial has to be trained by itself."""
+        """Tell whether a trial has to be trained alone."""
         return self.size == 1 or str(trial) in self._alone
 
     def is_formed(self, trial: Trial) -> bool:
-        """Whether a trial has a pack."""
+        """Tell whether a trial has a pack."""
         return str(trial) in self._formed
 
     def find(self, trial: Trial, free: Sequence[Trial]) -> tuple[Trial, ...]:
-        """The pack that was formed for a trial; none where it has yet to be.
+        """Return the pack that was formed for a trial; () if there is none yet.
 
-        A pack of which some have ended elsewhere is none any more: the others are alone.
+        If some of its members have ended elsewhere, the pack is dissolved and the others are
+        trained alone.
 
         Args:
-            trial: asked for.
-            free: all of its width that are asked for and that nobody has.
+            trial: a trial that is asked for.
+            free: all trials of its width that are asked for and that no worker has.
         """
         names = self._formed.get(str(trial), ())
         if not names or len(names) > self._cut(trial.width, self._most(len(names))):
@@ -112,21 +112,21 @@ class Packs:
         return members
 
     def to_form(self, free: Sequence[Trial], workers: int) -> tuple[list[Trial], int]:
-        """The trials of `free`, of one width, without a pack, and how many of them go together.
+        """Return the trials of `free` without a pack, and the size of their packs.
 
         Args:
-            free: asked for, and nobody has them.
-            workers: among whom they are shared out evenly.
+            free: trials of one width that are asked for and that no worker has.
+            workers: number of workers among which they are divided evenly.
         """
         new = [t for t in free if not (self.is_alone(t) or self.is_formed(t))]
         return new, self._most(math.ceil(len(new) / workers))
 
     def knows(self, width: int, number: int) -> bool:
-        """Whether it is known how many of so many trials of a width go together."""
+        """Tell whether the pack size for `number` trials of a width is known."""
         return number == 1 or (width in self._limits and self._limits[width].holds_for(number))
 
     def form(self, trials: Sequence[Trial], number: int) -> None:
-        """Divide trials of one width, as many together as may be, at most `number`."""
+        """Divide trials of one width into packs as large as allowed, at most `number` each."""
         size = self._cut(trials[0].width, number)
         packs = [trials[n : n + size] for n in range(0, len(trials), size)]
         names = [[str(trial) for trial in pack] for pack in packs]
@@ -136,11 +136,11 @@ class Packs:
         self._learn(line)
 
     def found(self, width: int, limit: Limit) -> None:
-        """Take what was found out about a width."""
+        """Take a finding about a width."""
         self._say({"width": width, "asked": self.size, **limit._asdict()})
 
     def ended(self, pack: Done) -> None:
-        """Take what came of a pack."""
+        """Take the outcome of a pack."""
         if len(pack.members) == 1:
             return
         kept = [r.trial for r in pack.results if r.status is not Status.FAILED]
@@ -155,7 +155,7 @@ class Packs:
             self.found(pack.members[0].width, pack.limit)
 
     def _cut(self, width: int, number: int) -> int:
-        """How many of so many trials of a width go together, as far as is known."""
+        """Return the size of a pack of at most `number` trials under the known limit of a width."""
         return self._limits.get(width, Limit(None)).cut(number)
 
     def _most(self, number: int) -> int:

@@ -1,6 +1,6 @@
-"""Which trial a free worker gets next, and which failures are tried again.
+"""The queue of trials: it decides a free worker's next order, and which failures are retried.
 
-Both dispatchers, inline and Ray, drive one `Queue`, so they retry alike.
+Both dispatchers, inline and Ray, use the same `Queue`, so they retry alike.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from telescope.losses import as_number
 from telescope.records import CurvePoint, Result, Status, Trial, TrialSource
 
 RETRIES = 2
-"""How often a failed trial is tried again before the failure is its answer."""
+"""Number of retries of a failed trial before the failure is its result."""
 FIRST_FAILURES = 3
-"""Trials of a width that must fail alike, while none ends otherwise, for no further try: one may
-be a full disk, two the same machine. With more workers than that, as many trials as workers: then
-each has had one, and a bad machine among them is not taken for a bad trainer. An assumption."""
+"""Number of trials of a width that must fail alike, while none ends otherwise, to stop retries. One
+failure may be a full disk, two the same machine. With more workers, it is the number of workers:
+then each has had a trial, and one bad machine is not taken for a bad trainer. Assumption."""
 ALIKE_LENGTH = 60
-"""Characters of a reason that are compared, numbers aside: what follows is the trial's own."""
+"""Characters of a reason that are compared, without numbers; the rest is specific to the trial."""
 LOG_TAIL_LINES = 8
-"""How many lines of a crash's traceback are kept in the result's reason."""
+"""Lines of a crash's traceback that are kept in the result's reason."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""What numerical libraries read, once, to size their thread pools."""
+"""Variables that numerical libraries read, once, for the size of their thread pools."""
 LINE_LENGTH = 500
-"""Characters of a line of a reason that are kept."""
+"""Most characters of a line of a reason."""
 
 
 class Trainer(Protocol):
@@ -50,24 +50,23 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class Order:
-    """What a free worker does next."""
+    """The next task of a free worker."""
 
     trials: tuple[Trial, ...]
-    """Of one width, to be trained as one."""
+    """Trials of one width, to be trained as one."""
     look: bool = False
-    """Whether only to find out how many of such trials can be trained as one."""
+    """True to only probe how many such trials can train as one."""
 
 
 class Queue:
     """Hands out a source's trials, each to one worker at a time, and retries what fails.
 
     Args:
-        source: asked for trials, told of results; until it is due there is nothing to hand out, and
-            nothing is done.
-        retries: how often a failed trial is tried again.
-        packs: which trials go together.
-        workers: among whom the trials that are asked for together are shared out evenly.
-        widths: whose trials are handed out; left out, all.
+        source: gives trials and takes results; until it is due, nothing is handed out.
+        retries: number of retries of a failed trial.
+        packs: the division of trials into packs.
+        workers: number of workers among which trials that are asked for together are divided.
+        widths: the widths whose trials are handed out; by default all.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Queue:
         workers: int = 1,
         widths: Collection[int] = (),
     ) -> None:
-        """Nothing has been handed out yet."""
+        """Begin with nothing handed out."""
         self._source = source
         self._is_begun = False
         self._retries = retries
@@ -87,14 +86,14 @@ class Queue:
         self._packs = packs or Packs()
         self._workers = workers
         self._in_flight: set[Trial] = set()
-        self._looked_at: set[int] = set()  # widths that a worker is looking at
+        self._looked_at: set[int] = set()  # widths that a worker is probing
         self._failures: Counter[Trial] = Counter()
         self._works: set[int] = set()  # widths of which a trial has ended without a failure
-        self._to_retry: dict[Trial, Result] = {}  # failed by their trainer, not by a lost worker
-        self._alike: dict[int, dict[Trial, str]] = {}  # width → trial → how it failed
+        self._to_retry: dict[Trial, Result] = {}  # failed in their trainer, not with their worker
+        self._alike: dict[int, dict[Trial, str]] = {}  # width → trial → kind of its failure
 
     def take(self) -> Order | None:
-        """The next order for one worker, or None when all that is asked for now is in flight."""
+        """Return the next order for one worker; None if every trial asked for is in flight."""
         free = self._free(self._begin().ask()) if self.is_due else []
         for trial in free:
             if order := self._order(trial, free):
@@ -106,7 +105,7 @@ class Queue:
         return None
 
     def _free(self, asked: Sequence[Trial]) -> list[Trial]:
-        """Those that are asked for here and that nobody has; those that have failed come last."""
+        """Return the trials of this queue that no worker has; failed ones come last."""
         free = [trial for trial in asked if self._is_ours(trial) and trial not in self._in_flight]
         return sorted(free, key=self._failures.__getitem__)
 
@@ -114,11 +113,11 @@ class Queue:
         return not self._widths or trial.width in self._widths
 
     def _is_alone(self, trial: Trial) -> bool:
-        """A trial that has failed is: what killed a worker may have been any of its pack."""
+        """Tell whether a trial must run alone: after a failure, any of its pack may be at fault."""
         return trial in self._failures or self._packs.is_alone(trial)
 
     def _order(self, trial: Trial, free: Sequence[Trial]) -> Order | None:
-        """What to do about one of the free trials; None if a look at its width is awaited."""
+        """Return the order for one of the free trials; None while its width is being probed."""
         if self._is_alone(trial):
             return Order((trial,))
         free = [t for t in free if t.width == trial.width and t not in self._failures]
@@ -138,7 +137,7 @@ class Queue:
             self._source.on_start(trial)
 
     def settle(self, order: Order, done: Done | Limit) -> None:
-        """Take what a worker has done: results, told all at once, or what its look has found."""
+        """Take a worker's results, told all at once, or the finding of its probe."""
         if isinstance(done, Limit):
             self._looked_at.discard(order.trials[0].width)
             self._packs.found(order.trials[0].width, done)
@@ -151,7 +150,7 @@ class Queue:
         self._packs.ended(done)
 
     def lose(self, order: Order, reason: str) -> None:
-        """Take the loss of a worker: its trials have failed; a look is not worth another."""
+        """Take the loss of a worker: its trials have failed; a probe is not repeated."""
         why = reason.partition("\n")[0]
         if order.look:
             self.settle(order, Limit(1, f"a worker was lost in trying: {why}"))
@@ -161,11 +160,11 @@ class Queue:
         self.answer(*failed, is_lost=True)
 
     def answer(self, *results: Result, is_lost: bool = False) -> None:
-        """Give back trials: their results go to the source together, or they are tried again.
+        """Take results: pass final ones to the source together, and retry the other trials.
 
         Args:
-            results: of trials that were handed out.
-            is_lost: their worker has been lost, which says nothing of what trains them.
+            results: results of trials that were handed out.
+            is_lost: their worker was lost, which says nothing about their trainer.
         """
         final = []
         for result in results:
@@ -189,10 +188,10 @@ class Queue:
             self._source.tell(*final)
 
     def _hopeless(self, width: int) -> list[Result]:
-        """Take out the failures that are not worth another try: all first trials failed alike.
+        """Return the failures that are not worth a retry, because all first trials failed alike.
 
-        A trainer that cannot work is found out after a few trials, trained once each; the source
-        decides what their failures mean.
+        So a trainer that cannot work is recognised after a few trials, trained once each. The
+        source decides on the consequences.
         """
         failed = self._alike.get(width, {})
         asked = sum(trial.width == width for trial in self._source.ask())
@@ -206,18 +205,18 @@ class Queue:
 
     @property
     def is_due(self) -> bool:
-        """Whether the source can be asked already."""
+        """True once the source can be asked."""
         return self._is_begun or self._source.is_due
 
     def _begin(self) -> TrialSource:
-        """The source, which is due."""
+        """Return the source, which must be due; begin it if needed."""
         if not self._is_begun:
             self._source, self._is_begun = self._source.begun(), True
         return self._source
 
     @property
     def has_work(self) -> bool:
-        """Whether a free worker would get something to do."""
+        """True if a free worker would get an order."""
         return any(
             self._is_alone(trial)
             or self._packs.is_formed(trial)
@@ -227,13 +226,13 @@ class Queue:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is in flight and the source asks for nothing more."""
+        """True if nothing is in flight and the source asks for nothing more."""
         is_busy = self._in_flight or self._looked_at or not self.is_due
         return not is_busy and not any(map(self._is_ours, self._begin().ask()))
 
 
 def _kind(reason: str) -> str:
-    """The beginning of a failure's reason, numbers aside: others of its kind have the same.
+    """Return the beginning of a failure's reason without numbers, equal for failures of one kind.
 
     >>> _kind("KeyError: 'lr=0.01'"), _kind("exit code 1\\nstep 3")
     ("KeyError: 'lr=#'", 'exit code #')
@@ -242,19 +241,19 @@ def _kind(reason: str) -> str:
 
 
 class Hung(BaseException):
-    """A trial that has not ended in time; no `Exception`, or a trainer's own handlers eat it."""
+    """A trial has not ended in time. Not an `Exception`, so that no trainer catches it."""
 
 
 def failure(trial: Trial, error: BaseException, *, seconds: float) -> Result:
-    """A crash as a failed result with its reason.
+    """Turn a crash into a failed result with its reason.
 
     Args:
         trial: the trial.
-        error: what it has raised; called where that is caught, for its traceback.
-        seconds: how long it took.
+        error: its exception; call this inside the handler, for the traceback.
+        seconds: the trial's duration.
 
     Raises:
-        LostError: this process can no longer use its device: whatever it trains next would fail.
+        LostError: this process can no longer use its device; every further trial would fail.
     """
     check_device(error)
     tail = traceback.format_exc().strip().splitlines()[-LOG_TAIL_LINES:]
@@ -263,18 +262,18 @@ def failure(trial: Trial, error: BaseException, *, seconds: float) -> Result:
 
 
 def named_worker(result: Result) -> Result:
-    """A result that says which process it comes from."""
+    """Add the name of this process to a result."""
     return replace(result, worker=this_worker())
 
 
 def this_worker() -> str:
-    """The name of this process, ``host:pid``."""
+    """Return the name of this process, ``host:pid``."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `Hung` in the code inside after so many seconds; 0: never."""
+    """Raise `Hung` in the code inside after some seconds; 0: never."""
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -292,14 +291,14 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def checked(result: object, trials: Sequence[Trial]) -> Result:
-    """A trainer's result as plain data; the types of what others return are not to be trusted.
+    """Check a trainer's result and convert it to plain data, because its types may be wrong.
 
     Args:
-        result: what it returned.
-        trials: those that a result is expected of.
+        result: the trainer's return value.
+        trials: the trials of which a result is expected.
 
     Raises:
-        TrialError: it is no result, another trial's, or holds what cannot be stored.
+        TrialError: it is not a result, is of another trial, or has values that cannot be stored.
     """
     if not isinstance(result, Result):
         raise TrialError(f"the trainer returned {type(result).__name__}, must be a Result")
@@ -323,7 +322,7 @@ def checked(result: object, trials: Sequence[Trial]) -> Result:
 
 
 def message(error: BaseException) -> str:
-    """What an exception says on one line, even one that cannot be printed."""
+    """Return an exception's type and message on one line, even if it cannot be printed."""
     try:
         text = " ".join(str(error).split())
     except Exception:
@@ -332,7 +331,7 @@ def message(error: BaseException) -> str:
 
 
 def clean(lines: list[str]) -> str:
-    """Lines that any file and database takes: no surrogates, no zeros, none very long."""
+    """Join lines to a text for any file and database: no surrogates, no NUL, no very long line."""
     texts = (line.encode(errors="backslashreplace").decode().replace("\0", "\\0") for line in lines)
     return "\n".join(
         text if len(text) <= LINE_LENGTH else f"{text[:LINE_LENGTH]} …" for text in texts

@@ -1,7 +1,7 @@
-"""What every format says alike: the head, what is not expressed, and how far a setting is off.
+"""The parts common to all formats: the head, settings without an equivalent, and deviations.
 
-A format chooses its numbers and then says what its trainer makes of them, group by group. That is
-compared here with what the groups ask for: one place decides what is exact.
+A format chooses its numbers and then states their effect in its trainer, group by group. Here the
+effect is compared with the groups' settings, so that one place decides what counts as exact.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Handover:
     optimizer: OptimizerConfig
     base_width: int
     approximate: bool = False
-    """Whether settings may be written that are the closest ones only."""
+    """True if settings may be written that are only the closest ones."""
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -224,7 +224,7 @@ def comment(lines: Iterable[str], prefix: str = "# ") -> str:
 
 
 def start_by_hand(handover: Handover) -> str:
-    """How the parameters start, for a trainer that has its own start."""
+    """Describe the parameters' initialisation, for a trainer that has its own."""
     starts = {}
     for group in handover.groups:
         if Role(group["role"]).is_vector:

@@ -89,7 +89,7 @@ def _yaml(value: Any) -> str:
 
 
 def _traps(handover: Handover) -> list[str]:
-    """What MaxText does otherwise, if Muon trains."""
+    """List MaxText's deviations, if Muon trains."""
     if not handover.muon:
         return []
     lines = [

@@ -40,7 +40,7 @@ NEVER_DECAYS = ("vector", "finite")
 
 @dataclass(frozen=True)
 class Numbers:
-    """What Megatron is told; see `numbers`."""
+    """The numbers passed to Megatron; see `numbers`."""
 
     lr: float
     tables_lr: float | None
@@ -49,7 +49,7 @@ class Numbers:
     extra_scale: float
     """Factor of √max(out,in) in Muon's step."""
     hidden_lr: float
-    """What muP makes of `lr` for hidden matrices that AdamW trains."""
+    """Learning rate to which muP scales `lr`, for hidden matrices that AdamW trains."""
     use_mup: bool
 
 

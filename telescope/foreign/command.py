@@ -1,7 +1,7 @@
-"""Trains by another program, started once per trial.
+"""Train with another program, started once per trial.
 
-The trainer is plain data, so it is pickled to workers, and works alike inline and on Ray. It knows
-nothing of how a program trains: it is told a trial and says what came of it.
+The trainer is plain data, so it can be pickled to workers, and works alike inline and on Ray. It
+knows nothing about the program's training; it passes a trial and reads the result.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ class CommandTrainer:
     folder: str
     """Working directory."""
     logs: str
-    """Where each trial leaves what it printed, ``.out`` and ``.err``; a retry writes them anew."""
+    """Folder for each trial's output, ``.out`` and ``.err``; a retry overwrites them."""
     place: Place
     environment: Mapping[str, str] = field(default_factory=dict)
     result: str | None = None
-    """The file in which the result comes back, relative to `folder`; None: stdout."""
+    """The file with the result, relative to `folder`; None: stdout."""
     timeout: float = 0.0
     threads: Mapping[int, int] = field(default_factory=dict)
-    """Width → threads that numerical libraries are told to use; not said where it is not given."""
+    """Width → threads that numerical libraries are told to use; without an entry, they decide."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """File → digest of its code when the sweep began; with another one a trial fails."""
+    """File → digest of its code when the sweep began; a trial fails if it has changed."""
 
     def __call__(self, trial: Trial) -> Result:
-        """Run it to its end; whatever it does is a result, its own failures included."""
+        """Run the command to its end; every outcome is a result, failures included."""
         values = self.place.values(trial)
         texts = (*self.command, *self.environment.values(), self.result or "")
         if any("trial_folder" in names_in(text) for text in texts):
@@ -68,7 +68,7 @@ class CommandTrainer:
             with out.open("wb") as stdout, err.open("wb") as stderr:
                 check_unchanged(self.sources)
                 code = self._run(trial, values, stdout, stderr)
-            check_unchanged(self.sources)  # which of the two texts was read is not known
+            check_unchanged(self.sources)  # if it changed meanwhile, either text may have been read
             seconds = time.perf_counter() - start
             if problem := _problem(code):
                 raise TrialError(problem)
@@ -85,21 +85,21 @@ class CommandTrainer:
                 )
         except TrialError as error:
             said_last = tail(err) or tail(out)
-            if isinstance(error, NoResult):  # what is missing is on stdout, and why on either
+            if isinstance(error, NoResult):  # the result should be on stdout, the reason on either
                 said_last = [*tail(out), *tail(err)]
             reason = clean([str(error), *said_last])
             seconds = time.perf_counter() - start
             return Result(trial, Status.FAILED, reason=reason, seconds=seconds)
 
     def _logs(self, trial: Trial) -> tuple[Path, Path]:
-        """The files of a trial's stdout and stderr; apart, so that a result's line stays whole."""
+        """Return two files for stdout and stderr, so that a result's line stays whole."""
         Path(self.logs).mkdir(parents=True, exist_ok=True)
         return Path(self.logs, f"{trial}.out"), Path(self.logs, f"{trial}.err")
 
     def _run(
         self, trial: Trial, values: Mapping[str, object], stdout: IO[bytes], stderr: IO[bytes]
     ) -> int:
-        """Run the command; returns its exit code, negative for a signal.
+        """Run the command; return its exit code, negative for a signal.
 
         Raises:
             TrialError: it cannot be started, or has not ended in time.
@@ -111,7 +111,7 @@ class CommandTrainer:
         mark = secrets.token_hex(8)
         with ExitStack() as stack:
             started: list[subprocess.Popen[bytes]] = []
-            # Pushed first, so done last: what the guard has ended is waited for.
+            # Pushed first, so done last: it waits for processes that the guard has ended.
             stack.callback(lambda: [process.wait() for process in started])
             group = stack.enter_context(_guarded(f"{MARK}={mark}"))
             try:
@@ -136,7 +136,7 @@ class CommandTrainer:
 
 @contextmanager
 def _guarded(mark: str) -> Iterator[int]:
-    """A process group that is gone when the code inside is left, or when this process dies."""
+    """Yield a process group that is ended with this context, or when this process dies."""
     keeper = subprocess.Popen(
         [sys.executable, "-I", "-S", guard.__file__, mark, str(GRACE)],
         stdin=subprocess.PIPE,
@@ -155,7 +155,7 @@ def _guarded(mark: str) -> Iterator[int]:
 
 
 def _problem(code: int) -> str | None:
-    """What an exit code says against a run."""
+    """Describe the failure that an exit code means; None for success."""
     if code == 0:
         return None
     if code < 0:

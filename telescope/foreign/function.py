@@ -1,6 +1,6 @@
-"""Trains by a user's Python function, called once per trial.
+"""Train with a user's Python function, called once per trial.
 
-The trainer is plain data, so it is pickled to workers, and works alike inline and on Ray.
+The trainer is plain data, so it can be pickled to workers, and works alike inline and on Ray.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from telescope.records import Result, Trial
 class FunctionTrainer:
     """Calls a user's function with keywords: width, seed, and every axis by name.
 
-    It also gets ``base_width``, ``steps`` and ``trial_folder`` where its signature names them. It
-    returns a float loss, or a mapping as a command's JSON line, in which ``curve`` may be a list of
-    such lines.
+    It also gets ``base_width``, ``steps`` and ``trial_folder`` if its signature names them. It
+    returns a float loss, or a mapping like a command's JSON line, in which ``curve`` may be a list
+    of such lines.
     """
 
     function: str
     directories: tuple[str, ...]
-    """Where it is imported from, the first first."""
+    """Directories from which it is imported, in the order of the search."""
     place: Place
     sources: Mapping[str, str] = field(default_factory=dict)
     """File → digest of its code when the sweep began."""
 
     def __call__(self, trial: Trial) -> Result:
-        """Call it once.
+        """Call the function once.
 
         Raises:
             SpecError: it cannot be imported here.
-            TrialError: it returned what is no result, or its file has changed.
-            Exception: whatever it raises.
+            TrialError: its return value is not a result, or its file has changed.
+            Exception: any exception of the function.
         """
         start = time.perf_counter()
         check_unchanged(self.sources)
@@ -54,7 +54,7 @@ class FunctionTrainer:
         with seen_from(self.directories):
             returned = function(**{name: values[name] for name in values if name in names})
         if isinstance(returned, Result):
-            return returned  # which the queue checks, as it does every trainer's
+            return returned  # the queue checks it, as every trainer's result
         if returned is None:
             raise TrialError("the function returned nothing: it has loss None, must be a number")
         said = returned if isinstance(returned, Mapping) else {"loss": returned}
@@ -65,7 +65,7 @@ class FunctionTrainer:
 
 
 def _curve(rows: object) -> CurveRows:
-    """The rows that a function returned; what is no row is left out."""
+    """Return the curve's rows that a function returned, without anything else."""
     curve = CurveRows()
     if isinstance(rows, Iterable):
         for row in rows:
@@ -77,7 +77,7 @@ def _curve(rows: object) -> CurveRows:
 
 
 def accepted(function: Callable[..., Any], always: set[str], offered: set[str]) -> set[str]:
-    """The keywords that a function is called with: those always, and those offered that it names.
+    """Return a function's keywords: those of `always`, and those of `offered` that it names.
 
     >>> def train(width, lr, base_width, **others): ...
     >>> sorted(accepted(train, {"width", "lr", "seed"}, {"base_width", "steps"}))
@@ -85,7 +85,7 @@ def accepted(function: Callable[..., Any], always: set[str], offered: set[str]) 
     """
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # written in C: it says nothing
+    except (TypeError, ValueError):  # a function in C has no signature
         return always
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return always | (offered & {parameter.name for parameter in parameters})
@@ -95,10 +95,10 @@ def accepted(function: Callable[..., Any], always: set[str], offered: set[str]) 
 def check_signature(
     name: str, function: Callable[..., Any], required: set[str], offered: set[str]
 ) -> None:
-    """Check that a function takes what a sweep varies, and needs nothing that nobody gives.
+    """Check that a function takes the sweep's axes, and needs no other parameters than those given.
 
     Raises:
-        SpecError: naming the parameter.
+        SpecError: it does not; the message names the parameter.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())

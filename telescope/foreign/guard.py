@@ -19,11 +19,11 @@ import time
 from contextlib import suppress
 
 HAS_PROC = os.path.isdir("/proc/self")
-"""Whether processes can be looked at one by one, as on Linux."""
+"""True if processes can be listed one by one, as on Linux."""
 LOOK_SECONDS = 0.02
-"""Pause between two looks at what is left."""
+"""Pause between two looks at the remaining processes."""
 KILLED_SECONDS = 5.0
-"""How long killed processes may take to be gone."""
+"""Time limit for killed processes to disappear."""
 
 
 def guard(mark: str, grace: float) -> None:
@@ -48,7 +48,7 @@ def guard(mark: str, grace: float) -> None:
 
 
 def _send(number: signal.Signals, group: int, mark: str) -> list[int]:
-    """Send a signal to all that is left; returns who that is."""
+    """Send a signal to all remaining processes; return them."""
     left = _left(group, mark)
     for process in left:
         with suppress(OSError):
@@ -57,7 +57,7 @@ def _send(number: signal.Signals, group: int, mark: str) -> list[int]:
 
 
 def _left(group: int, mark: str) -> list[int]:
-    """The processes of the group, or with the mark, that have not ended; this one aside."""
+    """Return the live processes of the group or with the mark, without this one."""
     if not HAS_PROC:
         return _group_alone(group)
     found = []
@@ -81,7 +81,7 @@ def _is_alive_and_ours(process: int, group: int, mark: str) -> bool:
 
 
 def _group_alone(group: int) -> list[int]:
-    """Where there is no /proc: the group as a whole, named by its negative number."""
+    """Return the group as a whole, by its negative number, where there is no /proc."""
     try:
         os.killpg(group, 0)
     except OSError:

@@ -1,9 +1,9 @@
-"""Imports a user's function from the user's directory, whatever else has modules of those names.
+"""Import a user's function from the user's directory, even if other modules have the same names.
 
-A training repository has packages called `models`, `data` or `utils`, and so may another one that
-the same process has used, or the folder from which this program runs. So the user's directories
-come first on the path while the function is imported and while it runs, and modules that hide one
-of theirs are put aside for that time.
+A training repository has packages called `models`, `data` or `utils`. So may another repository
+that the process has used, or the folder from which this program runs. Therefore the user's
+directories come first on the path while the function is imported and while it runs, and modules
+that hide one of theirs are put aside for that time.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 from telescope.errors import SpecError
 
 _MODULES: dict[tuple[str, ...], dict[str, ModuleType]] = {}
-"""Directories → the modules that were imported from them, kept while they are out of sight."""
+"""Directories → the modules imported from them, kept while they are not in `sys.modules`."""
 
 
 def forget(directories: tuple[str, ...]) -> None:
-    """Import anew what these directories have: their files may have changed since."""
+    """Forget the modules of these directories, because their files may have changed."""
     _MODULES.pop(directories, None)
 
 
@@ -31,7 +31,7 @@ def load_function(name: str, directories: tuple[str, ...]) -> Callable[..., Any]
     """Import ``package.module:function``, looked for in the directories first.
 
     Raises:
-        SpecError: no such module or function, or the module fails as it is imported.
+        SpecError: there is no such module or function, or importing the module fails.
     """
     module_name, _, function_name = name.partition(":")
     where = " and ".join(dict.fromkeys(directories))
@@ -71,7 +71,7 @@ def _import_error(name: str, error: Exception) -> SpecError:
 
 
 def module_file(name: str, directories: tuple[str, ...]) -> Path | None:
-    """The file of ``package.module:function`` in the directories, found without importing it."""
+    """Find the file of ``package.module:function`` in the directories without importing it."""
     parts = name.partition(":")[0].split(".")
     for directory in directories:
         stem = Path(directory, *parts)
@@ -83,7 +83,7 @@ def module_file(name: str, directories: tuple[str, ...]) -> Path | None:
 
 @contextmanager
 def seen_from(directories: tuple[str, ...]) -> Iterator[None]:
-    """Let the code inside import as a script in the first directory would."""
+    """Let the code inside import modules as a script in the first directory would."""
     names = _importable(directories)
     aside = {
         name: module
@@ -115,7 +115,7 @@ def seen_from(directories: tuple[str, ...]) -> Iterator[None]:
 
 
 def _importable(directories: tuple[str, ...]) -> set[str]:
-    """The names that modules and packages of the directories have, this program's aside."""
+    """Return the names of modules and packages in the directories, except this program's."""
     found = set()
     for directory in directories:
         for path in Path(directory).iterdir() if Path(directory).is_dir() else ():
@@ -126,7 +126,7 @@ def _importable(directories: tuple[str, ...]) -> set[str]:
 
 
 def _is_from(module: ModuleType, top: str, directories: tuple[str, ...]) -> bool:
-    """Whether a module lies in one of the directories, there under its first name."""
+    """Tell whether a module lies in one of the directories, under its top-level name."""
     file = getattr(module, "__file__", None)
     places = [Path(place) for place in ([file] if file else getattr(module, "__path__", ()))]
     return any(
@@ -137,9 +137,9 @@ def _is_from(module: ModuleType, top: str, directories: tuple[str, ...]) -> bool
 
 
 def _would_hide(module: ModuleType, top: str, directories: tuple[str, ...]) -> bool:
-    """Whether a script in the directories would not see this module, but theirs of that name.
+    """Tell whether a script in the directories would import their module instead of this one.
 
-    A mere folder, called torch say, hides no installed package from a script.
+    A plain folder, for example called torch, does not hide an installed package.
     """
     is_folder = getattr(module, "__file__", None) is None
     return is_folder or any(

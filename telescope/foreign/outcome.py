@@ -1,11 +1,11 @@
-"""What a foreign trainer says of a trial, as JSON or as a mapping, turned into a result.
+"""Conversion of a foreign trainer's report on a trial, JSON or a mapping, into a result.
 
     {"loss": 2.31}                          complete; NaN, Infinity and null are a divergence
     {"status": "diverged"}                  or "failed", with an optional "reason"
     {"step": 100, "train_loss": 2.9}        one row of the curve, on a line of its own
 
-A result may say "step", "tokens" and "flops" too; what of these makes no sense is left out with a
-note, and costs no result. Another "status" is somebody's log, and no result.
+A result may also have "step", "tokens" and "flops"; an invalid one of these is left out with a
+note, and the result counts. A line with another "status" is a log line, not a result.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from telescope.records import CurvePoint, Result, Status, Trial
 EXPECTED = '{"loss": 2.31}, or {"status": "diverged"}'
 LOSS_KEYS = ("train_loss", "loss")
 HELD_OUT_KEYS = ("held_out_loss", "val_loss", "eval_loss")
-"""What a row of a curve may call its losses; the first that is there counts."""
+"""Names of the losses in a row of a curve; the first one present counts."""
 TAIL_BYTES = 16_384
-"""How much of the end of a log is read: for a failure's reason, or while a trial runs."""
+"""Bytes read at the end of a log, for a failure's reason or a running trial's progress."""
 MOST_ROWS = 2000
-"""Rows of a curve that are kept; of more, every second is dropped, again and again."""
+"""Most rows kept of a curve; beyond, every second row is dropped, repeatedly."""
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What is known beforehand of what trials cost."""
+    """The costs of trials that are known in advance."""
 
     flops: Mapping[int, float] = field(default_factory=dict)
-    """Width → FLOPs of a run; empty where they are not known."""
+    """Width → FLOPs of a run; empty if unknown."""
     parameters: Mapping[int, float] = field(default_factory=dict)
-    """Width → parameters; with the tokens that a trial reports they give its FLOPs."""
+    """Width → parameters, which give a trial's FLOPs together with the tokens that it reports."""
 
     def of(self, width: int, said: Mapping[str, Any]) -> float:
-        """FLOPs of a trial: those that it reports, else 6 · parameters · tokens, else the plan's.
+        """Return a trial's FLOPs: as reported, else 6 · parameters · tokens, else the plan's.
 
-        Source: 6 per parameter and token is the usual count, arXiv 2001.08361; no attention.
+        Source: 6 per parameter and token is the usual count, without attention: arXiv 2001.08361.
         """
         if (flops := _amount(said, "flops")) is not None:
             return flops
@@ -78,7 +78,7 @@ class CurveRows:
 
 
 def curve_point(said: Mapping[str, Any]) -> CurvePoint | None:
-    """One row of a curve; None where a line has no step, or no loss.
+    """Return one row of a curve; None if a line has no step or no loss.
 
     >>> curve_point({"step": 10, "loss": 2.5, "val_loss": 2.6, "lr": 0.1})
     CurvePoint(step=10, train_loss=2.5, held_out_loss=2.6)
@@ -91,7 +91,7 @@ def curve_point(said: Mapping[str, Any]) -> CurvePoint | None:
 
 
 def latest_row(path: Path) -> CurvePoint | None:
-    """The last row of a curve in what a running trial has printed; None where there is none yet."""
+    """Return the last row of a curve in a running trial's output; None if there is none yet."""
     for line in reversed(re.split(rb"[\r\n]+", log_end(path))):
         said = parse_line(line)
         if said and (row := curve_point(said)):
@@ -100,7 +100,7 @@ def latest_row(path: Path) -> CurvePoint | None:
 
 
 def log_end(path: Path) -> bytes:
-    """The last kilobytes of a log; nothing where there is none."""
+    """Return the last kilobytes of a log; nothing if there is no log."""
     with suppress(OSError), path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         return file.read()
@@ -108,19 +108,19 @@ def log_end(path: Path) -> bytes:
 
 
 def _first(said: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
-    """The first finite number under one of these keys."""
+    """Return the first finite number under one of these keys."""
     values = (as_number(said.get(key)) for key in keys)
     return next((value for value in values if value is not None and math.isfinite(value)), None)
 
 
 def _step(said: Mapping[str, Any]) -> int | None:
-    """The step that is said; None where there is none, or what is no whole number."""
+    """Return the reported step; None if it is missing or not an integer."""
     step = said.get("step")
     return int(step) if isinstance(step, Integral) and not isinstance(step, bool) else None
 
 
 def parse_line(line: bytes | str) -> dict[str, Any] | None:
-    """The last JSON object of a line; None where it has none.
+    """Return the last JSON object of a line; None without one.
 
     >>> parse_line('{"loss": NaN}'), parse_line("epoch 3"), parse_line("[1]")
     ({'loss': nan}, None, None)
@@ -130,7 +130,7 @@ def parse_line(line: bytes | str) -> dict[str, Any] | None:
 
 
 def is_verdict(said: Mapping[str, Any]) -> bool:
-    """Whether a line says how the trial ended: with a loss, or with a status that is an end.
+    """Tell whether a line states the trial's end: it has a loss, or a status that is an end.
 
     >>> is_verdict({"loss": 2.3}), is_verdict({"event": "upload", "status": "ok"})
     (True, False)
@@ -139,7 +139,7 @@ def is_verdict(said: Mapping[str, Any]) -> bool:
 
 
 def _ended_as(said: Mapping[str, Any]) -> Status | None:
-    """The status other than complete that is said; None for any other word."""
+    """Return the reported status if it is diverged or failed, else None."""
     status = said.get("status")
     if isinstance(status, str) and status in (Status.DIVERGED, Status.FAILED):
         return Status(status)
@@ -147,7 +147,7 @@ def _ended_as(said: Mapping[str, Any]) -> Status | None:
 
 
 def on_stderr(note: str) -> None:
-    """Where a note goes if nothing else is said: into what the process prints."""
+    """Print a note on stderr, the default place for notes."""
     print(note, file=sys.stderr)
 
 
@@ -161,20 +161,20 @@ def as_result(
     steps: int | None = None,
     note: Callable[[str], None] = on_stderr,
 ) -> Result:
-    """The result that a trainer's last word means.
+    """Turn a trainer's final report into a result.
 
     Args:
         trial: the trial.
-        said: its last JSON object with a verdict, or what a function returned.
-        prices: what is known of its cost.
-        seconds: how long it took.
-        curve: what it reported on the way.
-        steps: how many steps it was to make; None where that is not known.
-        note: takes a line about each field that is left out.
+        said: its last JSON object with a verdict, or a function's return value.
+        prices: the known costs of trials.
+        seconds: the trial's duration.
+        curve: the rows that it reported on the way.
+        steps: the planned number of steps; None if unknown.
+        note: called with a line about each field that is left out.
 
     Raises:
-        TrialError: neither a loss nor a divergence, a loss that is no number, or one of a trial
-            that ended before its last step.
+        TrialError: there is neither a loss nor a divergence, the loss is not a number, or the trial
+            ended before its last step.
     """
     for problem in _faults(said):
         note(f"telescope: {trial}: left out of the result: {problem}")
@@ -207,7 +207,7 @@ def as_result(
 
 
 def _judged(said: Mapping[str, Any]) -> tuple[Status, float | None, str]:
-    """Status, loss and reason of a result that has a loss; see `judged`."""
+    """Return status, loss and reason of a report that has a loss; see `judged`."""
     try:
         return judged(said.get("loss"))
     except ValueError as error:
@@ -215,9 +215,9 @@ def _judged(said: Mapping[str, Any]) -> tuple[Status, float | None, str]:
 
 
 def _check_length(said: Mapping[str, Any], steps: int | None) -> None:
-    """Check that a loss is the last step's: one from the middle of a training is not comparable."""
+    """Check that a loss is from the last step, because an earlier one is not comparable."""
     step = _step(said)
-    if steps is not None and step is not None and step < steps - 1:  # who counts from 0 ends there
+    if steps is not None and step is not None and step < steps - 1:  # from 0, the last is steps - 1
         raise TrialError(
             f"ended at step {step} of {steps} (trainer.steps): the loss {shown(dict(said))} is not "
             "the final one; call the losses on the way train_loss"
@@ -230,7 +230,7 @@ def _is_complete(said: Mapping[str, Any]) -> bool:
 
 
 def _faults(said: Mapping[str, Any]) -> list[str]:
-    """What of a result is left out because it makes no sense, beside what does."""
+    """Describe the invalid fields of a report, which are left out of the result."""
     faults = [
         f"{key} {said[key]!r}, must be a number >= 0 and finite"
         for key in ("flops", "tokens")
@@ -247,6 +247,6 @@ def _faults(said: Mapping[str, Any]) -> list[str]:
 
 
 def _amount(said: Mapping[str, Any], key: str) -> float | None:
-    """A number that counts something; None where there is none, or what is none."""
+    """Return a finite number >= 0 under a key; None if it is missing or invalid."""
     value = as_number(said.get(key))
     return value if value is not None and math.isfinite(value) and value >= 0 else None

@@ -1,8 +1,7 @@
-"""Reads what a trial has printed, or written to its result file: its last word on how it ended.
+"""Read a trial's final result from its output or its result file.
 
-However large a log is, no more than a line of a megabyte is kept in memory. The result is the last
-line that speaks of a loss; where that one cannot be read there is no result, and never an earlier
-one.
+At most a line of a megabyte is kept in memory. The result is the last line
+about a loss. If that line cannot be read, there is no result; an earlier line never replaces it.
 """
 
 from __future__ import annotations
@@ -31,33 +30,33 @@ from telescope.foreign.printed import (
 )
 
 LONGEST_LINE = 1 << 20
-"""Bytes of a line that is looked at; a longer one is no result."""
+"""Most bytes of a line that is read; a longer one is not a result."""
 CHUNK = 1 << 18
-"""Bytes that are read at once."""
+"""Bytes read at once."""
 
 
 class NoResult(TrialError):
-    """A trial has ended well and said nothing that can be read as its result."""
+    """A trial has ended without an error, but its output has no readable result."""
 
 
 class _Piece(NamedTuple):
     """A line of a log."""
 
     text: bytes
-    """The line; of one that is too long, its beginning."""
+    """The line, or the beginning of a line that is too long."""
     size: int
     is_cut: bool = False
-    """The log ends in it, without an end of line."""
+    """True if the log ends in this line, without an end of line."""
     speaks: bool = False
-    """It says something of a loss; asked only of one that is too long."""
+    """True if it is about a loss; used only for lines that are too long."""
 
 
 def read_output(out: Path, file: Path | None) -> tuple[dict[str, Any], CurveRows]:
-    """A trial's last verdict, and its curve from the lines before.
+    """Return a trial's last verdict, and its curve from the lines before.
 
     Args:
-        out: what it printed.
-        file: the file in which the verdict stands; None: it is printed.
+        out: the trial's output.
+        file: the file with the verdict; None if it is printed.
 
     Raises:
         NoResult: there is no verdict, or the last one cannot be read.
@@ -73,13 +72,13 @@ def read_output(out: Path, file: Path | None) -> tuple[dict[str, Any], CurveRows
 
 
 class _LastWord:
-    """The end of a trial as its lines tell it: the last one that says anything of it counts."""
+    """The outcome of a trial by its output: the last line about its end counts."""
 
     def __init__(self, where: str, pieces: Iterable[_Piece]) -> None:
-        """Read them all."""
+        """Read all lines."""
         self.curve = CurveRows()
         self.verdict: dict[str, Any] | None = None
-        self.problem = ""  # why a line after the verdict cannot be read
+        self.problem = ""  # the reason that a line after the verdict cannot be read
         self._other: dict[str, Any] | None = None
         self._where = where
         for piece in pieces:
@@ -110,10 +109,10 @@ class _LastWord:
         self.problem = f"the last line of {self._where} on a loss cannot be read: {why}: {shown}"
 
     def taken(self, more: str = "") -> dict[str, Any]:
-        """The verdict.
+        """Return the verdict.
 
         Raises:
-            NoResult: there is none; with `more` after what was expected.
+            NoResult: there is none; `more` ends the message.
         """
         if self.problem:
             raise NoResult(f"no result: {self.problem}")
@@ -127,14 +126,14 @@ class _LastWord:
 
 
 def _holds_loss(said: object) -> bool:
-    """Tell whether a loss stands somewhere inside."""
+    """Tell whether there is a key "loss" at any depth."""
     if isinstance(said, dict):
         return "loss" in said or any(map(_holds_loss, said.values()))
     return isinstance(said, list) and any(map(_holds_loss, said))
 
 
 def _read_file(file: Path) -> _LastWord:
-    """The last word of a result file, which is one JSON object or has one per line."""
+    """Read a result file, which is one JSON object or has one per line."""
     try:
         text = file.read_bytes()
     except OSError as error:
@@ -146,7 +145,7 @@ def _read_file(file: Path) -> _LastWord:
 
 
 def _pieces(path: Path) -> Iterator[_Piece]:
-    """The lines of a file, however large; a state that is printed over is a line of its own."""
+    """Yield the lines of a file of any size; text before a carriage return counts as a line."""
     with path.open("rb") as file:
         line = _Open()
         while chunk := file.read(CHUNK):
@@ -160,17 +159,17 @@ def _pieces(path: Path) -> Iterator[_Piece]:
 
 
 class _Open:
-    """A line that is being read; of one that is too long, no more is kept than is needed."""
+    """A line that is being read; of a line that is too long, only the necessary part is kept."""
 
     def __init__(self) -> None:
-        """Nothing of it has been read."""
+        """Begin an empty line."""
         self._parts: list[bytes] = []
         self._size = 0
         self._end = b""
         self._speaks = False
 
     def add(self, part: bytes) -> None:
-        """Take what follows of it."""
+        """Add the next part of the line."""
         self._size += len(part)
         self._speaks = self._speaks or SPEAKS_BYTES.search(self._end + part) is not None
         self._end = (self._end + part)[-LONGEST_WORD:]
@@ -180,14 +179,14 @@ class _Open:
             del self._parts[1:]
 
     def ended(self, *, is_cut: bool = False) -> Iterator[_Piece]:
-        """The line, if it may say anything."""
+        """Yield the line if it may be relevant."""
         text = b"".join(self._parts)
         if self._speaks or b"{" in text or b"\0" in text:
             yield _Piece(text, self._size, is_cut, self._speaks)
 
 
 def tail(path: Path) -> list[str]:
-    """The last lines of a log as a terminal shows them: of what is printed over, the last state."""
+    """Return the last lines of a log as a terminal shows them, after carriage returns."""
     lines = log_end(path).decode(errors="backslashreplace").split("\n")
     last = (without_control(line).rstrip().rpartition("\r")[2] for line in lines)
     return [line for line in last if line.strip()][-LOG_TAIL_LINES:]

@@ -1,4 +1,4 @@
-"""What a trial of another trainer is told."""
+"""The values that a trial of a foreign trainer gets."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from telescope.records import Trial
 
 @dataclass(frozen=True)
 class Place:
-    """What a trial is told besides its own content, and where it may write."""
+    """The values and folders that a trial gets besides its own content."""
 
     base_width: int
     trial_folders: str
-    """Where each trial has a folder of its own, made when it is asked for."""
+    """Folder with one folder per trial, which is created if the trial asks for it."""
     steps: int | None = None
     prices: Prices = field(default_factory=Prices)
 
     def values(self, trial: Trial) -> dict[str, object]:
-        """Name → value of all that can be said of a trial."""
+        """Return name → value of everything that a trainer can be told about a trial."""
         steps = {} if self.steps is None else {"steps": self.steps}
         return {
             "width": trial.width,

@@ -1,10 +1,10 @@
-"""Finds JSON objects in a line as programs and launchers print it.
+"""Find JSON objects in a line as programs and launchers print it.
 
     [rank0]: 100%|████| 10/10 {"step": 100, "loss": nan},
 
-Before and after an object may stand what a launcher, a logger or a progress bar puts there. A line
-that speaks of a loss, or of another end, and cannot be read whole is a *problem*: what it would
-have said is not known, and nothing said before it may be taken in its place.
+A launcher, a logger or a progress bar may add text before and after an object. A line about a loss
+or another end of the trial that cannot be read whole is a *problem*: its content is unknown, and no
+earlier line may replace it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from telescope.losses import INFINITE, NOT_A_NUMBER, NULL
 
 LONGEST_SHOWN = 200
-"""Characters of a line that a message shows."""
+"""Most characters of a line in a message."""
 _CONTROL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, and movements of the cursor
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # titles and links
@@ -29,9 +29,9 @@ _FIRST_KEY = re.compile(r"""\{\s*["']([^"']*)""")
 _ENDS = r"""["']loss\\*["']\s*:|["']status\\*["']\s*:\s*\\*["'](?:diverged|failed)"""
 _SPEAKS = re.compile(_ENDS)
 SPEAKS_BYTES = re.compile(_ENDS.encode())
-"""A line that says how a trial ended, or would."""
+"""A line about the end of a trial."""
 LONGEST_WORD = 64
-"""Most bytes that `SPEAKS_BYTES` finds, blanks aside."""
+"""Most bytes that `SPEAKS_BYTES` matches, not counting blanks."""
 _CUT = re.compile(r"""["'](?:l|lo|los|loss|loss["']\s*)$""")
 """A key that was cut off, and may have been loss."""
 _INSIDE_BEFORE = re.compile(r"""(?:["']\s*:|[\[{"'])\s*$""")
@@ -52,9 +52,9 @@ class Line(NamedTuple):
     objects: list[dict[str, Any]]
     """Its JSON objects, in order."""
     problem: str = ""
-    """The reason for which a word on a loss after these cannot be read; "" where none follows."""
+    """The reason that text about a loss after these cannot be read; "" if there is none."""
     first_key: str | None = None
-    """The first key of an object that cannot be read, which says nothing of a loss."""
+    """The first key of an unreadable object that is not about a loss."""
 
 
 def read_line(line: bytes | str, *, is_cut: bool = False) -> Line:
@@ -66,8 +66,8 @@ def read_line(line: bytes | str, *, is_cut: bool = False) -> Line:
     'it is cut off or garbled'
 
     Args:
-        line: without what divides it from the next.
-        is_cut: it is the last one and no end of line follows, so that it may be cut off.
+        line: the line without its end-of-line character.
+        is_cut: it is the last line and has no end of line, so it may be cut off.
     """
     text = line.decode(errors="replace") if isinstance(line, bytes) else line
     text = without_control(text).strip().strip("\0")
@@ -92,7 +92,7 @@ def read_line(line: bytes | str, *, is_cut: bool = False) -> Line:
 
 
 def _objects(text: str) -> tuple[list[dict[str, Any]], list[str], str | None]:
-    """The objects of a text, what stands before, between and after them, and what is broken."""
+    """Split a text into its objects, the text around them, and the broken rest or None."""
     found, outside, end, at = list[dict[str, Any]](), list[str](), 0, 0
     while (start := text.find("{", at)) >= 0:
         at = start + 1
@@ -118,7 +118,7 @@ def _decoded(text: str, start: int) -> tuple[dict[str, Any], int]:
 
 
 def _whole_number(digits: str) -> int | float:
-    """A whole number; one beyond all floats, which Python might refuse to read, as infinity."""
+    """Convert digits to an integer; to infinity if it is too large for a float or for Python."""
     return int(digits) if len(digits) < 400 else float(digits)
 
 
@@ -126,7 +126,7 @@ _DECODER = json.JSONDecoder(strict=False, parse_int=_whole_number)
 
 
 def _as_json(word: re.Match[str]) -> str:
-    """JSON's spelling of a word, as Python writes and reads it."""
+    """Return the spelling of a word that Python's JSON reader accepts."""
     if word["text"]:
         return word["text"]
     if word["nan"]:
@@ -137,12 +137,12 @@ def _as_json(word: re.Match[str]) -> str:
 
 
 def without_control(text: str) -> str:
-    """A text without colours, byte order marks and backspaces."""
+    """Remove colours, byte-order marks and backspaces from a text."""
     return _CONTROL.sub("", text)
 
 
 def shown_line(line: bytes | str) -> str:
-    """A line for a message: without colours, its beginning and its end where it is long."""
+    """Prepare a line for a message: without colours, and only both ends of a long one."""
     text = line.decode(errors="replace") if isinstance(line, bytes) else line
     text = " ".join(without_control(text).replace("\0", "").split())
     half = LONGEST_SHOWN // 2

@@ -1,4 +1,4 @@
-"""Tells a trainer's file from an edited one: by its text, and by the part of it that runs."""
+"""Detect edits of a trainer's file, by its text and by the part of it that runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import NamedTuple
 from telescope.errors import SpecError, TrialError
 
 PACKAGES = b"# /// script"
-"""Begins a comment that names the packages that a script is run with, which can change losses."""
+"""Beginning of a comment that names a script's packages, which can change losses."""
 
 
 class ProgramText(NamedTuple):
     """Digests of a file, 16 hex digits of SHA-256 each."""
 
     text: str
-    """Of its bytes."""
+    """Digest of its bytes."""
     code: str
-    """Of what runs: of a Python file without comments, blank lines and layout; else `text`."""
+    """Digest of a Python file without comments, blank lines and layout; of other files, `text`."""
 
 
 def read_program(path: Path) -> ProgramText:
@@ -39,13 +39,13 @@ def read_program(path: Path) -> ProgramText:
 
 
 def check_unchanged(sources: Mapping[str, str]) -> None:
-    """Check that the trainer is still the one that the sweep began with.
+    """Check that the trainer is unchanged since the sweep began.
 
     Args:
-        sources: file → digest of its code then.
+        sources: file → digest of its code at that time.
 
     Raises:
-        TrialError: it is not; losses of two programs are not one ladder.
+        TrialError: it has changed; losses of two programs do not fit into one ladder.
     """
     for name, before in sources.items():
         try:
@@ -60,9 +60,9 @@ def check_unchanged(sources: Mapping[str, str]) -> None:
 
 
 def _code(data: bytes) -> str | None:
-    """The digest of a Python program's syntax; None where it is none, for this Python.
+    """Return the digest of a Python program's syntax tree; None if this Python cannot parse it.
 
-    With docstrings, for a program may read its own, and with the interpreter that it names.
+    It includes docstrings, which a program may read, and the interpreter that the file names.
     """
     if PACKAGES in data:
         return None

@@ -1,9 +1,9 @@
-"""Attention, linear layers and RMSNorm under `torch.vmap`: a pack's trials fold into a batch.
+"""Attention, linear layers and RMSNorm under `torch.vmap`, with a pack's trials in a batch.
 
-A fused CPU attention has no batching rule, so that vmap calls it trial by trial and warns; a linear
-layer's rule multiplies many small matrices where one per trial does; RMSNorm is taken apart, where
-CUDA has it in one kernel. Here they are told to vmap by a `torch.autograd.Function` with a rule of
-its own, and `Folded` puts them where a model file calls torch's.
+vmap has poor rules for these. Fused CPU attention has none at all, so vmap calls it trial by
+trial and warns; a linear layer becomes many small products instead of one per trial; RMSNorm is
+split up although CUDA has one kernel for it. Here each is a `torch.autograd.Function` with its own
+vmap rule, and `Folded` replaces torch's functions by them when a model file calls them.
 
 Shapes: K trials, B batch, T tokens, I and O features; … is any number of dimensions.
 """
@@ -19,11 +19,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 Options = tuple[float, bool, float | None, bool]
-"""What attention takes besides tensors: dropout_p, is_causal, scale, enable_gqa."""
+"""Arguments of attention besides tensors: dropout_p, is_causal, scale, enable_gqa."""
 
 
 class Folded(TorchFunctionMode):
-    """While active, those functions of torch fold what vmap adds."""
+    """While active, these functions of torch fold the dimension that vmap adds."""
 
     def __torch_function__(
         self,
@@ -32,7 +32,7 @@ class Folded(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call the folding twin of a function that has one."""
+        """Call a function's folding twin if it has one, else the function."""
         twin = _TWINS.get(func, func)
         return twin(*args, **(kwargs or {}))
 
@@ -90,7 +90,7 @@ def _sdpa(
 
 
 class _Recomputed(torch.autograd.Function):
-    """Gradients by calling `forward` again: used only where nothing of a call is per trial."""
+    """Gradients by calling `forward` again, for calls of which no argument is per trial."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -101,7 +101,7 @@ class _Recomputed(torch.autograd.Function):
 
     @classmethod
     def gradients(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of every input; None for what is no floating-point tensor."""
+        """Return the gradient of every input; None for other than floating-point tensors."""
         inputs = list(ctx.inputs)
         for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
             inputs[place] = tensor
@@ -143,10 +143,10 @@ class _Attention(_Recomputed):
         mask: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, int]:
-        """Per trial (…, heads, T, E); the fast kernels want four dimensions, hence (K·…, H, T, E).
+        """Fold (…, heads, T, E) per trial into (K·…, H, T, E), as fast kernels need 4 dimensions.
 
-        Without heads, (…, T, E), the trials stand where a batch does. What has fewer dimensions
-        than the others lacks those that follow the trials.
+        Without heads, (…, T, E), the trials take the place of the batch. A tensor with fewer
+        dimensions than the others lacks those after the trials.
         """
         per_trial = zip((query, key, value), in_dims[:3], strict=True)
         own = [_leading(tensor, dim, info.batch_size) for tensor, dim in per_trial]
@@ -178,12 +178,12 @@ class _Linear(_Recomputed):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, int]:
-        """(K, …, I) by (K, O, I): all of … is one dimension."""
+        """Multiply (K, …, I) by (K, O, I), with … flattened to one dimension."""
         input_dim, weight_dim, bias_dim = in_dims
         x = _leading(input, input_dim, info.batch_size)
         if weight_dim is None and (bias is None or bias_dim is None):
             return functional.linear(x, weight, bias), 0
-        if weight.ndim - (weight_dim is not None) != 2:  # a vector, of which there is one output
+        if weight.ndim - (weight_dim is not None) != 2:  # a vector weight has a single output
             raise NotImplementedError(f"linear with a weight of shape {tuple(weight.shape)}")
         w = _leading(weight, weight_dim, info.batch_size)
         rows = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
@@ -196,7 +196,7 @@ class _Linear(_Recomputed):
 
 
 class _RMSNorm(_Recomputed):
-    """`rms_norm` with the trials as one more dimension before those it is over."""
+    """`rms_norm` with the trials as one more dimension before the normalised ones."""
 
     @staticmethod
     def forward(
@@ -224,23 +224,23 @@ class _RMSNorm(_Recomputed):
         if weight is None or in_dims[2] is None:
             return functional.rms_norm(x, list(shape), weight, eps), 0
         gain = _of_rank(_leading(weight, in_dims[2], info.batch_size), x.ndim)
-        # torch rounds to the input's precision after the gain, not before.
+        # torch rounds to the input's precision after multiplying by the gain, not before.
         wide = x.to(torch.promote_types(x.dtype, gain.dtype))
         return (functional.rms_norm(wide, list(shape), None, eps) * gain).to(x.dtype), 0
 
 
 def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """The tensor with the trials first; one that all share is repeated, without a copy."""
+    """Move the trials to the front; expand a tensor that all share, without a copy."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _of_rank(tensor: Tensor, rank: int) -> Tensor:
-    """(K, …) with as many dimensions of one after K as are missing."""
+    """Insert dimensions of size one after K in (K, …) up to the given rank."""
     return tensor[(slice(None), *[None] * (rank - tensor.ndim))]
 
 
 def _folded(tensor: Tensor, lead: torch.Size) -> Tensor:
-    """(*lead, a, b, c) with what leads in one dimension; (K, a, b) stays as it is."""
+    """Flatten the leading dimensions of (*lead, a, b, c) to one; (K, a, b) stays as it is."""
     if not lead:
         return tensor
     return tensor.expand(*lead, *tensor.shape[-3:]).flatten(0, len(lead) - 1)

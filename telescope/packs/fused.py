@@ -1,9 +1,9 @@
 """A pack: trials of one width that train as one stacked model, each as it would alone.
 
-Every trial keeps its own data, schedule, curve, checkpoints and end. One that ends or diverges
-leaves the pack, and its memory is freed. A pack that is begun again goes on from the last step of
-which all have a checkpoint, without those that had ended by then, so that it rounds as before.
-Trials may be at different steps: those that were no pack before go on each from its own.
+Every trial keeps its own data, schedule, curve, checkpoints and end. A trial that ends or diverges
+leaves the pack, and its memory is freed. A pack that is begun again resumes from the latest step
+that all unfinished trials have checkpointed, without trials that had ended by then, so that it
+rounds as before. Trials that were not a pack before resume each from its own step.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from telescope.train.loop import (
 from telescope.train.optim import schedule
 
 AGREEMENT = 0.05
-"""How far loss or gradients of a stacked model may be from its own, as a share of their size: far
-above rounding, bf16's included, and far below what another computation gives."""
+"""Largest relative difference of loss or gradients between a stacked and a single model: far above
+rounding, also in bf16, and far below the effect of a different computation."""
 ROUNDING = {"fp32": 1e-4, "bf16": 3e-3}
-"""By precision: how far besides, as a share of the root mean square of all gradients. One that is
-zero on paper, such as that of the keys' bias in plain attention, is nothing but rounding: measured
-on a CPU, widths 16 to 256, up to 3e-8 and 4e-4; the smallest of the other gradients were 1e-2."""
+"""Precision → additional difference that is allowed, as a share of the RMS of all gradients. A
+gradient that is exactly zero in theory, such as that of the keys' bias in plain attention, consists
+of rounding only: measured on a CPU at widths 16 to 256 up to 3e-8 (fp32) and 4e-4 (bf16); the
+smallest of the other gradients were 1e-2."""
 
 
 @dataclass
@@ -57,17 +58,17 @@ class Member:
 
 
 def train_pack(config: TrialConfig, trials: Sequence[Trial]) -> Iterator[Result]:
-    """Train trials of one width as one; yields each result as soon as its trial has ended.
+    """Train trials of one width as one; yield each result as soon as its trial has ended.
 
-    A result is that of `loop.train` up to rounding. Its seconds are the trial's share: at every
-    step those who train share the time evenly, so that the seconds of all add up to the pack's.
+    A result equals that of `loop.train` up to rounding. Its seconds are the trial's share of the
+    time: each step's time is divided evenly among the trials that still train.
 
     Args:
         config: the sweep's training.
-        trials: of one width, each at most once; seeds may differ.
+        trials: trials of one width, each at most once; seeds may differ.
 
     Raises:
-        DataError, ModelError: as `loop.train`.
+        DataError, ModelError: see `loop.train`.
     """
     pack = Pack(config, trials)
     yield from pack.ended
@@ -94,7 +95,7 @@ class Pack:
             for trial, end, is_over in zip(trials, ends, over, strict=True)
             if end and is_over
         ]
-        """Results of those that had ended before, if the pack is begun again."""
+        """Results of trials that had ended before, if the pack is begun again."""
         for trial, checkpoints, is_over in zip(trials, kept, over, strict=True):
             if not is_over:
                 self._add(trial, checkpoints, start, len(trials) - len(self.ended))
@@ -102,7 +103,7 @@ class Pack:
     def _add(
         self, trial: Trial, checkpoints: Checkpoints | None, at_most: float, size: int
     ) -> None:
-        """Set a trial up as a member of a pack of `size`, from a step that is at most so many."""
+        """Add a trial to a pack of `size` members, restored from a step of `at_most` or less."""
         start = time.perf_counter()
         setup = set_up(self._config, trial)
         parts = (setup.model, setup.optimizers)
@@ -110,14 +111,14 @@ class Pack:
         if checkpoints:
             position = checkpoints.restore(*parts, setup.device, at_most=at_most)
         if not self.members:
-            self._shell = setup  # whose module is called, and through which checkpoints go
+            self._shell = setup  # its module is called, and it carries checkpoints in and out
             self.stack = stack_of(setup, size)
         self.stack.load(len(self.members), *parts)
         position.seconds += time.perf_counter() - start
         self.members.append(Member(trial, setup.batches, setup.train, checkpoints, position))
 
     def step(self) -> list[Result]:
-        """Every trial's next step; returns the results of those that have ended, as far as read."""
+        """Take every trial's next step; return the results of trials known to have ended."""
         self._clock = time.perf_counter()
         steps = [member.position.step + len(self._unread) for member in self.members]
         shares = [schedule(s, m.train) for s, m in zip(steps, self.members, strict=True)]
@@ -133,7 +134,7 @@ class Pack:
         return []
 
     def read(self) -> list[Result]:
-        """Learn how far the trials are; returns the results of those that have ended."""
+        """Read the losses of the last steps; return the results of trials that have ended."""
         if not self._unread:
             return []
         reasons = self._note(torch.stack(self._unread).T.tolist())
@@ -157,7 +158,7 @@ class Pack:
         return [result_of(self._config, m.trial, m.position, reason) for m, reason in ended]
 
     def _batches(self, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (K, batch, sequence); one that several trials see is moved once."""
+        """Return inputs and targets (K, batch, sequence); move a shared batch only once."""
         seen: dict[tuple[int, int], int] = {}
         distinct: list[tuple[Tensor, Tensor]] = []
         rows = []
@@ -175,7 +176,7 @@ class Pack:
         return both[0], both[1]
 
     def _note(self, losses: Sequence[Sequence[float]]) -> list[str]:
-        """Move every trial's position on by its losses; returns why each diverged, or ""."""
+        """Record every trial's losses; return for each the reason of divergence, or ""."""
         held_out: list[float] = []
 
         def measure(k: int) -> float:
@@ -194,7 +195,7 @@ class Pack:
 
     @torch.no_grad()
     def _held_out_losses(self) -> list[float]:
-        """As `loop.held_out_loss`, of every trial."""
+        """Measure every trial's held-out loss; see `loop.held_out_loss`."""
         size, model = self._config.train.batch_size, self._shell.model
         chunks = list(zip(*(torch.split(t, size) for t in self._shell.held_out), strict=True))
         model.eval()
@@ -205,14 +206,14 @@ class Pack:
         return means
 
     def _charge(self) -> None:
-        """Share the time since the last call among those who train."""
+        """Divide the time since the last call among the trials that train."""
         now = time.perf_counter()
         for member in self.members:
             member.position.seconds += (now - self._clock) / len(self.members)
         self._clock = now
 
     def _save(self, reasons: Sequence[str]) -> None:
-        """Write the checkpoints that are due, each as the trial alone would."""
+        """Write the checkpoints that are due, as if each trial were trained alone."""
         every = self._config.train.checkpoint_every
         parts = (self._shell.model, self._shell.optimizers)
         for k, (member, reason) in enumerate(zip(self.members, reasons, strict=True)):
@@ -224,10 +225,11 @@ class Pack:
 
 
 def _common_start(kept: Sequence[Checkpoints], every: int) -> float:
-    """The last step of which all that have not ended, whose checkpoints these are, have one.
+    """Return the latest step that every unfinished trial has checkpointed.
 
-    Trials of a pack are never further apart than what lies between two checkpoints. Those that are
-    were trained otherwise, and have no step in common: infinity, for each its own.
+    Trials of one pack are never further apart than two checkpoints of a trial. Trials that are
+    further apart were not a pack before and have no common step: then it is infinity, and each
+    resumes from its own.
     """
     newest = [each.newest() for each in kept]
     if not newest or max(newest) - min(newest) > every:
@@ -236,7 +238,7 @@ def _common_start(kept: Sequence[Checkpoints], every: int) -> float:
 
 
 def stack_of(setup: Setup, size: int) -> Stack:
-    """Room for `size` trials like this one, whose module is the one that is called."""
+    """Make room for `size` trials like this one, whose module will be called."""
     _fill_tables(setup)
     loss = functools.partial(token_loss, precision=setup.train.precision)
     return Stack.empty(setup.model, setup.optimizers, size, loss=loss, device=setup.device)
@@ -244,9 +246,9 @@ def stack_of(setup: Setup, size: int) -> Stack:
 
 @torch.no_grad()
 def _fill_tables(setup: Setup) -> None:
-    """Call the model plainly, so that a table that it computes once and keeps is of no stack.
+    """Call the model without a stack first, so that a table that it caches is a plain one.
 
-    Filled by K trials it would be K tables, and fit no stack of fewer.
+    A table cached from K trials would have K copies and not fit a smaller stack.
     """
     inputs, targets = setup.held_out
     size, precision = setup.train.batch_size, setup.train.precision
@@ -258,7 +260,7 @@ def _fill_tables(setup: Setup) -> None:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of a trial's first batch."""
+    """Loss and gradients of a trial's first batch."""
 
     loss: float
     grads: Mapping[str, Tensor]
@@ -266,13 +268,13 @@ class _Outcome:
 
 
 def obstacle(config: TrialConfig, trial: Trial) -> str:
-    """Why trials like this one cannot be trained as one; "" if they can.
+    """Say why trials like this one cannot train as one; "" if they can.
 
-    Two trials of other weights and tokens are computed alone, as a stack of two, and the first as a
-    stack of one, as when the other has ended.
+    Two trials with different weights and tokens are computed alone and as a stack of two; the first
+    also as a stack of one, as when the other has ended.
 
     Raises:
-        DataError, ModelError: as `loop.train`.
+        DataError, ModelError: see `loop.train`.
     """
     if config.train.compile:
         return "train.compile is on, and compiles the step of one trial"
@@ -303,7 +305,7 @@ def obstacle(config: TrialConfig, trial: Trial) -> str:
 
 
 def _shake(setup: Setup, seed: int) -> None:
-    """Move every parameter a little: from a readout of zeros no gradient comes back."""
+    """Move every parameter a little, because a readout of zeros passes no gradient back."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in filter(torch.is_floating_point, setup.model.parameters()):
@@ -312,7 +314,7 @@ def _shake(setup: Setup, seed: int) -> None:
 
 
 def _trait(setup: Setup) -> str:
-    """What a model does in training that a stack cannot do for each trial; "" if nothing."""
+    """Name a behaviour of the model in training that a stack cannot reproduce; "" if none."""
     model, device = setup.model, setup.device
     random = random_states(device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -334,7 +336,7 @@ def _first_batch(setup: Setup) -> tuple[Tensor, Tensor]:
 
 
 def _alone(setup: Setup) -> _Outcome:
-    """The first batch of a trial alone."""
+    """Compute the first batch of a trial alone."""
     named = {name: p for name, p in setup.model.named_parameters() if p.requires_grad}
     loss = token_loss(setup.model, *_first_batch(setup), setup.train.precision)
     grads = torch.autograd.grad(loss, list(named.values()))
@@ -342,7 +344,7 @@ def _alone(setup: Setup) -> _Outcome:
 
 
 def _stacked(stack: Stack, tokens: Sequence[tuple[Tensor, Tensor]]) -> list[_Outcome]:
-    """The same of every trial of a stack."""
+    """Compute the first batch of every trial in a stack."""
     inputs, targets = (torch.stack(tensors) for tensors in zip(*tokens, strict=True))
     losses = stack.losses(inputs, targets)
     grads = stack.gradients(losses)
@@ -358,13 +360,12 @@ def _stacked(stack: Stack, tokens: Sequence[tuple[Tensor, Tensor]]) -> list[_Out
 
 
 def _difference(stacked: _Outcome, alone: _Outcome, noise: float) -> str:
-    """What a stacked trial does otherwise than alone; "" if nothing.
+    """Describe the difference between a stacked trial and the same trial alone; "" if none.
 
     Args:
-        stacked: as part of a stack.
-        alone: of the same weights and tokens.
-        noise: what no gradient's elements are told apart by, as a share of the root mean square of
-            all.
+        stacked: the outcome as part of a stack.
+        alone: the outcome alone, with the same weights and tokens.
+        noise: difference that every gradient element may have, as a share of the RMS of all.
     """
     if not abs(stacked.loss - alone.loss) <= AGREEMENT * abs(alone.loss):
         return f"stacked, its loss is {stacked.loss:.4g}, alone {alone.loss:.4g}"

@@ -1,4 +1,4 @@
-"""What a pack gains on this machine, and the memory that it needs: a few real steps, timed."""
+"""Measure a pack's gain on this machine, and the memory that it needs, by a few real steps."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ TAME_LR = 1e-6
 
 @dataclass(frozen=True)
 class PackProbe:
-    """What was measured of a pack."""
+    """The measurements of a pack."""
 
     size: int
-    """Its trials."""
+    """Number of its trials."""
     alone_seconds: float
-    """One step of one trial."""
+    """Time of one step of one trial."""
     pack_seconds: float
-    """One step of the pack."""
+    """Time of one step of the pack."""
     bytes_used: int
-    """Most accelerator memory at once, one trial's own model included; 0 where it is not known."""
+    """Peak accelerator memory, with one trial's own model; 0 if unknown."""
     bytes_free: int
-    """Accelerator memory that was free before; 0 where it is not known."""
+    """Free accelerator memory before; 0 if unknown."""
     bytes_total: int = 0
-    """Accelerator memory of the device; 0 where it is not known."""
+    """Accelerator memory of the device; 0 if unknown."""
 
     @property
     def gain(self) -> float:
-        """Trials per second as a pack over one after the other."""
+        """Trials per second as a pack, over those one after the other."""
         return self.size * self.alone_seconds / self.pack_seconds
 
     def most(self, share: float) -> float:
-        """How many trials the free memory holds, or a share of the device's if that is less.
+        """Return the trials that fit the free memory, or a share of the device's if that is less.
 
         Args:
-            share: of the device, above 0 and at most 1: workers beside this one have the rest,
-                whether they have taken it yet or not.
+            share: share of the device, above 0 and at most 1; the rest belongs to other workers,
+                even before they use it.
         """
         if not self.bytes_used:
             return math.inf
@@ -54,14 +54,14 @@ class PackProbe:
 
 
 def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
-    """A few steps of a pack and of one trial alone, at a learning rate that cannot diverge.
+    """Time a few steps of a pack and of one trial alone, at a learning rate that cannot diverge.
 
     Args:
         config: the sweep's training; no checkpoint is read or written.
-        trials: of one width.
+        trials: trials of one width.
 
     Raises:
-        torch.OutOfMemoryError: they do not fit.
+        torch.OutOfMemoryError: the pack does not fit.
     """
     steps = WARM_UP_STEPS + TIMED_STEPS
     train = replace(config.train, steps=max(steps + 1, config.train.steps), evals=1)
@@ -82,7 +82,7 @@ def pack_probe(config: TrialConfig, trials: Sequence[Trial]) -> PackProbe:
 
 
 def _memory(device: torch.device) -> tuple[int, int, int]:
-    """Bytes in use, free and in all on a CUDA device, its peak forgotten; zeros on others."""
+    """Reset a CUDA device's peak; return bytes in use, free and in total; 0 on others."""
     if device.type != "cuda":
         return 0, 0, 0
     torch.cuda.empty_cache()

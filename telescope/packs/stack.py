@@ -1,11 +1,11 @@
-"""K trials of one width as one model and one optimizer: what differs between them is a vector.
+"""K trials of one width as one model and one optimizer; their different settings are vectors.
 
 The parameters of one role and shape are one tensor (M, K, *shape): M parameters of K trials. So a
 Newton–Schulz iteration, and each operation of AdamW, is one call for all of them. The model is the
 model file's own module, called with tensors in place of its parameters, for all trials at once.
 
-A trial comes in from the module and the optimizers that it would have alone, and can be put back
-into them: checkpoints are those of a trial that is trained alone.
+A trial is loaded from the module and the optimizers that it would have alone, and can be put back
+into them, so its checkpoints are those of a trial that is trained alone.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Block:
 
     names: tuple[str, ...]
     settings: dict[str, Any]
-    """What the group says besides lr and weight_decay: the same for all trials."""
+    """The group's settings besides lr and weight_decay, the same for all trials."""
     is_muon: bool
     peak_lr: list[float]
-    """Per trial, as torch's optimizer takes it."""
+    """Peak learning rate per trial, as torch's optimizer takes it."""
     weight_decay: list[float]
     value: Tensor
     """(M, K, *shape), a leaf."""
@@ -47,7 +47,7 @@ class Block:
     """The optimizer's averages, each shaped as `value`."""
 
     def factors(self, shares: Sequence[float], steps: Sequence[int]) -> list[list[float]]:
-        """Three numbers per trial: the decay, the size of the step, and √(1 − β₂ᵗ) for AdamW.
+        """Return three numbers per trial: the decay, the step size, and √(1 − β₂ᵗ) for AdamW.
 
         Args:
             shares: per trial, the schedule's share of the peak learning rate.
@@ -78,7 +78,8 @@ class Block:
         buffer = self.state["momentum_buffer"]
         if grad.is_cuda:
             return muon_updates([grad], [buffer], **settings)[0]
-        # On a CPU a batch of large matrices is slower than one after the other: let it choose.
+        # On a CPU, a batch of large matrices is slower than one after the other; `muon_updates`
+        # decides for single matrices.
         grads, buffers = grad.flatten(0, 1).unbind(), buffer.flatten(0, 1).unbind()
         return torch.stack(muon_updates(grads, buffers, **settings)).view_as(grad)
 
@@ -90,14 +91,14 @@ class Block:
         return self.state["exp_avg"] / denominator
 
     def keep(self, index: Tensor, left: Sequence[int]) -> None:
-        """Let go all trials but those at `left`, which `index` has as a tensor."""
+        """Drop all trials except those at `left`, which `index` has as a tensor."""
         self.value = self.value.detach().index_select(1, index).requires_grad_()
         self.state = {key: value.index_select(1, index) for key, value in self.state.items()}
         self.peak_lr = [self.peak_lr[k] for k in left]
         self.weight_decay = [self.weight_decay[k] for k in left]
 
     def load(self, k: int, named: dict[str, nn.Parameter], state: Any) -> None:
-        """Take the k-th trial's parameters, and the optimizer's averages of them."""
+        """Copy the k-th trial's parameters and optimizer averages into the stack."""
         for m, name in enumerate(self.names):
             self.value.data[m, k] = named[name].detach()
             for key, stacked in self.state.items():
@@ -105,7 +106,7 @@ class Block:
                     stacked[m, k] = state[named[name]][key]
 
     def put(self, k: int, t: int, named: dict[str, nn.Parameter], state: Any) -> None:
-        """Give the k-th trial's back, after t of its steps."""
+        """Copy the k-th trial's parameters and averages back, after t of its steps."""
         for m, name in enumerate(self.names):
             parameter = named[name]
             parameter.copy_(self.value[m, k])
@@ -118,11 +119,11 @@ class Stack:
     """K trials as one model.
 
     Args:
-        module: any one of the trials' own; its forward is called with the stacked tensors.
-        loss: of one trial.
-        blocks: all the parameters that are trained.
-        buffers: name → (K, *shape), of what no optimizer moves: frozen parameters too.
-        device: where the tensors are.
+        module: the module of any of the trials; its forward is called with the stacked tensors.
+        loss: the loss of one trial.
+        blocks: all trained parameters.
+        buffers: name → (K, *shape) of buffers and frozen parameters, which no optimizer moves.
+        device: device of the tensors.
     """
 
     module: nn.Module
@@ -147,7 +148,7 @@ class Stack:
         loss: Loss,
         device: str,
     ) -> Stack:
-        """Room for `size` trials like the one that module and optimizers are of."""
+        """Make room for `size` trials like the one of this module and these optimizers."""
         names = {parameter: name for name, parameter in module.named_parameters()}
         blocks = []
         for optimizer in optimizers:
@@ -178,7 +179,7 @@ class Stack:
 
     @torch.no_grad()
     def load(self, k: int, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Take the k-th trial from what it would have alone."""
+        """Load the k-th trial from the module and optimizers that it would have alone."""
         named = dict(module.named_parameters())
         blocks = iter(self.blocks)
         for optimizer in optimizers:
@@ -193,7 +194,7 @@ class Stack:
     def put(
         self, k: int, t: int, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
-        """Give the k-th trial back as it would be alone, after t of its steps."""
+        """Put the k-th trial back into its module and optimizers, after t of its steps."""
         named = dict(module.named_parameters())
         blocks = iter(self.blocks)
         for optimizer in optimizers:
@@ -203,12 +204,12 @@ class Stack:
             buffer.copy_(self.buffers[name][k])
 
     def losses(self, inputs: Tensor, targets: Tensor, *, shared: bool = False) -> Tensor:
-        """Every trial's loss, (K,).
+        """Compute every trial's loss, (K,).
 
         Args:
-            inputs: (K, batch, sequence) tokens, or (batch, sequence) if `shared` by all.
+            inputs: (K, batch, sequence) tokens, or (batch, sequence) if `shared`.
             targets: the same, one token later.
-            shared: whether all trials see the same tokens.
+            shared: all trials see the same tokens.
         """
         values = {
             name: value
@@ -232,7 +233,7 @@ class Stack:
         return self.loss(model, inputs, targets)
 
     def gradients(self, losses: Tensor) -> tuple[Tensor, ...]:
-        """One per block. No trial's loss depends on another's parameters: their sum will do."""
+        """Return one gradient per block, of the sum of losses: trials are independent."""
         with _no_warning_of_speed():
             return torch.autograd.grad(losses.sum(), [block.value for block in self.blocks])
 
@@ -243,13 +244,13 @@ class Stack:
         """Take one step of every optimizer; see `Block.factors`."""
         table = np.array([block.factors(shares, steps) for block in self.blocks])
         dtype = self.blocks[0].value.dtype
-        # All numbers of a step in one copy, worked out in double precision as Python does.
+        # One copy to the device for all numbers of a step, computed in double precision.
         factors = torch.from_numpy(table).to(dtype).to(self.device, non_blocking=True)
         for block, grad, row in zip(self.blocks, grads, factors.unbind(), strict=True):
             block.update(grad, row.to(grad.dtype))
 
     def keep(self, left: Sequence[int]) -> None:
-        """Let go all trials but those at `left`, and their memory."""
+        """Drop all trials except those at `left`, and free their memory."""
         index = torch.tensor(left, device=self.device)
         for block in self.blocks:
             block.keep(index, left)
@@ -258,7 +259,7 @@ class Stack:
 
 
 def _constants(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers and frozen parameters: a trial's own, and in no optimizer."""
+    """Yield buffers and frozen parameters, which each trial has and no optimizer moves."""
     yield from module.named_buffers()
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -267,7 +268,7 @@ def _constants(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _no_warning_of_speed() -> Iterator[None]:
-    """Mute torch's warning of operations that vmap calls trial by trial: the gain is measured."""
+    """Mute torch's warning about operations that vmap runs trial by trial."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         yield

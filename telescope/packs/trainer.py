@@ -1,4 +1,4 @@
-"""The built-in trainer, for packs too."""
+"""The built-in trainer with packs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class PackedTrainer(TelescopeTrainer):
         return train_pack(self.config, trials)
 
     def obstacle(self, trial: Trial) -> str:
-        """Why trials like this one cannot be trained as one; see `fused.obstacle`."""
+        """Say why trials like this one cannot train as one; see `fused.obstacle`."""
         return obstacle(self.config, trial)
 
     def probe_pack(self, trials: Sequence[Trial]) -> PackProbe | None:
-        """What a pack gains and needs, see `probe.pack_probe`; None on a CPU: it gains little."""
+        """Measure a pack, see `probe.pack_probe`; None on a CPU, where packs gain little."""
         if torch.device(resolve_device(self.config.device)).type == "cpu":
             return None
         return pack_probe(self.config, trials)

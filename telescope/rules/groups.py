@@ -38,7 +38,7 @@ class Group:
     multiplier: float
     """Factor of the module's output; 1 except for readouts."""
     start: Start | None
-    """How it is initialised; None for vectors where that is not known."""
+    """Kind of initialisation; None for vectors if it is unknown."""
     is_transposed: bool = False
     """True if the model stores the matrix as (…, in, out)."""
 

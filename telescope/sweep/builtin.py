@@ -105,13 +105,13 @@ class BuiltIn(Trainable):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is read more than once."""
+        """A note on data that is read more than once, if there is any."""
         note = self.repeated_data
         return (note,) if note else ()
 
     @property
     def repeated_data(self) -> str | None:
-        """What to say of a run that reads some of its data more than once; None of another."""
+        """A sentence on data that a trial reads more than once; None if there is none."""
         corpus = load_corpus(self.spec.data)
         repeated = {
             name: times
@@ -172,7 +172,7 @@ class BuiltIn(Trainable):
 
     @property
     def refused(self) -> str | None:
-        """Why `run` would refuse it: a corpus that is too short, or the budget."""
+        """The reason that `run` would refuse it (a short corpus, the budget), or None."""
         try:
             check_corpus(self.trial_config)
         except DataError as error:
@@ -213,7 +213,7 @@ def _as_json(sweep: BuiltIn, seconds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data_as_json(sweep: BuiltIn) -> dict[str, Any]:
-    """What is trained and measured on: tokens, and how often a trial reads each source."""
+    """Describe the data: tokens for training and measurement, and passes over each source."""
     corpus = load_corpus(sweep.spec.data)
     return {
         "train_tokens": len(corpus.train_tokens),

@@ -95,13 +95,13 @@ _Timed = tuple[CoordCheck, float]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict that there is, or that is being made in another thread."""
+    """A verdict, finished or in the making in another thread."""
 
     settle: Callable[[], Callable[[], object]]
-    """Wait for it, and say it; returns what writes it down, to be called when the folder is the
-    sweep's. Raises what `check_before_run` does."""
+    """Wait for the verdict and show it. Returns a function that writes it, to be called once the
+    folder is the sweep's. Raises the errors of `check_before_run`."""
     is_due: Callable[[], bool] = lambda: True
-    """Whether there is no more to wait for."""
+    """Tells whether the verdict is there."""
 
 
 def _nothing() -> None:
@@ -220,7 +220,7 @@ def _settle(spec: Spec, is_passed: bool, finding: str, say: Callable[[str], None
 
 
 def check_title(spec: Spec) -> str:
-    """What a figure or a table of the check is headed with."""
+    """Return the title of the check's figure and table."""
     return f"{spec.name}: {spec.optimizer.name}, rule {spec.optimizer.rule}"
 
 

@@ -1,7 +1,7 @@
-"""What can be known of a model file and a corpus before a trial runs: FLOPs, defaults, sizes.
+"""The facts about a model file and a corpus before a trial runs: FLOPs, defaults, sizes.
 
-Here torch comes in: the model file is executed, its keywords checked, its roles found and its FLOPs
-counted at every width and at the target.
+This module imports torch: it executes the model file, checks its keywords, finds its roles and
+counts its FLOPs at every width and at the target.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def required_tables(spec: Spec) -> tuple[ModelConfig, TrainConfig]:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one step of a model costs."""
+    """The cost of one step of a model."""
 
     per_step: dict[int, StepCost]
     """Width → cost; the ladder's widths."""

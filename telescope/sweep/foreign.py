@@ -56,7 +56,7 @@ class Foreign(WithCosts, Trainable):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why the answer will not be confirmed, where that is known."""
+        """The reason that the answer will not be confirmed, if one is known already."""
         problem = rule_problem(self.spec)
         return (UNCONFIRMED.format(problem),) if problem else ()
 
@@ -67,7 +67,7 @@ class Foreign(WithCosts, Trainable):
 
     @property
     def worker_prints(self) -> bool:
-        """Whether it is a function: a command's output has files of its own."""
+        """True for a function, because a command's output has files of its own."""
         return self.trainer.function is not None
 
     @property
@@ -82,7 +82,7 @@ class Foreign(WithCosts, Trainable):
 
     @property
     def directories(self) -> tuple[str, ...]:
-        """Where a function is imported from, the first first."""
+        """Directories from which a function is imported, in the order of the search."""
         return tuple(dict.fromkeys((str(self.folder.resolve()), str(Path.cwd()))))
 
     @property
@@ -212,7 +212,7 @@ class Foreign(WithCosts, Trainable):
 
 
 def _is_own(folder: Path, program: str) -> bool:
-    """Whether a program is part of the trainer, and no tool that is installed."""
+    """Tell whether a program is part of the trainer, not an installed tool."""
     path = folder / program
     if "/" not in program:  # found on PATH
         return False

@@ -65,7 +65,7 @@ def gpus(spec: Spec, at_once: Mapping[int, int], *, is_cluster: bool) -> dict[in
 
 
 def takes_any_gpu(spec: Spec) -> bool:
-    """Whether a worker takes the first GPU that it sees; a foreign trainer sees to its own."""
+    """Tell whether workers use the first GPU they see; foreign trainers choose their own."""
     return spec.trainer is None and spec.compute.device in ("auto", "cuda")
 
 
@@ -94,14 +94,14 @@ def check_numbered_device(spec: Spec) -> None:
 
 
 def pack_size(spec: Spec, *, is_cluster: bool) -> int | Literal["auto"]:
-    """How many trials a worker may train as one: "auto" only where workers may have accelerators.
+    """Return the pack size of a worker; "auto" only if workers may have accelerators.
 
-    On a CPU auto is 1, without a probe: runs stay equal bit for bit, and workers share the cores
-    that a pack would gain on.
+    On a CPU "auto" is 1, without a probe: runs stay equal bit for bit, and the workers already use
+    the cores from which a pack would gain.
 
     Args:
         spec: the sweep.
-        is_cluster: whether the trials run on another machine than this.
+        is_cluster: the trials run on other machines than this.
     """
     compute = spec.compute
     if compute.pack != "auto":
@@ -118,7 +118,7 @@ def _any_gpus(spec: Spec) -> bool:
 
 
 def _devices(spec: Spec) -> int:
-    """How many accelerators our own trials can be spread over on this machine; 0: none is used."""
+    """Count this machine's accelerators for the built-in trainer; 0 if none is used."""
     if spec.trainer is not None:
         return 0
     device = resolved(spec)
@@ -130,13 +130,13 @@ def _devices(spec: Spec) -> int:
 
 
 def _share(workers: int, devices: int) -> float:
-    """What each reserves of a device, if the workers spread evenly; at most a whole one."""
+    """Return the share of a device per worker if workers spread evenly, at most 1."""
     per_device = math.ceil(workers / devices)
     return math.floor(FRACTION_STEPS / per_device) / FRACTION_STEPS
 
 
 def _room(cpus: int, gpus: float, devices: int) -> int:
-    """How many trials of a size this machine holds at once; one at least."""
+    """Return the number of trials of a size that fit this machine at once, at least 1."""
     if gpus:
         return max(1, math.floor(torch.cuda.device_count() / gpus))
     return devices or max(1, len(os.sched_getaffinity(0)) // cpus)

@@ -37,7 +37,7 @@ class Checkable(Protocol):
 
     @property
     def spec(self) -> Spec:
-        """What the sweep says."""
+        """The sweep's spec."""
         ...
 
     @property
@@ -102,7 +102,7 @@ def _middle(axis: AxisTable) -> float:
 
 
 def expected_seconds(sweep: Checkable, extent: Extent) -> float:
-    """How long the check takes on this machine, by counted FLOPs at the spec's or assumed rate."""
+    """Estimate the check's time on this machine from counted FLOPs and the (assumed) rate."""
     config = check_config(sweep.trial_config, extent)
     flops_per_step = sum(
         step_cost(
@@ -114,7 +114,7 @@ def expected_seconds(sweep: Checkable, extent: Extent) -> float:
 
 
 def seconds_at_most(sweep: Checkable, extent: Extent) -> float:
-    """A bound of `expected_seconds` from what is counted already: to count takes a second.
+    """Return a bound of `expected_seconds` from costs counted already, as counting takes a second.
 
     The check's batches are no larger than the sweep's, and a step's cost grows with the width at
     most as its cube, which that of Newton-Schulz does.
@@ -130,7 +130,7 @@ def seconds_at_most(sweep: Checkable, extent: Extent) -> float:
 
 
 def _seconds_of(sweep: Checkable, extent: Extent, flops_per_step: float) -> float:
-    """How long a check takes whose steps at all widths cost so much together."""
+    """Return a check's time from the FLOPs of one step at every width together."""
     compute = sweep.spec.compute
     assumed = ASSUMED_FLOP_RATE * min(map(compute.cpus_at, sweep.spec.ladder.widths))
     rate = compute.flop_rate or assumed

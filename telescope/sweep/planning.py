@@ -1,4 +1,4 @@
-"""What `telescope plan` says: the costs of a spec, and how long they take."""
+"""The command `telescope plan`: the costs of a spec, and the time they take."""
 
 from __future__ import annotations
 

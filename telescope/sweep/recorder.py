@@ -41,7 +41,7 @@ class Recorder(TrialSource):
     running: set[Trial] = field(default_factory=set)
     started: float = field(default_factory=time.monotonic)
     unpacked: set[str] = field(default_factory=set)
-    """Why packs were smaller than asked for, as far as it has been said."""
+    """Reasons for packs smaller than asked for that have been shown already."""
     costs: tuple[float, float] | None = None
     """The least and the most that the plan says all trials can cost, in the ladder's unit."""
 
@@ -115,7 +115,7 @@ class Recorder(TrialSource):
         self.running.difference_update(trials)
 
     def note_pack(self, line: Mapping[str, Any]) -> None:
-        """Keep what was decided about packs, and say once why they are not larger."""
+        """Log a decision about packs, and show each reason for smaller packs once."""
         self.folder.note_pack(line)
         why = line.get("why", "")
         if why and why not in self.unpacked:
@@ -123,7 +123,7 @@ class Recorder(TrialSource):
             self.screen.note(f"pack of width {line['width']}: {why}")
 
     def latest(self) -> str:
-        """Where the running trials are that print their steps; empty where none does."""
+        """Describe the progress of running trials that print their steps; "" if none does."""
         rows = {
             trial: latest_row(self.folder.logs / f"{trial}.out") for trial in list(self.running)
         }
@@ -143,21 +143,21 @@ class Recorder(TrialSource):
             self.ladder.memory.keep()
 
     def leave(self, state: str) -> None:
-        """Leave table and heartbeat as they are at the end of a run."""
+        """Write table and heartbeat for the end of a run."""
         self.running.clear()
         self.folder.tidy(ended(self.known))
         self.write_table()
         self.beat(state)
 
     def beat(self, state: str) -> Progress:
-        """Write the heartbeat; returns what it says."""
+        """Write the heartbeat; return its progress."""
         progress = self.progress(state)
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
         self.folder.write_status({**progress.as_dict(), **owner})
         return progress
 
     def progress(self, state: str) -> Progress:
-        """How far the sweep is."""
+        """Return the sweep's progress."""
         stage = self.ladder.stages[-1]
         in_stage = self.ladder.results(stage)
         complete = [result for result in in_stage if result.loss is not None]
@@ -192,7 +192,7 @@ class Recorder(TrialSource):
         return {stage.width: max(len(stage.trials), self.planned[stage.width]), **rest}
 
     def _left(self, expected: Mapping[int, int]) -> int:
-        """How many of the expected trials have no result yet."""
+        """Count the expected trials that have no result yet."""
         done = len(self.ladder.results(self.ladder.stages[-1])) if expected else 0
         return sum(expected.values()) - done
 

@@ -44,7 +44,7 @@ PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how a sweep runs; nothing here changes its answer."""
+    """The place and manner of a run; nothing here changes the sweep's answer."""
 
     results: Path = Path("results")
     workers: int | None = None
@@ -52,7 +52,7 @@ class Options:
     ray_address: str | None = None
     storage: str | None = None
     check: bool = True
-    """Whether a sweep without a verdict gets a short coordinate check first."""
+    """Make a short coordinate check first, if the sweep has no verdict yet."""
     accept_trainer: bool = False
     """Take an edited trainer for the one that made the results so far."""
 
@@ -221,7 +221,7 @@ def _checked(
 
 @dataclass(frozen=True)
 class _Opening:
-    """A sweep that begins, or goes on, as soon as its verdict is there."""
+    """A sweep that starts or resumes as soon as its verdict is there."""
 
     sweep: Runnable
     folder: Folder
@@ -229,9 +229,9 @@ class _Opening:
     workers: Mapping[int, int]
     kept: Kept
     before: Mapping[str, Any]
-    """What the folder's `spec.json` says so far."""
+    """The present content of the folder's `spec.json`."""
     record: dict[str, Any]
-    """What it will say."""
+    """The new content of `spec.json`."""
     verdict: Verdict
 
     @contextmanager
@@ -310,7 +310,7 @@ class _Late(TrialSource):
 
     @property
     def is_due(self) -> bool:
-        """Whether there is no verdict to wait for."""
+        """True once there is no verdict to wait for."""
         return self._start.verdict.is_due()
 
     def begun(self) -> Recorder:
@@ -339,10 +339,10 @@ def _dispatcher(
     at_once: Mapping[int, int],
     screen: Screen,
 ) -> Iterator[Callable[[TrialSource, Trainer], None] | None]:
-    """What has the trials trained; None, and Ray is not even imported, where there is none.
+    """Yield the function that has trials trained; None, without importing Ray, if there are none.
 
-    A Ray of our own and its workers start while the model is being checked; a cluster's places are
-    taken only when there is a trial for them.
+    A Ray of our own and its workers start while the model is being checked; a cluster's resources
+    are taken only once there is a trial for them.
     """
     address = options.ray_address
     starts_ahead = options.dispatcher != "inline" and not address and not late.is_due
@@ -388,7 +388,7 @@ def _ray(
 
 
 def _spec_record(sweep: Runnable, storage: str | None) -> dict[str, Any]:
-    """What `spec.json` holds."""
+    """Return the content of `spec.json`."""
     return {
         "spec": sweep.spec.as_dict(),
         "fingerprint": sweep.fingerprint,

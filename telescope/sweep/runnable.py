@@ -1,7 +1,7 @@
-"""A sweep that can run: its costs, what makes its losses comparable, and what trains its trials.
+"""A sweep that can run: its costs, the conditions of comparable losses, and its trainer.
 
-One interface, whoever trains: telescope itself (`builtin`), another trainer (`foreign`), or a loop
-that asks for trials and tells their losses (`Outside`, here).
+There is one interface for all trainers: telescope itself (`builtin`), another trainer (`foreign`),
+or a loop that asks for trials and tells their losses (`Outside`, here).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MakeCheck(Protocol):
     def __call__(
         self, say: Callable[[str], None], progress: Callable[[float, float], None]
     ) -> CoordCheck:
-        """Say when it will be long; tell how far it is."""
+        """Announce a long check with `say`, and report its progress."""
         ...
 
 
@@ -61,12 +61,12 @@ class Runnable(ABC):
 
     @cached_property
     def ladder_spec(self) -> LadderSpec:
-        """What the ladder's decisions depend on, costs and budget included."""
+        """The part of the spec that the ladder's decisions depend on, with costs and budget."""
         return self.spec.ladder_spec_with(self.cost_per_trial, self.target_flops)
 
     @cached_property
     def plan(self) -> Plan:
-        """What the ladder will ask for."""
+        """The plan of the ladder."""
         code = code_of("ladder", "records", libraries=("numpy",))
         spec = self.ladder_spec
         return made_before(Plan, ("plan", spec), lambda: plan_ladder(spec), code=code)
@@ -80,7 +80,7 @@ class Runnable(ABC):
 
     @property
     def over_budget(self) -> str | None:
-        """Why the plan is refused, with what would fit; None when it is within the budget."""
+        """The reason that the plan is over the budget, with changes that would fit; None if not."""
         return plan.over_budget(self.ladder_spec, self.spec.budget.max_over_target)
 
     @property
@@ -100,12 +100,12 @@ class Runnable(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be known before a budget is spent."""
+        """Notes that a user should read before the budget is spent."""
         return ()
 
     @property
     def prints_steps(self) -> bool:
-        """Whether what a trial prints says where it is, as it runs."""
+        """True if the output of a running trial shows its progress."""
         return False
 
     def model_check(self, *, wanted: bool) -> tuple[MakeCheck | None, str]:
@@ -139,11 +139,11 @@ class Trainable(Runnable):
 
     @property
     def worker_prints(self) -> bool:
-        """Whether a worker's own output is the log of its trial: a user's function prints there."""
+        """True if a worker's own output is its trial's log, as with a user's function."""
         return False
 
     def pack_size(self, *, is_cluster: bool) -> int | Literal["auto"]:
-        """How many trials a worker may train as one; "auto": as many as fit its accelerator."""
+        """Return the pack size of a worker; "auto": as many trials as fit its accelerator."""
         return 1
 
     @abstractmethod
@@ -160,7 +160,7 @@ class Trainable(Runnable):
 
     @property
     def refused(self) -> str | None:
-        """Why `run` would refuse what can be planned all the same; None if it would not."""
+        """The reason that `run` would refuse this plan; None if it would not."""
         return self.over_budget
 
 
@@ -205,7 +205,7 @@ def estimate_seconds(
 
 
 def describe_workers(at_once: Mapping[int, int]) -> str:
-    """How many trials run at once, in words."""
+    """Describe the number of workers."""
     numbers = sorted(set(at_once.values()))
     if len(numbers) == 1:
         return f"{numbers[0]} worker{'s' if numbers[0] > 1 else ''}"

@@ -31,7 +31,7 @@ MOST_NAMES = 20
 
 @dataclass(frozen=True)
 class Training:
-    """What trains a model: torch optimizers and their learning-rate schedulers."""
+    """The torch optimizers of a model, with their learning-rate schedulers."""
 
     optimizers: list[torch.optim.Optimizer]
     """One of each class, with a param group per group of the settings."""

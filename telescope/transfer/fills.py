@@ -76,14 +76,14 @@ class Fills(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def _of(self, tensor: Tensor) -> float | None:
-        """What a tensor holds everywhere; None for nothing or something drawn."""
+        """Return the number that fills a tensor; None if nothing or a draw does, NaN if unknown."""
         if not tensor.is_meta:
             first = tensor.flatten()[:1]
             return float(first.item()) if len(first) and bool((tensor == first).all()) else UNKNOWN
         return self._known.get(tensor.untyped_storage()._cdata, (None, UNKNOWN))[1]
 
     def _number(self, name: str, args: tuple[Any, ...]) -> float | None:
-        """What an operation writes: one number, None for nothing or something drawn."""
+        """Return the number that an operation writes; None for none or a draw, NaN if unknown."""
         if name in UNGIVEN:
             return None
         if name in COPIES and isinstance(source := args[COPIES[name]], Tensor):
@@ -94,7 +94,7 @@ class Fills(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return float(value) if isinstance(value, (int, float)) else UNKNOWN
 
     def starts(self, model: nn.Module) -> Mapping[str, Start]:
-        """How each trained vector and scalar of `model` starts, by its name.
+        """Return the initialisation of each trained vector and scalar of `model`, by its name.
 
         The bias of a layer that the model's code leaves to torch starts at zero, as in a model
         file of the program's.

@@ -1,4 +1,4 @@
-"""The Ray that a sweep runs on: found, connected to or started, watched over, left as it was."""
+"""The Ray that a sweep runs on: find, connect to or start it, watch it, and leave it as it was."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from telescope.files import can_write, home
 OBJECT_STORE_BYTES = 100_000_000
 """Shared memory of an embedded Ray; it holds the pickled trainer and little else."""
 CONNECT_SECONDS = 5.0
-"""How long a cluster may take to accept a connection."""
+"""Time limit for a cluster to accept a connection."""
 SWITCHES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new engine prints tables even at verbosity 0
     # Ray's workers run at nice 15, at which a machine that does anything else starves them.
     "RAY_worker_niceness": "0",
-    # Tune's actors have an environment of their own, so Ray starts processes for them whatever idle
-    # ones there are: those that it starts ahead, one per CPU, are of no use.
+    # Tune's actors have an environment of their own, so Ray starts new processes for them. The idle
+    # ones that it would start in advance, one per CPU, are never used.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a trainer keep their meaning
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files per trial
@@ -47,19 +47,19 @@ SWITCHES = {
 }
 """Documented switches of Ray and Tune, set for the time of a run."""
 OWNER_SWITCHES = {"TUNE_DISABLE_SIGINT_HANDLER": "1"}
-"""Tune's handler takes 12 s; to leave `fit()` in the middle is safe if `ray.shutdown` follows."""
+"""Tune's handler takes 12 s; leaving `fit()` early is safe if `ray.shutdown` follows."""
 CLUSTER_PATIENCE = 45.0
 """Seconds without its head, which may be started again, after which a cluster counts as dead; Ray
 itself ends the driver's process after 60 s."""
 _TOKEN = secrets.token_hex(32)
-"""Ray reads it once per process."""
+"""Token of our own Ray; Ray reads it once per process."""
 TEMP_ROOM = 20
-"""Longest temporary folder in which the paths of Ray's sockets stay below the system's limit."""
+"""Longest path of a temporary folder for which Ray's socket paths stay below the system's limit."""
 
 
 @contextmanager
 def session_folder(owner: str) -> Iterator[Path]:
-    """A temporary folder for Ray's sockets and logs, by which `reap` knows its owner."""
+    """Create a temporary folder for Ray's sockets and logs, from which `reap` learns its owner."""
     folder = Path(tempfile.mkdtemp(prefix="telescope-", dir=_short_folder()))
     try:
         (folder / OWNER_FILE).write_bytes(os.fsencode(owner))
@@ -193,14 +193,14 @@ def _connect(address: str) -> None:
 
 
 def _head() -> tuple[str, int]:
-    """Where a cluster's head accepts connections; needs no call to it."""
+    """Return the address of a cluster's head, without a call to it."""
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     return host, int(port)
 
 
 @contextmanager
 def _lost_where_ray_fails() -> Iterator[None]:
-    """What Ray itself raises in the driver means that a part of it is gone."""
+    """Turn Ray's own exceptions in the driver into `LostError`: a part of Ray is gone."""
     try:
         yield
     except ray.exceptions.RayError as error:
@@ -217,7 +217,7 @@ def _short_folder() -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Mute Ray's logger: what it has to say is in the results, or raised."""
+    """Mute Ray's logger; its news is in the results or raised."""
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,6 +1,7 @@
-"""The gate that Ray's workers wait at.
+"""The gate at which Ray's idle workers wait.
 
-Apart from the workers, whose imports take two seconds that its own process would spend too.
+It is a module of its own because importing the worker's takes two seconds, in the gate's process
+too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 
 
 class Gate:
-    """An actor on which idle workers sleep until the driver has something to hand out."""
+    """An actor on which idle workers sleep until the driver has an order for them."""
 
     def __init__(self) -> None:
         """Start closed."""
@@ -17,12 +18,12 @@ class Gate:
         self._opened = asyncio.Condition()
 
     async def open(self, turn: int) -> None:
-        """Let go all who wait for this turn."""
+        """Release all workers that wait for this turn."""
         async with self._opened:
             self._turn = turn
             self._opened.notify_all()
 
     async def wait_beyond(self, turn: int) -> None:
-        """Return as soon as the gate has been opened since `turn`."""
+        """Return once the gate has been opened after `turn`."""
         async with self._opened:
             await self._opened.wait_for(lambda: self._turn > turn)

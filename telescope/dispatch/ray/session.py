@@ -1,10 +1,10 @@
-"""The processes of an embedded Ray, told from all others by a mark; and whether Ray is still there.
+"""The processes of an embedded Ray, recognised by a mark, and a watch over Ray's health.
 
 A Ray whose driver, head or raylet is killed leaves processes behind: agents for half a minute or
-more, workers in the middle of a trial. Every process of a session inherits one environment
-variable that names its owner, so that the next run of the same sweep finds them, and only them.
+more, and workers in the middle of a trial. Every process of a session inherits an environment
+variable that names its owner, so the next run of the same sweep finds exactly these.
 
-Standard library only. Where there is no /proc, nothing is found and nothing is reaped.
+It uses only the standard library. Without /proc, nothing is found and nothing is reaped.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from telescope.errors import LostError
 MARK = "TELESCOPE_RAY_OWNER"
 """The environment variable that a session's processes inherit."""
 OWNER_FILE = "owner"
-"""In a session's temporary folder: whose it is."""
+"""File with the owner's name in a session's temporary folder."""
 VITAL = ("gcs_server", "raylet")
 """The processes without which an embedded Ray is dead: its head and its raylet."""
 REAP_SECONDS = 10.0
-"""How long killed processes may take to be gone."""
+"""Time limit for killed processes to disappear."""
 LOOK_SECONDS = 1.0
-"""Pause between two looks at Ray's head and raylet."""
+"""Pause between two checks of Ray's head and raylet."""
 LEAVE_SECONDS = 10.0
-"""How long the main thread may take to leave a Ray that is gone; then the process ends."""
+"""Time limit for the main thread to leave a dead Ray; then the process ends."""
 
 
 def marked(owner: str) -> list[int]:
-    """The processes of an owner's sessions on this machine, this process aside."""
+    """Return the processes of an owner's sessions on this machine, without this process."""
     wanted, found = os.fsencode(f"{MARK}={owner}"), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # another user's, or just gone
@@ -49,9 +49,9 @@ def marked(owner: str) -> list[int]:
 
 
 def reap(owner: str) -> None:
-    """End what an owner's earlier sessions left running, and remove their temporary folders.
+    """Kill the processes of an owner's earlier sessions, and remove their temporary folders.
 
-    Only for who holds the owner's lock: a session of its own would be ended as well.
+    Only the holder of the owner's lock may call this: it would end a running session too.
     """
     deadline = time.monotonic() + REAP_SECONDS
     while (left := marked(owner)) and time.monotonic() < deadline:
@@ -70,15 +70,15 @@ class LocalRay:
     """The head and the raylet of an embedded Ray, found among this machine's processes."""
 
     def __init__(self, owner: str) -> None:
-        """Look for the sessions of an owner."""
+        """Remember the owner of the sessions."""
         self._owner = owner
         self._seen: dict[str, int] = {}  # name → process
 
     def is_whole(self) -> bool:
-        """Whether all parts that have been seen are still there; at the start there are none."""
+        """Tell whether all parts seen so far are still alive; at the start there are none."""
         if len(self._seen) < len(VITAL) or not self._are_alive():
-            # A process that the raylet has just forked is called as it is until it runs its own
-            # program: of several the first, which has the lowest number, is meant.
+            # A process that the raylet has just forked has its name until it runs its own program.
+            # So of several, the one with the lowest number is the raylet.
             for number in sorted(marked(self._owner), reverse=True):
                 if (name := _name(number)) in VITAL:
                     self._seen[str(name)] = number
@@ -89,7 +89,7 @@ class LocalRay:
 
 
 def _name(number: int) -> str | None:
-    """What a process is called; None if it has ended, even if nobody has waited for it yet."""
+    """Return a process's name; None if it has ended, even if it is still a zombie."""
     try:
         text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -99,7 +99,7 @@ def _name(number: int) -> str | None:
 
 
 def accepts(address: tuple[str, int]) -> bool:
-    """Whether somebody listens there."""
+    """Tell whether an address accepts connections."""
     try:
         socket.create_connection(address, timeout=2).close()
     except OSError:
@@ -115,17 +115,17 @@ def watched(
     on_loss: Callable[[LostError], None],
     give_up: Callable[[], None],
 ) -> Iterator[threading.Event]:
-    """Watch over Ray: learn in seconds that it has died, which Ray itself tells after a minute.
+    """Watch Ray, to notice its death within seconds; Ray itself reports it after a minute.
 
     Args:
-        is_there: whether Ray is; called every `LOOK_SECONDS` in another thread.
-        patience: seconds without it after which it counts as gone.
-        on_loss: told once; should make the main thread leave.
+        is_there: tells whether Ray is alive; called every `LOOK_SECONDS` in another thread.
+        patience: seconds of absence after which Ray counts as dead.
+        on_loss: called once; should make the main thread leave.
         give_up: called before this process ends, if the main thread has not left in time: a call
             into Ray that waits for a dead head cannot be interrupted.
 
     Yields:
-        An event to set before Ray is meant to go.
+        An event to set before Ray is shut down on purpose.
     """
     leaving, left = threading.Event(), threading.Event()
 
@@ -155,7 +155,7 @@ def watched(
 
 
 def _end_process(error: LostError, give_up: Callable[[], None]) -> None:
-    """End this process at once, as Ray's own library would within a minute, but saying why."""
+    """End this process at once with a message; Ray's own library would end it within a minute."""
     if sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # the live view hides the cursor
         sys.stdout.flush()

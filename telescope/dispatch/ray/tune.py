@@ -1,13 +1,13 @@
-"""Runs a sweep on Ray: one Ray Tune experiment for the whole ladder, whatever its stages.
+"""Run a sweep on Ray: one Ray Tune experiment for the whole ladder, across its stages.
 
-Tune's searcher asks the `Queue` for a trial whenever a worker is free, and results come back to
-the driver, which alone talks to the source. Workers are processes that stay warm over trials and
-stages: the trainer is sent to each once, and torch is imported once. Where trials of different
-widths need different CPUs or GPUs, there is one experiment for each such size, on the same Ray: an
-actor keeps what it was given, so a worker of another size is a new process anyway.
+Tune's searcher asks the `Queue` for an order whenever a worker is free. Results come back to the
+driver, which alone talks to the source. Worker processes live on over trials and stages: each gets
+the trainer once and imports torch once. If trials of different widths need different CPUs or GPUs,
+there is one experiment per such size, on the same Ray: an actor keeps its resources, so a worker of
+another size is a new process anyway.
 
-At a stage's end a free worker has nothing to do, and Tune would stop it. It gets a *gate trial*
-instead, which sleeps until there is something to hand out again.
+At the end of a stage a free worker has nothing to do, and Tune would stop it. Instead it gets a
+*gate trial*, which sleeps until there is an order again.
 
 On a cluster the workers import the `telescope` that is installed there; only the trainer is sent.
 """
@@ -41,13 +41,13 @@ from telescope.errors import SpecError
 from telescope.records import TrialSource
 
 START_PATIENCE = 15.0
-"""Seconds a trial may wait for a worker before it gets one that waits at the gate: a process takes
-about 3 to start, and a node that is lost never comes back."""
+"""Seconds that a trial may wait for a new worker before it gets one from the gate. A process takes
+about 3 seconds to start, and a lost node never comes back."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many trials run at once, and what each of them holds."""
+    """The number of trials at once, and the resources of each."""
 
     workers: int
     cpus: float = 1
@@ -56,21 +56,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Session:
-    """A Ray that can be run on, with what only one sweep at a time uses."""
+    """A Ray ready to run on, with the parts that only one sweep at a time can use."""
 
     folder: Path
     driver: _Driver
     place: str | None
-    """The folder that workers are to be in; None: where they start."""
+    """Working directory of the workers; None: the one in which they start."""
     size: Size
     by_width: Mapping[int, Size]
-    """Width → another size; as many at once as there is room for."""
+    """Width → another size, with as many workers as there is room for."""
 
     def part(self, width: int | None) -> tuple[Size, list[int]]:
-        """The size of a width's trials, and all widths of that size; none stands for every width.
+        """Return the size of a width's trials, and all widths of that size; [] means every width.
 
         Args:
-            width: None for the narrowest.
+            width: the width; None for the narrowest.
         """
         size = self.by_width.get(min(self.by_width, default=0) if width is None else width)
         widths = [other for other, its in self.by_width.items() if its == size]
@@ -88,31 +88,31 @@ def opened(
 ) -> Iterator[Session]:
     """Connect to a Ray, or start one, and check that there is room for the trials.
 
-    It is the Ray that this process is connected to, if it is; else the cluster at `address`; else
-    one that is started for this machine alone, and stopped at the end.
+    This process's own connection comes first, then the cluster at `address`; else a Ray is started
+    for this machine alone and stopped at the end.
 
     Args:
-        size: how many trials at once, each in a process of its own, and what each holds. Rounded
-            down, its CPUs are its number of threads; it shares a GPU by fractions.
-        by_width: width → another size; of so many at once as many run as there is room for. What
-            widths of one size ask for must come together.
-        owner: a name that only one run at a time may use; what an earlier run of that name, now
-            dead, left behind of its own Ray is ended first.
+        size: the number of trials at once, each in a process of its own, and the resources of each.
+            Its CPUs, rounded down, are its number of threads; fractions of a GPU share it.
+        by_width: width → another size, of which as many trials run at once as there is room for.
+            Trials of widths of one size must be asked for together.
+        owner: a name that only one run at a time may use; the leftovers of an earlier, dead run of
+            that name are ended first.
         address: ``host:port`` of a running cluster, or ``auto`` to look for one.
-        takes_any_gpu: whether a trial computes on the first GPU that it sees, even if it has
-            reserved none; refused where there are GPUs.
+        takes_any_gpu: a trial computes on the first GPU that it sees, even without a reservation;
+            refused if there are GPUs.
 
     Raises:
-        SpecError: no cluster at `address`, no room for so many trials at once, or GPUs that all
-            would share unplanned.
-        LostError: Ray's head or this machine's raylet has died. Where a call into Ray cannot be
-            interrupted, the process ends with that message instead, as Ray itself ends it later.
+        SpecError: there is no cluster at `address` or no room for the trials, or all trials would
+            share GPUs unplanned.
+        LostError: Ray's head or this machine's raylet has died. If a call into Ray cannot be
+            interrupted, the process ends with that message instead.
     """
     owner = owner or f"process {os.getpid()}"
     reap(owner)
     sizes = by_width or {}
     where = "the cluster" if address else "this machine"
-    # Of a Ray of our own, whose processes start elsewhere; a cluster's have their own place.
+    # Only for a Ray of our own, whose processes start elsewhere; a cluster's have their own folder.
     place = None if address or ray.is_initialized() else os.getcwd()
     with session_folder(owner) as folder:
         driver = _Driver(leave_at_once=not ray.is_initialized(), logs=folder)
@@ -140,22 +140,22 @@ def run_ray(
     packs: Packs | None = None,
     logs: Path | None = None,
 ) -> None:
-    """Run every trial that `source` asks for; returns when it asks for no more.
+    """Run every trial that `source` asks for; return when it asks for no more.
 
-    Until the source is due, workers start, import what they need and wait at the gate, on all CPUs
-    but one; of several sizes, those of the narrowest width.
+    Until the source is due, workers start, import their modules and wait at the gate, on all CPUs
+    but one. If there are several sizes, these are workers of the narrowest width.
 
     Args:
         source: asked and told in this process only.
         trainer: pickled once; each worker process keeps one copy for all its trials.
-        session: the Ray; see `opened`, also for what is raised.
-        timeout: seconds after which a trial counts as hung; 0: never. One that cannot be
-            interrupted has its process ended `worker.HANG_GRACE` later.
-        packs: which trials a worker trains as one; left out, none.
-        logs: where each trial's output is kept as ``TRIAL.log``; left out, nowhere.
+        session: the Ray from `opened`, which also documents the exceptions.
+        timeout: seconds after which a trial counts as hung; 0: never. The process of a trial that
+            cannot be interrupted is ended `worker.HANG_GRACE` later.
+        packs: the division of trials into packs; by default none.
+        logs: folder for each trial's output as ``TRIAL.log``; by default it is not kept.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; what ran is killed, what had finished is told.
+        KeyboardInterrupt: Ctrl-C; running trials are killed, finished ones have been told.
     """
     driver, packs = session.driver, packs or Packs()
     if logs:
@@ -179,23 +179,24 @@ def run_ray(
             if driver.error:
                 raise driver.error
             if not queue.is_done:
-                raise KeyboardInterrupt  # on a Ray not ours, Tune's own handler swallowed it
+                raise KeyboardInterrupt  # on a user's Ray, Tune's own handler has swallowed it
     finally:
         ray.kill(driver.gate)
 
 
 def _worker(given: Mapping[str, Any], size: Size) -> Any:
-    """The class of a size's workers, as Tune takes it."""
-    # Of its device: GPUs that are reserved in fractions are shared, and so is one that nobody does.
+    """Return the worker class for a size, as Tune requires it."""
+    # Share of its device: a GPU is shared if it is reserved in fractions, or by nobody.
     share = min(1.0, size.gpus) if size.gpus else 1.0 / size.workers
     worker = tune.with_parameters(Worker, **given, share=share)
     return tune.with_resources(worker, {"cpu": size.cpus, "gpu": size.gpus})
 
 
 def _ahead(size: Size) -> int:
-    """How many workers start before there is a trial: what is waited for computes on a CPU too.
+    """Return the number of workers to start before the source is due.
 
-    Where all of them are started, they and it take turns, and the first trial begins later.
+    One CPU is left for the work that everybody waits for; if all workers started, they would slow
+    it down, and the first trial would begin later.
     """
     free = len(os.sched_getaffinity(0)) - 1
     return max(1, min(size.workers, math.floor(free / (size.cpus or 1))))
@@ -206,9 +207,9 @@ class _Leave(BaseException):
 
 
 class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
-    """The driver's side: which worker does what, and the first error of the source.
+    """The driver's side of the experiment: it gives orders and keeps the source's first error.
 
-    Tune's searcher, which must not raise: it keeps the error.
+    It is Tune's searcher, which must not raise, so it stores the error.
     """
 
     def __init__(self, *, leave_at_once: bool, logs: Path) -> None:
@@ -221,16 +222,16 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
         self._running: dict[str, Order | None] = {}  # Tune's trial id → order, none at the gate
         self._ahead = 0
         self._was_due = False
-        self._turn = 0  # how often the gate was opened
-        self._unstarted: dict[str, float] = {}  # Tune's trial id → when it was handed out
-        self._opened = 0.0  # when the gate was opened for one of those
+        self._turn = 0  # number of times that the gate was opened
+        self._unstarted: dict[str, float] = {}  # Tune's trial id → time of handing it out
+        self._opened = 0.0  # last time that the gate was opened for one of those
 
     def serve(self, queue: Queue, *, ahead: int) -> None:
-        """Hand out what this queue has from now on; whatever ran before has ended.
+        """Hand out this queue's orders from now on; earlier trials have ended.
 
         Args:
             queue: the trials.
-            ahead: how many workers wait for them before the queue is due.
+            ahead: number of workers that wait at the gate before the queue is due.
         """
         self._queue = queue
         self._ahead = ahead
@@ -239,14 +240,14 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
         self._unstarted.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Tune pickles its searcher and callbacks into its own folder; nobody reads it."""
+        """Pickle as a plain object: Tune pickles its searcher into a folder that nobody reads."""
         return (object, ())
 
     def suggest(self, tune_id: str) -> dict[str, Any] | str | None:
-        """What a free worker does next: trials, or wait at the gate; FINISHED when all is over.
+        """Return a free worker's next task: trials, or waiting at the gate; FINISHED at the end.
 
-        None is none for now: the worker is left for a trial that has found no other, or its CPU for
-        what the queue waits for.
+        None means nothing for now: the worker is left for a trial that has found no other worker,
+        or its CPU for the work that the queue waits for.
         """
         finished: str = Searcher.FINISHED
         if self.error:
@@ -268,7 +269,7 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
     def on_trial_complete(
         self, tune_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Take what a worker brought back; errors go to `lose`, which knows their reason."""
+        """Take a worker's outcome; errors go to `lose`, which gets their reason."""
         if result is None or error:
             return
         order = self._end(tune_id)
@@ -278,7 +279,7 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
                 self._open_gate()
 
     def lose(self, tune_id: str, reason: str) -> None:
-        """Take the loss of a worker process: its trials have failed; a gate trial is forgotten."""
+        """Take the loss of a worker process: its trials have failed; a gate trial is ignored."""
         order = self._end(tune_id)
         with self._keeping_errors():
             if order and not self.error:
@@ -298,24 +299,24 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
 
     @contextmanager
     def _keeping_errors(self) -> Iterator[None]:
-        """Keep what the source raises."""
+        """Store an exception of the source."""
         try:
             yield
         except Exception as error:
             self.error = error
 
     def _open_gate(self) -> None:
-        """Let go who waits at the gate if there is something to do now."""
+        """Release the workers at the gate if there is work, or the queue is done."""
         if None in self._running.values() and (self._queue.has_work or self._queue.is_done):
             self._turn += 1
             self.gate.open.remote(self._turn)
 
     def _are_enough_ahead(self) -> bool:
-        """Whether as many workers wait for the queue to be due as should."""
+        """Tell whether enough workers wait for the queue to be due."""
         return not self._queue.is_due and len(self._running) >= self._ahead
 
     def stop(self, error: Exception) -> None:
-        """Give up for a reason that comes from outside."""
+        """Stop because of an error from outside."""
         self.error = self.error or error
 
     def began(self, tune_id: str) -> None:
@@ -323,12 +324,12 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
         self._unstarted.pop(tune_id, None)
 
     def _has_stranded(self) -> bool:
-        """Whether a trial waits in vain for a worker: its machine is gone, the others are full."""
+        """Tell whether a trial has waited too long for a worker, as when a machine is lost."""
         now = time.monotonic()
         return any(now - asked > START_PATIENCE for asked in self._unstarted.values())
 
     def _free_workers_for_stranded(self) -> None:
-        """Let workers go that wait at the gate for the very trial that needs one of them."""
+        """Release workers from the gate if a trial has waited too long for one."""
         is_due = time.monotonic() - self._opened > 1.0
         if is_due and None in self._running.values() and self._has_stranded():
             self._opened = time.monotonic()
@@ -336,7 +337,7 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
             self.gate.open.remote(self._turn)
 
     def is_stopped(self) -> bool:
-        """Whether the experiment has to end before its trials do; asked all the time."""
+        """Tell whether the experiment must end early; Tune asks this after every event."""
         if self._queue.is_due and not self._was_due:
             self._was_due = True
             with self._keeping_errors():
@@ -348,19 +349,20 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
 
 
 class _Scheduler(FIFOScheduler):  # type: ignore[misc]
-    """Leaves a trial to the worker that is starting up for it.
+    """A scheduler that leaves a trial to the worker that is starting up for it.
 
-    Tune's own gives it to the next worker that becomes free and stops the starting one, again and
-    again where trials are shorter than a start: after one lost process all runs on the other.
+    Tune's own scheduler gives the trial to the next free worker and stops the starting one. If
+    trials are shorter than a start, this repeats: after one lost process, all trials run on the
+    other worker.
     """
 
     def choose_trial_to_run(self, tune_controller: Any) -> None:
-        """Prefer none: Tune then serves the newest trial with the worker that is free."""
+        """Prefer no trial: Tune then gives the newest trial to the free worker."""
         return
 
 
 class _Undertaker(tune.Callback):  # type: ignore[misc]
-    """Learns why a worker process died, which Tune does not tell its searcher."""
+    """Passes on the reason of a worker's death, which Tune does not tell its searcher."""
 
     def __init__(self, driver: _Driver) -> None:
         self._driver = driver
@@ -368,18 +370,18 @@ class _Undertaker(tune.Callback):  # type: ignore[misc]
     def on_trial_start(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Learn that a trial has its worker."""
+        """Note that a trial has its worker."""
         self._driver.began(trial.trial_id)
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Report the trial as lost, with Ray's account of it."""
+        """Report the trial as lost, with Ray's reason."""
         self._driver.lose(trial.trial_id, _death_reason(trial))
 
 
 class _Stopper(tune.Stopper):  # type: ignore[misc]
-    """Ends the experiment when the driver can no longer go on."""
+    """Ends the experiment when the driver cannot go on."""
 
     def __init__(self, driver: _Driver) -> None:
         self._driver = driver
@@ -389,7 +391,7 @@ class _Stopper(tune.Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        """Asked by Tune after every event."""
+        """Tell whether to stop; Tune asks after every event."""
         return self._driver.is_stopped()
 
 
@@ -417,12 +419,12 @@ def _tuner(worker: Any, driver: _Driver, workers: int, folder: Path) -> tune.Tun
 
 
 def _cpus(sizes: Iterable[Size]) -> int:
-    """How many CPUs a Ray of our own needs."""
+    """Return the number of CPUs that a Ray of our own needs."""
     return max(math.ceil(size.workers * size.cpus) for size in sizes)
 
 
 def _check_room(size: Size, where: str) -> None:
-    """Refuse what could only wait: Tune waits for ever for machines that nobody adds."""
+    """Refuse trials without room, because Tune would wait for ever for more machines."""
     for key, amount, room, have in _rooms(size):
         if room < size.workers:
             raise SpecError(
@@ -432,7 +434,7 @@ def _check_room(size: Size, where: str) -> None:
 
 
 def _check_reserved(sizes: Iterable[Size], where: str) -> None:
-    """Refuse trials that would all find the same GPU: Ray hides none from who reserves none."""
+    """Refuse trials that would all use the same GPU: without a reservation Ray hides no GPU."""
     there = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
     if there and not all(size.gpus for size in sizes):
         raise SpecError(
@@ -442,10 +444,10 @@ def _check_reserved(sizes: Iterable[Size], where: str) -> None:
 
 
 def _fitting(size: Size, where: str) -> Size:
-    """As many at once as there is room for.
+    """Reduce the number of trials at once to the room that there is.
 
     Raises:
-        SpecError: not even for one.
+        SpecError: there is not even room for one.
     """
     fewest = min([size.workers, *(room for _, _, room, _ in _rooms(size))])
     one = replace(size, workers=max(1, fewest))
@@ -454,7 +456,7 @@ def _fitting(size: Size, where: str) -> Size:
 
 
 def _rooms(size: Size) -> Iterator[tuple[str, float, int, float]]:
-    """Of each resource that a trial holds: key, amount, trials there is room for, all there is."""
+    """Yield for each resource of a trial: key, amount, trials that fit, total amount."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for key, resource, amount in (("cpus", "CPU", size.cpus), ("gpus", "GPU", size.gpus)):
         if amount:
@@ -463,7 +465,7 @@ def _rooms(size: Size) -> Iterator[tuple[str, float, int, float]]:
 
 
 def _death_reason(trial: TuneTrial) -> str:
-    """Ray's account of a lost worker on one line, without its identifiers and its advice."""
+    """Return Ray's reason for a lost worker on one line, without identifiers and advice."""
     lines = (
         Path(trial.error_file)
         .read_text(encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What runs in Ray's processes: a worker that trains what it is handed."""
+"""The code in Ray's worker processes: a worker carries out its orders."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from telescope.records import Trial
 from telescope.streams import spell_what_is_lacking
 
 HANG_GRACE = 10.0
-"""Seconds that a hung trial has to be interrupted in, before its process is ended."""
+"""Seconds after a trial's time limit until its process is ended, if it cannot be interrupted."""
 HANG_TITLE = "Timeout ("
-"""How faulthandler heads the stacks of a process that it ends."""
+"""Beginning of faulthandler's output for a process that it ends."""
 
 
 class Worker(tune.Trainable):  # type: ignore[misc]
-    """One worker process: runs the order in its config, and is reset for the next one."""
+    """One worker process: it runs the order in its config and is reset for the next one."""
 
     def setup(
         self,
@@ -41,11 +41,11 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         share: float,
         place: str | None,
     ) -> None:
-        """Go where the driver is, and size the thread pools before the trainer brings in torch."""
+        """Enter the driver's folder, and size thread pools before the trainer imports torch."""
         if place:
             os.chdir(place)
         self._pickled = trainer
-        # Loaded when it is first needed: a trainer that cannot load is a trial's failure.
+        # Loaded on first use, so that a trainer that cannot load fails a trial, not the worker.
         self._packer = Packer(self._load, pack, timeout=timeout, share=share, guard=_ended_if_hung)
         self._gate = gate
         self._logs = Path(logs)
@@ -54,11 +54,11 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         spell_what_is_lacking()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next order, which `config` has, in the same, warm process."""
+        """Accept the next order, which Tune puts into `config`, in the same process."""
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train what was ordered, or wait at the gate."""
+        """Carry out the order, or wait at the gate."""
         if order := self.config.get("order"):
             with _logged(self._logs, order.trials[0]):
                 try:
@@ -75,9 +75,10 @@ class Worker(tune.Trainable):  # type: ignore[misc]
 
 
 def _leave(error: LostError) -> NoReturn:
-    """End this process, whose device is lost to it: the next one starts with it anew.
+    """End this process, which has lost its device; a new process can use it again.
 
-    At once, because to tidy up would call the device. The driver finds the reason in the log.
+    It ends at once, because cleaning up would call the device. The driver finds the reason in the
+    log.
     """
     sys.stderr.write(f"{error}\n")
     sys.stderr.flush()
@@ -86,9 +87,9 @@ def _leave(error: LostError) -> NoReturn:
 
 @contextmanager
 def _logged(folder: Path, trial: Trial) -> Iterator[None]:
-    """Send what a trial prints to a file of its own, so that a killed one's last words are kept.
+    """Send a trial's output to a file of its own, so that it is kept if the process is killed.
 
-    On another machine than the driver's there is no such folder: Ray's own logs have it there.
+    Other machines than the driver's lack the folder; there the output is in Ray's own logs.
     """
     if not folder.is_dir():
         yield
@@ -111,7 +112,7 @@ def _logged(folder: Path, trial: Trial) -> Iterator[None]:
 
 @contextmanager
 def _ended_if_hung(timeout: float) -> Iterator[None]:
-    """End this process if the code inside goes on long after its time limit: it hangs in C."""
+    """End this process if the code inside runs long after its time limit, as when it hangs in C."""
     if not timeout:
         yield
         return
@@ -123,7 +124,7 @@ def _ended_if_hung(timeout: float) -> Iterator[None]:
 
 
 def log_tail(folder: Path, trial: Trial) -> list[str]:
-    """The last lines that a trial has printed; none where its log is on another machine."""
+    """Return the last lines of a trial's output; none if its log is on another machine."""
     try:
         text = (folder / f"{trial}.log").read_text(encoding="utf-8", errors="backslashreplace")
     except OSError:
