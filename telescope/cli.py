@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from telescope.answer.finished import Finished
     from telescope.config import DataConfig
     from telescope.spec.spec import Spec
+    from telescope.transfer.settings import Transfer
 
 app = typer.Typer(
     name="telescope",
@@ -379,15 +380,7 @@ def transfer(
     foreign = _foreign_format(format, as_json, approximate)
     finished = _open(sweep, results)
     settings = finished.transfer(width=width, steps=steps, shapes=shapes, fold_readout=fold_readout)
-    exported = None
-    if foreign:
-        from telescope.export.formats import export
-        from telescope.export.handover import Handover
-
-        spec = finished.spec
-        exported = export(
-            Handover(spec.name, settings, spec.optimizer, spec.base_width, approximate), foreign
-        )
+    exported = _exported(finished.spec, settings, foreign, approximate) if foreign else None
     if out and exported is None:
         _write_json(out, settings.as_dict())
     elif out:
@@ -618,6 +611,15 @@ def _foreign_format(format: str | None, as_json: bool, approximate: bool) -> str
     if approximate and not foreign:
         raise SpecError("--approximate: is for the --format of a trainer; the JSON is exact")
     return foreign
+
+
+def _exported(spec: Spec, settings: Transfer, format: str, approximate: bool) -> str:
+    """The settings in a trainer's format."""
+    from telescope.export.formats import export
+    from telescope.export.handover import Handover
+
+    handover = Handover(spec.name, settings, spec.optimizer, spec.base_width, approximate)
+    return export(handover, format)
 
 
 def _console() -> Any:

@@ -22,6 +22,7 @@ import yaml
 from commands import telescope
 from conftest import ROOT, gpt_config, trial_config
 from readers import (
+    BASE,
     BY_GROUP,
     MEGATRONS,
     READERS,
@@ -31,6 +32,7 @@ from readers import (
     STEPS,
     UNIFORM,
     SchedulersConfig,
+    asked_for,
     assert_exact,
     executed,
     handed_over,
@@ -43,10 +45,11 @@ from readers import (
 )
 
 import telescope as package
+from telescope.answer.finished import Finished
 from telescope.errors import RefusedError, SpecError
 from telescope.export.formats import FORMATS, NAMES, check_format, export
 from telescope.export.handover import Handover
-from telescope.records import Trial
+from telescope.records import Point, Trial
 from telescope.rules.scaling import Role, Tag
 from telescope.train.loop import set_up, take_step, token_loss
 from telescope.train.optim import schedule as share_of_peak
@@ -169,6 +172,22 @@ def test_a_folded_readout_is_said_where_groups_have_their_own_settings() -> None
     for format in sorted(SINGLE - {"torchtitan"}):
         with pytest.raises(RefusedError, match=r"readout 11×64 \(lm_head\.weight\): step ×"):
             export(folded, format)
+
+
+@pytest.mark.parametrize("format", sorted(SINGLE | BY_GROUP))
+def test_no_decay_a_tied_readout_and_the_base_width_itself(format: str) -> None:
+    """The corners of the arithmetic: 0 over 0, one table for both ends, r of 1."""
+    handover = handed_over(point=Point.of(lr=0.03, weight_decay=0.0))
+    asked = asked_for(handover)
+    for name, (step, decay) in READERS[format](export(handover, format), UNIFORM).items():
+        assert step == pytest.approx(asked[name][0], rel=1e-6)
+        assert not decay
+    tied = [replace(t, role=Role.TIED) if t.name == "embed.weight" else t for t in UNIFORM[:-1]]
+    assert_exact(off(handed_over(tied), format, tied))
+    narrow = [replace(tag, shape=tag.base_shape) for tag in UNIFORM]
+    handover = handed_over(narrow)
+    handover = replace(handover, transfer=replace(handover.transfer, width=BASE))
+    assert_exact(off(handover, format, narrow))
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))
@@ -410,6 +429,26 @@ def test_what_cannot_be_done_is_a_line(
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_certificate_that_fails_is_said_after_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without a format: the settings are given, and the exit code is 1."""
+    real = Finished.transfer
+
+    def failed(self: Finished, **options: Any) -> Any:
+        transfer = real(self, **options)
+        assert transfer.certificate is not None
+        certificate = replace(transfer.certificate, verdict="FAIL", problems=("a reason",))
+        return replace(transfer, certificate=certificate)
+
+    monkeypatch.setattr(Finished, "transfer", failed)
+    done = telescope("transfer", REFERENCE, "--format", "megatron", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "certificate FAIL" in done.stdout
+    assert "--optimizer muon" in done.stdout
+    assert "not to be relied on: a reason" in done.stderr
 
 
 def test_json_is_what_it_was(tmp_path: Path) -> None:

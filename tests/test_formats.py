@@ -108,19 +108,21 @@ def test_torchtitan_builds_the_groups() -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_torchtitans_adamw_and_schedule_are_telescopes(name: str) -> None:
+    """Its decay begins one step later: a share is telescope's of this step or of the one before."""
     needed("torchtitan.components.optimizer")
-    handover = handed_over(name="adamw", train=SCHEDULES[name])
+    train = SCHEDULES[name]
+    handover = handed_over(name="adamw", train=train)
     names = executed(export(handover, "torchtitan"))
     model = model_of(UNIFORM)
     optimizers = names["optimizers"]().build(model_parts=[model])
     schedulers = names["lr_scheduler"]().build(optimizers=optimizers, training_steps=STEPS)
     asked = asked_for(handover)
     for step in range(STEPS):
-        share = share_of_peak(step, SCHEDULES[name])
+        near = [share_of_peak(max(s, 0), train) for s in (step - 1, step)]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 peak = asked[group["param_names"][0]][0]
-                assert group["lr"] == pytest.approx(peak * share, rel=0.05), step
+                assert 0.999 * min(near) <= group["lr"] / peak <= 1.001 * max(near), step
             optimizer.step()
         schedulers.step()
 
@@ -143,8 +145,8 @@ def test_deepspeeds_muon_steps_as_torchs_does() -> None:
             optimizer.step()
     others = dict(second.named_parameters())
     for name, p in first.named_parameters():
-        moved = (p - start[name]).norm()
-        assert float((p - others[name]).norm()) <= 2e-2 * float(moved), name
+        moved = (p.detach() - start[name]).norm()
+        assert (p - others[name]).detach().norm() <= 2e-2 * moved, name
 
 
 def test_the_trainer_of_transformers_trains_with_the_factory(tmp_path: Path) -> None:
@@ -218,9 +220,9 @@ def test_the_trainer_of_transformers_trains_with_the_factory(tmp_path: Path) -> 
             optimizer.zero_grad()
     others = dict(second.named_parameters())
     for name, p in first.named_parameters():
-        moved = float((p - before[name]).norm())
+        moved = (p.detach() - before[name]).norm()
         assert moved > 0, name
-        assert float((p - others[name]).norm()) <= 1e-3 * moved, name
+        assert (p - others[name]).detach().norm() <= 1e-3 * moved, name
 
 
 def test_megatron_core_has_the_fields_that_are_written() -> None:

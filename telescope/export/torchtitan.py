@@ -173,4 +173,7 @@ def scheduler(handover: Handover) -> dict[str, Any]:
 
 def _schedule_line(handover: Handover) -> str:
     schedule = handover.transfer.schedule
-    return f"{schedule['name']}: SCHEDULE has it" if schedule else without_schedule()
+    if schedule is None:
+        return without_schedule()
+    late = "" if schedule["name"] == "constant" else "; its decay begins a step later"
+    return f"{schedule['name']}: SCHEDULE has it{late}"
