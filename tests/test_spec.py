@@ -20,7 +20,7 @@ from telescope import Ladder
 from telescope.config import DataConfig, OptimizerConfig, TrainConfig
 from telescope.errors import SpecError
 from telescope.records import Axis, Point, Trial
-from telescope.spec.spec import Spec, fingerprint
+from telescope.spec.spec import Spec
 from telescope.spec.tables import (
     BudgetTable,
     ComputeTable,
@@ -305,57 +305,6 @@ def test_a_record_gives_the_spec_back(tmp_path: Path, corpus_file: Path) -> None
     again = Spec.from_record(spec.as_dict(), tmp_path)
     assert again.strict_fields("x") == spec.strict_fields("x")
     assert again.ladder_spec == spec.ladder_spec
-
-
-COMPARABLE = [
-    "ladder.widths=[32,64,128,256]",
-    "ladder.seeds=[0,1]",
-    "target.width=512",
-    "axes.lr.points=9",
-    "axes.lr.low=0.001",
-    "compute.workers=7",
-    "budget.max_over_target=9.0",
-]
-INCOMPARABLE = [
-    "ladder.widths=[64,128]",
-    "model.depth=3",
-    "model.tied=true",
-    "optimizer.rule=paper",
-    "optimizer.ns_dtype=fp32",
-    "optimizer.momentum=0.9",
-    "train.steps=101",
-    "train.schedule=constant",
-    "train.evals=2",
-    "train.precision=bf16",
-    "train.compile=true",
-    "data.held_out=0.1",
-    "data.eval_tokens=1024",
-]
-
-
-@pytest.mark.parametrize("override", COMPARABLE)
-def test_loose_changes_keep_the_fingerprint(override: str) -> None:
-    assert _fingerprint(override) == _fingerprint()
-
-
-@pytest.mark.parametrize("override", INCOMPARABLE)
-def test_strict_changes_change_the_fingerprint(override: str) -> None:
-    assert _fingerprint(override) != _fingerprint()
-
-
-def test_another_corpus_or_model_text_changes_the_fingerprint(
-    tmp_path: Path, corpus_file: Path
-) -> None:
-    model = tmp_path / "gpt.py"
-    model.write_text((ROOT / "models" / "gpt.py").read_text() + "\n")
-    plain = Spec.from_dict(tiny_spec(corpus_file))
-    other = Spec.from_dict(tiny_spec(corpus_file, model={"file": str(model)}))
-    assert plain.strict_fields("a") != plain.strict_fields("b")
-    assert plain.strict_fields("a") != other.strict_fields("a")
-
-
-def _fingerprint(*overrides: str) -> str:
-    return fingerprint(Spec.load("quickstart", overrides).strict_fields("corpus"))
 
 
 def test_the_starter_explains_every_key() -> None:
