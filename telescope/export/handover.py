@@ -272,6 +272,22 @@ def without_schedule() -> str:
     return "the one of the sweep's own trainer: lr is its peak"
 
 
+def yaml_rows(keys: Mapping[str, object], indent: str = "") -> str:
+    """Write keys and their values as YAML, a line each.
+
+    >>> yaml_rows({"lr": 1e-08, "nesterov": True, "type": "muon"}, indent="  ").splitlines()
+    ['  lr: 1.0e-08', '  nesterov: true', '  type: muon']
+    """
+    rows = []
+    for key, value in keys.items():
+        if isinstance(value, bool):
+            text = str(value).lower()
+        else:
+            text = number(value) if isinstance(value, float) else str(value)
+        rows.append(f"{indent}{key}: {text}\n")
+    return "".join(rows)
+
+
 def number(value: float) -> str:
     """A number that YAML, JSON and Python all read as a float.
 

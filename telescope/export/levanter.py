@@ -16,10 +16,10 @@ from telescope.export.handover import (
     logits_by_hand,
     longest,
     mean,
-    number,
     other_eps,
     start_by_hand,
     without_schedule,
+    yaml_rows,
 )
 from telescope.rules.scaling import RMS_MATCH
 
@@ -48,7 +48,7 @@ def levanter(handover: Handover) -> str:
         ],
         off=off,
     )
-    rows = "".join(f"  {key}: {_yaml(value)}\n" for key, value in keys.items())
+    rows = yaml_rows(keys, indent="  ")
     return f"{comment(lines)}optimizer:\n{rows}{_schedule(handover)}"
 
 
@@ -80,12 +80,6 @@ def effect(group: Group, keys: dict[str, Any]) -> tuple[float, float]:
     return lr, lr * keys[f"{ours}weight_decay"]
 
 
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return number(value) if isinstance(value, float) else str(value)
-
-
 def _schedule_line(handover: Handover) -> str:
     schedule = handover.transfer.schedule
     if schedule is None:
@@ -107,5 +101,4 @@ def _schedule(handover: Handover) -> str:
     }
     if schedule["name"] == "wsd":
         keys["decay"] = schedule["decay_steps"] / steps
-    rows = "".join(f"  {key}: {_yaml(value)}\n" for key, value in keys.items())
-    return f"{rows}trainer:\n  num_train_steps: {steps}\n"
+    return f"{yaml_rows(keys, indent='  ')}trainer:\n  num_train_steps: {steps}\n"

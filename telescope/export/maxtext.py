@@ -17,12 +17,12 @@ from telescope.export.handover import (
     logits_by_hand,
     longest,
     mean,
-    number,
     other_eps,
     refuse_unless,
     start_by_hand,
     step_of,
     without_schedule,
+    yaml_rows,
 )
 
 WRITTEN_FOR = "MaxText of August 2026 (src/maxtext/configs/base.yml), with optax 0.2.8"
@@ -50,8 +50,7 @@ def maxtext(handover: Handover) -> str:
         ],
         off=off,
     )
-    text = "".join(f"{key}: {_yaml(value)}\n" for key, value in keys.items())
-    return comment(lines) + text + _schedule(handover)
+    return comment(lines) + yaml_rows(keys) + _schedule(handover)
 
 
 def settings(handover: Handover) -> dict[str, Any]:
@@ -82,10 +81,6 @@ def effect(group: Group, keys: dict[str, Any]) -> tuple[float, float]:
         step = keys["muon_consistent_rms"] * longest(group) * lr
         return step, lr * keys["muon_weight_decay"]
     return lr, lr * keys["adam_weight_decay"]
-
-
-def _yaml(value: Any) -> str:
-    return number(value) if isinstance(value, float) else str(value)
 
 
 def _traps(handover: Handover) -> list[str]:
@@ -124,4 +119,4 @@ def _schedule(handover: Handover) -> str:
     if schedule["name"] == "wsd":
         keys |= {"wsd_decay_steps_fraction": schedule["decay_steps"] / steps}
         keys |= {"wsd_decay_style": "linear"}
-    return "".join(f"{key}: {_yaml(value)}\n" for key, value in keys.items())
+    return yaml_rows(keys)
