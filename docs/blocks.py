@@ -31,7 +31,7 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("models", "examples", "results/reference")
-"""What a page's folder has of the checkout."""
+"""Files and folders of the checkout that a page's folder has."""
 REMARK = re.compile(r"<!--\s*(not run|slow|width):\s*(.*?)\s*-->", re.DOTALL)
 TITLE = re.compile(r'title="([^"]+)"')
 

@@ -31,7 +31,7 @@ PUBLISHED = (
     "results/reference/*/*.md",
     "results/reference/*/*.png",
 )
-"""What the site has: its pages, and the files that they link to."""
+"""Content of the site: its pages, and the files that they link to."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 """A formula as pymdownx.arithmatex leaves it."""
 

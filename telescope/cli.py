@@ -381,16 +381,17 @@ def transfer(
     finished = _open(sweep, results)
     settings = finished.transfer(width=width, steps=steps, shapes=shapes, fold_readout=fold_readout)
     exported = _exported(finished.spec, settings, foreign, approximate) if foreign else None
-    if out and exported is None:
-        _write_json(out, settings.as_dict())
-    elif out:
-        _write_text(out, exported or "")
+    if out:
+        if exported is None:
+            _write_json(out, settings.as_dict())
+        else:
+            _write_text(out, exported)
     if as_json or (format == "json" and not out):
         _print_json(settings.as_dict())
-    elif exported is not None and not out:
-        _say(exported, nl=False)
     elif out:
         _say(f"wrote {out}")
+    elif exported is not None:
+        _say(exported, nl=False)
     else:
         from telescope.report.terminal import print_transfer
 

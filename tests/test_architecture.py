@@ -235,7 +235,7 @@ def test_public_names_are_a_contract() -> None:
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
-    folders = ("telescope", "tests", "benchmarks", "examples", "models")
+    folders = ("telescope", "tests", "benchmarks", "examples", "models", "docs")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     texts = [(path, *found) for path in paths for found in docstrings(ast.parse(path.read_text()))]
     assert len(texts) > 3000, "docstrings are found"

@@ -77,7 +77,7 @@ class Change(NamedTuple):
     base: str
     value: Any
     is_free: bool | None = None
-    """Whether the fingerprint stays; left out, as the lists above say."""
+    """True if the fingerprint stays; None if the lists above decide."""
 
     def __str__(self) -> str:
         return f"{self.field} {self.base} {str(self.value)[-30:]}"
@@ -295,7 +295,7 @@ def read(spec: dict[str, Any], place: Path) -> tuple[dict[str, Any], str]:
 
 
 def may_differ(change: Change, spec: dict[str, Any]) -> bool:
-    """Whether losses stay comparable."""
+    """Tell whether losses stay comparable."""
     if change.is_free is not None:
         return change.is_free
     names = {change.field, change.field.partition(".")[0]}
