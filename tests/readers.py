@@ -10,10 +10,10 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -96,10 +96,32 @@ def asked_for(handover: Handover) -> dict[str, tuple[float, float]]:
 # One reader per format. `parameters` says what the trainer would see of the model.
 
 
+@contextmanager
+def standing_in(modules: dict[str, ModuleType]) -> Iterator[None]:
+    """Put modules in place of those of a trainer that is not installed.
+
+    `mock.patch.dict(sys.modules)` would forget all that is imported meanwhile too: parts of torch
+    come late, and cannot be imported twice.
+    """
+    with ExitStack() as stack:
+        for name in modules:
+            stack.callback(put_module, name, sys.modules.get(name))
+        sys.modules.update(modules)
+        yield
+
+
+def put_module(name: str, module: ModuleType | None) -> None:
+    """Make `import name` give this module; None forgets it."""
+    if module is None:
+        sys.modules.pop(name, None)
+    else:
+        sys.modules[name] = module
+
+
 def executed(text: str, modules: dict[str, ModuleType] | None = None) -> dict[str, Any]:
     """The names of an export that is a Python file."""
     names: dict[str, Any] = {"__name__": "exported"}
-    with mock.patch.dict(sys.modules, modules or {}):
+    with standing_in(modules or {}):
         exec(compile(text, "export.py", "exec"), names)
     return names
 
@@ -313,7 +335,7 @@ def deepspeed_modules() -> dict[str, ModuleType]:
 def read_deepspeed(text: str, parameters: list[Tag]) -> Read:
     model = model_of(parameters)
     names = {id(p): name for name, p in model.named_parameters()}
-    with mock.patch.dict(sys.modules, deepspeed_modules()):
+    with standing_in(deepspeed_modules()):
         optimizer = executed(text)["make_optimizer"](model)
     found: Read = {}
     for group in optimizer.param_groups:
