@@ -1,4 +1,4 @@
-"""A source of trials that needs no ladder."""
+"""Sources of trials that need no ladder."""
 
 from __future__ import annotations
 
@@ -30,3 +30,23 @@ class Stages(TrialSource):
 
     def workers(self, stage: int) -> set[str]:
         return {self.results[trial].worker for trial in self.stages[stage]}
+
+
+class Recorded(Stages):
+    """One that keeps what it learns, in its order."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.started: list[Trial] = []
+        self.told: list[tuple[Result, ...]] = []
+        self.released: list[tuple[Trial, ...]] = []
+
+    def on_start(self, trial: Trial) -> None:
+        self.started.append(trial)
+
+    def on_release(self, trials: Sequence[Trial]) -> None:
+        self.released.append(tuple(trials))
+
+    def tell(self, *results: Result) -> None:
+        super().tell(*results)
+        self.told.append(results)

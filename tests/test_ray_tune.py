@@ -1,7 +1,7 @@
-"""The Ray dispatcher, against the inline one and against /proc, in which nobody can hide.
+"""The Ray dispatcher's own promises, also against /proc, in which nobody can hide.
 
-A Ray takes seconds to start, so there are three: our own for a whole sweep, one in a process that
-is interrupted, and one that is somebody else's.
+What both dispatchers promise is in test_dispatchers.py. A Ray takes seconds to start, so there are
+three: one before the source is due, one for a whole sweep, and one that is somebody else's.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ import logging
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,11 +20,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import left_over
-from stages import Stages
+from stages import Recorded, Stages
 
-from telescope.dispatch.inline import run_inline
-from telescope.dispatch.queue import Queue, Trainer
+from telescope.dispatch.queue import Queue
 from telescope.errors import SpecError
 from telescope.records import Result, Status, Trial
 
@@ -36,29 +31,6 @@ ray = pytest.importorskip("ray")  # after ours, which decides where Ray may list
 OBJECT_STORE_BYTES = pytest.importorskip("telescope.dispatch.ray.connect").OBJECT_STORE_BYTES
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
-
-
-def make_trainer(*, lost: Trial | None = None, crashed: Trial | None = None) -> Trainer:
-    """A trainer of three verdicts and two mishaps.
-
-    It is local because Ray then pickles it by value: the workers cannot import this file.
-    """
-
-    def train(trial: Trial) -> Result:
-        time.sleep(0.3)
-        if trial == lost:
-            os._exit(3)
-        if trial == crashed:
-            raise ValueError("no such corpus")
-        if trial.lr > 0.055:
-            return Result(trial, Status.DIVERGED, reason="loss rose")
-        return Result(trial, Status.COMPLETE, loss=trial.width * trial.lr)
-
-    return train
-
-
-def verdicts(source: Stages, *, without: Trial) -> set[tuple[Trial, Status, float | None]]:
-    return {(r.trial, r.status, r.loss) for r in source.results.values() if r.trial != without}
 
 
 def listening_addresses() -> set[str]:
@@ -103,6 +75,10 @@ def test_workers_start_before_the_source_can_be_asked() -> None:
                 raise self.refusal
             return super().ask()
 
+    # Inside, so that Ray pickles it by value: the workers cannot import this file.
+    def quick(trial: Trial) -> Result:
+        return Result(trial, Status.COMPLETE, loss=trial.lr)
+
     due: list[bool] = []
 
     def is_due() -> bool:
@@ -116,53 +92,67 @@ def test_workers_start_before_the_source_can_be_asked() -> None:
 
     with ray_tune.opened(ray_tune.Size(2)) as session:
         source = Later(2)
-        ray_tune.run_ray(source, make_trainer(), session)
-        assert len(source.results) == 2
+        ray_tune.run_ray(source, quick, session)
+        assert sorted(result.loss or 0 for result in source.results.values()) == [0.01, 0.02]
         due.clear()
         source = Later(2)
         source.refusal = SpecError("no")
         with pytest.raises(SpecError, match="no"):
-            ray_tune.run_ray(source, make_trainer(), session)
+            ray_tune.run_ray(source, quick, session)
         assert source.results == {}
 
 
-def test_a_sweep_with_mishaps_on_our_own_ray(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_lost_process_on_our_own_ray(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    class Watched(Stages):
-        def on_start(self, trial: Trial) -> None:
-            started.append(trial)
+    """Its trial has failed, another process takes its place, and nothing of Ray stays behind."""
 
+    class Watched(Recorded):
         def tell(self, *results: Result) -> None:
             super().tell(*results)
             addresses.update(listening_addresses())
             folders.update(own_folders())
+            if results[0].trial == lost:
+                (tmp_path / "lost").touch()
+
+    # Inside, for the same reason.
+    def train(trial: Trial) -> Result:
+        if trial == lost:
+            os._exit(3)
+        # Until the other process is lost, and then until two are at trials of a width.
+        (tmp_path / f"{trial.width} {os.getpid()}").touch()
+        wanted, number = (f"{trial.width} *", 2) if trial.width > 32 else ("lost", 1)
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob(wanted))) < number and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return Result(trial, Status.COMPLETE, loss=trial.width * trial.lr)
 
     addresses: set[str] = set()
     folders: set[Path] = set()
-    started: list[Trial] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = dict(os.environ)
-    source, reference = Watched(7, 3, 2), Stages(7, 3, 2)
-    lost, crashed = source.stages[0][:2]
+    source = Watched(4, 3, 2)
+    lost, trials = source.stages[0][0], [trial for stage in source.stages for trial in stage]
 
-    monkeypatch.setattr(ray_tune, "Queue", partial(Queue, retries=1))  # a new process takes 3 s
-    trainer = make_trainer(lost=lost, crashed=crashed)
+    monkeypatch.setattr(ray_tune, "Queue", partial(Queue, retries=0))  # a new process takes 3 s
+    # As on a machine on which a process takes longer to start than a trial without room may wait.
+    monkeypatch.setattr(ray_tune, "START_PATIENCE", 0.0)
+    monkeypatch.setattr(ray_tune, "_lacks_room", lambda: False)
     with ray_tune.opened(ray_tune.Size(2)) as session:
-        ray_tune.run_ray(source, trainer, session)
-    run_inline(reference, make_trainer(crashed=crashed))
+        ray_tune.run_ray(source, train, session)
 
-    assert verdicts(source, without=lost) == verdicts(reference, without=lost)
-    assert Counter(started) == Counter({**dict.fromkeys(reference.results, 1), lost: 2, crashed: 2})
-    assert source.results[crashed].reason.startswith(
-        "failed 2 times; last: ValueError: no such corpus"
-    )
+    assert Counter(source.started) == Counter(trials)
     assert source.results[lost].status is Status.FAILED
-    assert source.results[lost].reason.startswith("failed 2 times; last: The actor died")
+    assert source.results[lost].reason.startswith("failed 1 times; last: The actor died")
     assert "worker process has died" in source.results[lost].reason
     assert "\n" not in source.results[lost].reason
-    assert source.workers(1) == source.workers(2), "workers did not stay warm"
+    losses = [source.results[trial].loss for trial in trials if trial != lost]
+    assert losses == [trial.width * trial.lr for trial in trials if trial != lost]
+    assert len(source.workers(0) - {""}) == 2, (
+        "a trial was taken from the process that starts for it"
+    )
     assert len(source.workers(1)) == 2, "the loss of a process cost a worker for good"
+    assert source.workers(1) == source.workers(2), "workers did not stay warm"
 
     assert addresses
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
@@ -174,53 +164,30 @@ def test_a_sweep_with_mishaps_on_our_own_ray(
     assert capfd.readouterr() == ("", "")
 
 
-def test_interrupt_ends_all_within_seconds(tmp_path: Path) -> None:
-    script = tmp_path / "sweep.py"
-    script.write_text(
-        textwrap.dedent("""
-        import time
-        from telescope.dispatch.ray.tune import Size, opened, run_ray
-        from telescope.records import Point, Result, Status, Trial, TrialSource
-
-        class Source(TrialSource):
-            trials = [Trial(32, Point.of(lr=lr), 0) for lr in (0.1, 100.0, 200.0)]
-            def ask(self):
-                return self.trials
-            def tell(self, result):
-                self.trials = [t for t in self.trials if t != result.trial]
-                print("told", flush=True)
-
-        def train(trial):
-            time.sleep(trial.lr)
-            return Result(trial, Status.COMPLETE, loss=1.0)
-
-        try:
-            with opened(Size(2)) as session:
-                run_ray(Source(), train, session)
-        except KeyboardInterrupt:
-            print("interrupted", flush=True)
-        """)
-    )
-    mark = str(tmp_path)
-    path = os.pathsep.join(sys.path)
-    with subprocess.Popen(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": path, "TELESCOPE_TEST_MARK": mark},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as sweep:
-        assert sweep.stdout is not None
-        first = sweep.stdout.readline()
-        assert first == "told\n", first + sweep.stdout.read()
-        time.sleep(0.5)
-        start = time.monotonic()
-        os.killpg(sweep.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the whole group
-        assert sweep.stdout.read() == "interrupted\n"
-    assert sweep.wait() == 0
-    assert time.monotonic() - start < 6
-    assert not left_over(mark, patience=3)
+@pytest.mark.parametrize(
+    ("waited", "has_room", "stranded"),
+    [
+        (10, False, False),
+        (20, False, True),
+        (20, True, False),
+        (590, True, False),
+        (610, True, True),
+    ],
+)
+def test_how_long_a_trial_waits_for_its_process(
+    waited: float, has_room: bool, stranded: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without room 15 s; with room 10 minutes, in case that process never comes."""
+    monkeypatch.setattr(ray_tune, "_lacks_room", lambda: not has_room)
+    driver = ray_tune._Driver(leave_at_once=False, logs=tmp_path)
+    driver.serve(Queue(Recorded(2)), ahead=1)
+    assert driver.suggest("one")
+    assert not driver._has_stranded()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + waited)
+    assert driver._has_stranded() == stranded
+    driver.began("one")
+    assert not driver._has_stranded()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
@@ -266,5 +233,9 @@ def test_on_a_ray_of_somebody_else() -> None:
         while ray.available_resources().get("CPU") != 2:  # Ray frees them in its own time
             assert time.monotonic() < deadline, "the sweep kept what it was lent"
             time.sleep(0.1)
+        assert not ray_tune._lacks_room()
+        larger = ray.util.placement_group([{"CPU": 3}])
+        assert ray_tune._lacks_room()
+        ray.util.remove_placement_group(larger)
     finally:
         ray.shutdown()

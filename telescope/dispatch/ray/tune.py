@@ -41,8 +41,11 @@ from telescope.errors import SpecError
 from telescope.records import TrialSource
 
 START_PATIENCE = 15.0
-"""Seconds that a trial may wait for a new worker before it gets one from the gate. A process takes
-about 3 seconds to start, and a lost node never comes back."""
+"""Seconds that a trial without room waits for a worker before it gets one that waits at the gate: a
+lost node never comes back."""
+
+START_LIMIT = 600.0
+"""Seconds that a trial with room waits for its process, about 3 where nothing slows it down."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,8 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
         self._turn = 0  # number of times that the gate was opened
         self._unstarted: dict[str, float] = {}  # Tune's trial id → time of handing it out
         self._opened = 0.0  # last time that the gate was opened for one of those
+        self._looked = 0.0  # last time that Ray was asked for what lacks room
+        self._lacks_room = False
 
     def serve(self, queue: Queue, *, ahead: int) -> None:
         """Hand out this queue's orders from now on; earlier trials have ended.
@@ -324,9 +329,21 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
         self._unstarted.pop(tune_id, None)
 
     def _has_stranded(self) -> bool:
-        """Tell whether a trial has waited too long for a worker, as when a machine is lost."""
+        """Tell whether a trial has waited too long for a worker, as when a machine is lost.
+
+        A trial that has room waits for the process that starts for it. Another worker would be
+        quicker, but Tune then stops that process; where starts are slow, there would never be a
+        second one. A process that has not come after START_LIMIT may never come.
+        """
         now = time.monotonic()
-        return any(now - asked > START_PATIENCE for asked in self._unstarted.values())
+        longest = max((now - asked for asked in self._unstarted.values()), default=0.0)
+        if longest <= START_PATIENCE:
+            return False
+        if longest > START_LIMIT:
+            return True
+        if now - self._looked > 1.0:
+            self._looked, self._lacks_room = now, _lacks_room()
+        return self._lacks_room
 
     def _free_workers_for_stranded(self) -> None:
         """Release workers from the gate if a trial has waited too long for one."""
@@ -342,7 +359,8 @@ class _Driver(Searcher):  # type: ignore[misc]  # Ray's base classes are untyped
             self._was_due = True
             with self._keeping_errors():
                 self._open_gate()
-        self._free_workers_for_stranded()
+        with self._keeping_errors():
+            self._free_workers_for_stranded()
         if self.error and self._leave_at_once:
             raise _Leave
         return self.error is not None
@@ -416,6 +434,12 @@ def _tuner(worker: Any, driver: _Driver, workers: int, folder: Path) -> tune.Tun
             verbose=0,
         ),
     )
+
+
+def _lacks_room() -> bool:
+    """Tell whether anything on this Ray waits for room: Tune reserves a group for each worker."""
+    groups = ray.util.placement_group_table().values()
+    return any(group["state"] in ("PENDING", "RESCHEDULING") for group in groups)
 
 
 def _cpus(sizes: Iterable[Size]) -> int:
