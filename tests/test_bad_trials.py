@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import signal
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,10 @@ import numpy as np
 import pytest
 from conftest import attempt, quiet
 from faults import formula, spec_of
-from stages import Stages
 
 from telescope import Spec
 from telescope.answer.finished import open_result
-from telescope.dispatch.inline import run_inline
-from telescope.dispatch.queue import LINE_LENGTH, Queue, Trainer
+from telescope.dispatch.queue import LINE_LENGTH, Trainer
 from telescope.records import CurvePoint, Point, Result, Status, Trial
 from telescope.sweep.run import Options, run
 from telescope.train import loop
@@ -176,50 +171,3 @@ def test_the_timeout_of_the_spec_reaches_the_trials(
     ladder = run(spec, Options(tmp_path, dispatcher="inline", check=False), quiet).ladder
     assert ladder.stuck is not None
     assert "no end after 0.05 s" in ladder.stuck
-
-
-def bad_trainer(bad: list[Trial]) -> Trainer:
-    """Each of the bad trials is fatal to its process in its own way."""
-
-    def train(trial: Trial) -> Result:
-        kind = bad.index(trial) if trial in bad else -1
-        if kind >= 0:
-            print("last words of", trial)
-        if kind == 0:
-            os._exit(7)
-        if kind == 1:  # as the kernel does to what has eaten the memory
-            eaten: list[bytes] = []
-            while len(eaten) < 20:
-                eaten.append(bytes(10_000_000))
-            os.kill(os.getpid(), signal.SIGKILL)
-        if kind == 2:
-            sum(range(10**13))  # C code that no signal interrupts, for hours
-        if kind == 3:
-            time.sleep(600)
-        return Result(trial, Status.COMPLETE, loss=trial.lr)
-
-    return train
-
-
-@pytest.mark.ray
-@pytest.mark.xdist_group("ray")
-def test_on_ray_what_is_fatal_to_a_process_is_not_to_the_sweep(
-    monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
-) -> None:
-    ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
-    monkeypatch.setattr(ray_tune, "Queue", partial(Queue, retries=0))
-    source, reference = Stages(8, 2), Stages(8, 2)
-    bad = source.stages[0][:4]
-    with ray_tune.opened(ray_tune.Size(2)) as session:
-        ray_tune.run_ray(source, bad_trainer(bad), session, timeout=1.5)
-    run_inline(reference, lambda trial: Result(trial, Status.COMPLETE, loss=trial.lr))
-    good = reference.results.keys() - set(bad)
-    assert {t: source.results[t].loss for t in good} == {t: reference.results[t].loss for t in good}
-    reasons = [source.results[trial].reason for trial in bad]
-    assert all(source.results[trial].status is Status.FAILED for trial in bad)
-    for trial, reason in zip(bad[:2], reasons[:2], strict=True):
-        assert f"last words of {trial}" in reason
-    assert "Timeout (0:00:11" in reasons[2], "the stack of what hung is in its log"
-    assert "in train" in reasons[2]
-    assert "no end after 1.5 s (the spec's timeout)" in reasons[3]
-    record_property("trials that exit, are killed, hang in C or in Python on Ray", "4 failed of 10")

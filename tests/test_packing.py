@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,20 +200,6 @@ def test_memory_of_a_cpu_counts_too_and_other_errors_do_not() -> None:
     trainer = Fake(no_room)
     packed(trainer, trials(4), pack=4)
     assert trainer.packs == [4, 2, 2]
-
-
-def test_a_fault_of_one_costs_the_others_nothing() -> None:
-    wanted = trials(6)
-    trainer = Fake(bad=wanted[2])
-    source, lines = packed(trainer, wanted)
-    assert source.told[wanted[2]].reason.startswith("failed 3 times; last: ValueError: this point")
-    assert all(source.told[t].loss == t.lr for t in wanted if t != wanted[2])
-    assert trainer.packs == [6]
-    assert Counter(trainer.alone) == Counter({**dict.fromkeys(wanted[3:], 1), wanted[2]: 3})
-    names = [str(trial) for trial in wanted]
-    assert lines[-1]["ended"] == names[:2]  # results that came before it are kept
-    assert lines[-1]["alone"] == names[2:]
-    assert "this point's fault" in lines[-1]["why"]
 
 
 def test_a_pack_that_hangs_is_trained_one_by_one() -> None:
@@ -483,45 +468,6 @@ def test_killed_in_the_middle_of_a_pack_it_goes_on(widths: list[int], tmp_path: 
     assert answers(killed) == answers(whole)
     assert "diverged" in answers(whole)["trials.csv"]
     assert not checkpoints.exists()
-
-
-@pytest.mark.ray
-@pytest.mark.xdist_group("ray")
-def test_packs_on_ray_and_a_worker_that_dies_with_one() -> None:
-    ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
-    wanted = trials(8)
-
-    def make() -> Any:
-        """Local, for Ray to pickle it by value."""
-        import os
-
-        class Mortal:
-            def __call__(self, trial: Trial) -> Result:
-                return Result(trial, Status.COMPLETE, loss=trial.lr)
-
-            def train_pack(self, members: Sequence[Trial]) -> Iterator[Result]:
-                if wanted[0] in members:
-                    os._exit(3)
-                for trial in members:
-                    yield Result(trial, Status.DIVERGED, reason=f"as one of {len(members)}")
-
-            def obstacle(self, trial: Trial) -> str:
-                return ""
-
-            def probe_pack(self, members: Sequence[Trial]) -> None:
-                return None
-
-        return Mortal()
-
-    source, lines = Source(wanted), list[Any]()
-    with ray_tune.opened(ray_tune.Size(2)) as session:
-        ray_tune.run_ray(source, make(), session, packs=Packs(4, note=lines.append))
-    died, lived = wanted[:4], wanted[4:]
-    assert {source.told[t].status for t in died} == {Status.COMPLETE}  # each alone
-    assert {source.told[t].reason for t in lived} == {"as one of 4"}
-    names = [[str(trial) for trial in some] for some in (died, lived)]
-    assert lines[1] == {"width": 32, "packs": names}
-    assert [line["alone"] for line in lines if "alone" in line] == names[:1]
 
 
 def test_what_fails_ahead_is_tried_again_with_the_trial() -> None:

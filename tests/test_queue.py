@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
-from conftest import attempt
 
 from telescope.dispatch.inline import run_inline
 from telescope.dispatch.queue import Order, Queue
@@ -61,64 +60,6 @@ def test_a_source_that_comes_later_is_not_asked_before() -> None:
     assert queue.take() == Order((TRIALS[0],))
 
 
-def test_a_crash_is_tried_three_times_then_told_with_its_reason() -> None:
-    source, calls = Source(), []
-
-    def crash(trial: Trial) -> Result:
-        calls.append(trial)
-        if trial == TRIALS[1]:
-            raise RuntimeError("out of\nmemory")
-        return good(trial)
-
-    run_inline(source, crash)
-    assert calls.count(TRIALS[1]) == 3
-    (failed,) = [result for result in source.told if result.status is Status.FAILED]
-    assert failed.trial == TRIALS[1]
-    assert failed.reason.splitlines()[0] == "failed 3 times; last: RuntimeError: out of memory"
-    assert "raise RuntimeError" in failed.reason
-
-
-def test_a_crash_that_heals_is_complete() -> None:
-    source, calls = Source(), []
-
-    def flaky(trial: Trial) -> Result:
-        calls.append(trial)
-        if calls.count(trial) < 3 and trial != TRIALS[0]:
-            raise OSError("disk")
-        return good(trial)
-
-    run_inline(source, flaky)
-    assert [result.status for result in source.told] == [Status.COMPLETE] * 3
-
-
-def test_divergence_is_never_tried_again() -> None:
-    source, calls = Source(), []
-
-    def diverge(trial: Trial) -> Result:
-        calls.append(trial)
-        return Result(trial, Status.DIVERGED, reason="nan")
-
-    run_inline(source, diverge)
-    assert len(calls) == 3
-
-
-def test_a_model_file_that_exits_is_a_failure() -> None:
-    def leave(trial: Trial) -> Result:
-        raise SystemExit(3)
-
-    assert attempt(leave, TRIALS[0]).reason.startswith("SystemExit: 3")
-
-
-def test_starts_are_announced() -> None:
-    class Started(Source):
-        def on_start(self, trial: Trial) -> None:
-            started.append(trial)
-
-    started: list[Trial] = []
-    run_inline(Started(), good)
-    assert started == TRIALS
-
-
 class Rounds(TrialSource):
     """Asks for ten trials at each of two widths, and counts how often each is trained."""
 
@@ -142,14 +83,6 @@ class Rounds(TrialSource):
         if reason := self._failing(trial):
             return Result(trial, Status.FAILED, reason=reason)
         return good(trial)
-
-
-def test_a_trainer_that_cannot_work_is_tried_a_few_times_in_all() -> None:
-    source = Rounds(lambda trial: f"no result: epoch {trial.lr} of 3\nlast line {trial}")
-    run_inline(source, source.train)
-    assert list(source.runs.values()) == [1, 1, 1]
-    reason = source.told[source.trials[2]].reason
-    assert reason.startswith("failed as the first 3 trials of width 8 did, so tried once: no resul")
 
 
 def test_every_width_is_tried_anew() -> None:
@@ -197,17 +130,3 @@ def test_lost_workers_are_no_fault_of_the_trainer() -> None:
         queue.lose(order, "the machine has gone")
     assert not source.told
     assert queue.take() == Order((source.trials[6],)), "what has not failed comes first"
-
-
-def test_a_failure_is_tried_again_after_what_has_not_been_tried() -> None:
-    """Trouble that heals with time, a full disk say, is given some."""
-    order: list[Trial] = []
-
-    def fail_once(trial: Trial) -> Result:
-        order.append(trial)
-        if order.count(trial) == 1 and trial == TRIALS[0]:
-            raise OSError("disk")
-        return good(trial)
-
-    run_inline(Source(), fail_once)
-    assert order == [*TRIALS, TRIALS[0]]
