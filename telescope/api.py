@@ -154,6 +154,7 @@ class Ladder:
         steps: int | None = None,
         *,
         shapes: Shapes | str | Path | None = None,
+        roles: Mapping[str, str] | None = None,
         fold_readout: bool = False,
     ) -> Transfer:
         """Return the settings to use at a width.
@@ -164,6 +165,7 @@ class Ladder:
                 sweep's, the weight decay is rescaled.
             shapes: the parameters of a model that the spec does not name, or a file of them; see
                 `telescope.Shapes`. By default the spec's [trainer] shapes.
+            roles: pattern of names → role, for a file of shapes; see `Shapes.load`.
             fold_readout: return the readout's settings for code without mup's multiplier.
 
         Raises:
@@ -177,6 +179,7 @@ class Ladder:
             width=None if width is None else operator.index(width),
             steps=None if steps is None else operator.index(steps),
             shapes=shapes,
+            roles=roles,
             fold_readout=fold_readout,
         )
 
@@ -313,6 +316,7 @@ class Sweep:
         steps: int | None = None,
         *,
         shapes: Shapes | str | Path | None = None,
+        roles: Mapping[str, str] | None = None,
         fold_readout: bool = False,
     ) -> Transfer:
         """Return the settings at a width, as `telescope transfer` does; see `Ladder.transfer`."""
@@ -320,6 +324,7 @@ class Sweep:
             width=None if width is None else operator.index(width),
             steps=None if steps is None else operator.index(steps),
             shapes=shapes,
+            roles=roles,
             fold_readout=fold_readout,
         )
 

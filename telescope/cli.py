@@ -351,6 +351,13 @@ def transfer(
             metavar="FILE", help="A JSON file of parameter shapes; overrides trainer.shapes."
         ),
     ] = None,
+    roles: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=ROLE",
+            help="A role for names in the shapes, as '*.down.weight=residual'; may be repeated.",
+        ),
+    ] = None,
     fold_readout: Annotated[
         bool,
         typer.Option("--fold-readout", help="For code without mup's multiplier on the logits."),
@@ -379,7 +386,13 @@ def transfer(
     """Give the target run's settings: one group per (role, shape), drop-in for torch.optim."""
     foreign = _foreign_format(format, as_json, approximate)
     finished = _open(sweep, results)
-    settings = finished.transfer(width=width, steps=steps, shapes=shapes, fold_readout=fold_readout)
+    settings = finished.transfer(
+        width=width,
+        steps=steps,
+        shapes=shapes,
+        roles=_roles(roles or []),
+        fold_readout=fold_readout,
+    )
     exported = _exported(finished.spec, settings, foreign, approximate) if foreign else None
     if out:
         if exported is None:
@@ -402,6 +415,18 @@ def transfer(
             f"{finished.spec.name}: certificate FAIL at width {settings.width}: the settings are "
             f"given, and not to be relied on: {reasons}"
         )
+
+
+def _roles(options: list[str]) -> dict[str, str]:
+    """Parse the patterns of --roles, in their order."""
+    faults = [f"--roles: got {o!r}, must be PATTERN=ROLE" for o in options if "=" not in o]
+    if faults:
+        raise SpecError(*faults)
+    pairs = [option.rpartition("=")[::2] for option in options]
+    roles = {pattern.strip(): role.strip() for pattern, role in pairs}
+    if len(roles) < len(pairs):
+        raise SpecError("--roles: a pattern is given twice; leave one of the two out")
+    return roles
 
 
 @app.command()

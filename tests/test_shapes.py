@@ -20,6 +20,7 @@ from foreign_specs import finished, foreign_spec
 from torch import nn
 
 from telescope import Shapes, Spec
+from telescope.cli import _roles
 from telescope.config import OptimizerConfig
 from telescope.errors import ModelError, SpecError
 from telescope.records import Point
@@ -262,3 +263,91 @@ def test_settings_need_no_torch() -> None:
 
 def test_every_role_has_a_layout() -> None:
     assert set(GROWING) == set(LAYOUT) == set(Role)
+
+
+RAW: dict[str, dict[str, list[int]]] = {
+    "16": {"embed": [50, 16], "gain": [8], "norm": [16], "in": [16, 9], "up": [64, 16]},
+    "64": {"embed": [50, 64], "gain": [8], "norm": [64], "in": [64, 9], "up": [256, 64]},
+}
+"""By width, names and shapes, as any framework can list them."""
+for _width, _table in RAW.items():
+    _table["down"] = [int(_width), 4 * int(_width)]
+    _table["experts.w"] = [3, int(_width), int(_width)]
+
+
+def raw(tmp_path: Path, **more: Any) -> Path:
+    path = tmp_path / "raw.json"
+    path.write_text(json.dumps({width: {**table, **more} for width, table in RAW.items()}))
+    return path
+
+
+def test_roles_by_patterns_complete_plain_shapes(tmp_path: Path) -> None:
+    """Sides that tell the role need no pattern; the first pattern that matches counts."""
+    given = {"embed": "tied", "in": "input", "do*": "residual", "*w*": "hidden"}
+    shapes = Shapes.load(raw(tmp_path), width=64, base_width=16, roles=given)
+    assert roles(shapes) == {
+        **{"embed": "tied", "gain": "finite", "norm": "vector", "in": "input", "up": "hidden"},
+        **{"down": "residual", "experts.w": "hidden"},
+    }
+    assert shapes.tags["up"].base_shape == (64, 16)
+    write_shapes(tmp_path / "whole.json", [shapes])
+    again = Shapes.load(tmp_path / "whole.json", width=64, base_width=16)
+    assert again.groups(POINT) == shapes.groups(POINT)
+
+
+def test_a_pattern_is_before_the_files_own_role(tmp_path: Path) -> None:
+    head = entry("embedding", (50, 64), (50, 16))
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps({"head": head, "up": entry()}))
+    shapes = Shapes.load(path, width=64, base_width=16, roles={"head": "readout"})
+    assert roles(shapes) == {"head": "readout", "up": "hidden"}
+
+
+def test_what_no_pattern_names_is_said_at_once(tmp_path: Path) -> None:
+    path = raw(tmp_path, conv=[3, 3])
+    with pytest.raises(SpecError, match=r"no role for embed, in, conv: .*--roles 'embed=ROLE'"):
+        Shapes.load(path, width=64, base_width=16)
+    with pytest.raises(SpecError, match="no role for embed, gain, norm"):
+        Shapes.load(path, width=16, base_width=16)  # nothing has grown
+    wrong = {"embed": "output", "nothing*": "hidden", "down": "end"}
+    with pytest.raises(SpecError) as caught:
+        Shapes.load(path, width=64, base_width=16, roles=wrong)
+    assert [fault.split("roles: ")[1][:16] for fault in caught.value.faults] == [
+        "'nothing*' match",
+        "got 'output', mu",
+        "got 'end', must ",
+    ]
+    given = {"embed": "tied", "in": "input", "down": "readout", "conv": "tied"}
+    with pytest.raises(SpecError, match=r"down: role readout must have shape"):
+        Shapes.load(path, width=64, base_width=16, roles=given)
+
+
+def test_shapes_alone_without_those_of_the_first_width_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "raw.json"
+    for data in (RAW["64"], {"64": RAW["64"]}, {"64": RAW["64"], "16": {"up": [64, 16]}}):
+        path.write_text(json.dumps(data))
+        with pytest.raises(SpecError, match=r'embed, .*no base shape.*"16": {\.\.\.}, "64"'):
+            Shapes.load(path, width=64, base_width=16, roles={"embed": "tied"})
+
+
+def test_transfer_with_roles(tmp_path: Path, corpus_file: Path) -> None:
+    ladder, given = finished(Spec.from_dict(foreign_spec())), {"embed": "embedding", "in": "input"}
+    groups = ladder.transfer(shapes=raw(tmp_path), roles=given).groups
+    assert groups is not None
+    assert {name for group in groups for name in group["names"]} == RAW["64"].keys()
+    with pytest.raises(SpecError, match="roles: they are for a file of shapes"):
+        ladder.transfer(roles=given)
+    with pytest.raises(SpecError, match="roles: they are for a file of shapes"):
+        ladder.transfer(shapes=Shapes.of(Net, width=64, base_width=16), roles=given)
+    with pytest.raises(SpecError, match="roles: left out where the spec has a model file"):
+        finished(Spec.from_dict(tiny_spec(corpus_file))).transfer(roles=given)
+
+
+def test_the_option_takes_patterns() -> None:
+    assert _roles(["a*=hidden", " b = tied", "x=y=input"]) == {
+        **{"a*": "hidden", "b": "tied", "x=y": "input"}
+    }
+    with pytest.raises(SpecError, match="--roles: got 'a', must be PATTERN=ROLE"):
+        _roles(["a", "b=hidden"])
+    with pytest.raises(SpecError, match="--roles: a pattern is given twice"):
+        _roles(["a=tied", "a=hidden"])

@@ -128,6 +128,7 @@ def transfer(
     steps: int | None,
     rule_checked: bool = False,
     shapes: Shapes | str | Path | None = None,
+    roles: Mapping[str, str] | None = None,
     fold_readout: bool = False,
 ) -> Transfer:
     """The answer of a ladder, handed over at a width; see `telescope.Ladder.transfer`."""
@@ -140,7 +141,7 @@ def transfer(
     last = ladder.choices[-1]
     certificate = certificate_of(spec, ladder, width=width, steps=steps, rule_checked=rule_checked)
     steps = steps or spec.target.steps or spec.steps
-    tags = _tags(spec, width, shapes)
+    tags = _tags(spec, width, shapes, roles)
     answer = transfer_settings(
         chosen_point(ladder, certificate),
         width=width,
@@ -174,7 +175,12 @@ def _tags_of_model(model: ModelConfig, width: int, base_width: int) -> dict[str,
     return {name: replace(tag, start=starts.get(name)) for name, tag in tags.items()}
 
 
-def _tags(spec: Spec, width: int, shapes: Shapes | str | Path | None) -> Mapping[str, Tag] | None:
+def _tags(
+    spec: Spec,
+    width: int,
+    shapes: Shapes | str | Path | None,
+    roles: Mapping[str, str] | None,
+) -> Mapping[str, Tag] | None:
     """The parameters at a width: of the model file, else of the shapes; None where neither is.
 
     Raises:
@@ -185,6 +191,8 @@ def _tags(spec: Spec, width: int, shapes: Shapes | str | Path | None) -> Mapping
     if model:
         if shapes is not None:
             raise SpecError("shapes: left out where the spec has a model file, which has its own")
+        if roles:
+            raise SpecError("roles: left out where the spec has a model file, which has its own")
         return of_model(
             dict[str, Tag],
             model,
@@ -192,6 +200,8 @@ def _tags(spec: Spec, width: int, shapes: Shapes | str | Path | None) -> Mapping
             lambda: _tags_of_model(model, width, spec.base_width),
         )
     shapes = shapes or (spec.trainer.shapes if spec.trainer else None)
+    if roles and not isinstance(shapes, (str, Path)):
+        raise SpecError("roles: they are for a file of shapes; give it with --shapes FILE")
     if shapes is None:
         return None
     if spec.rule is None:
@@ -206,7 +216,11 @@ def _tags(spec: Spec, width: int, shapes: Shapes | str | Path | None) -> Mapping
         from telescope.transfer.shapes import Shapes
 
         shapes = Shapes.load(
-            shapes, width=width, base_width=spec.base_width, only_width=spec.target.width
+            shapes,
+            width=width,
+            base_width=spec.base_width,
+            only_width=spec.target.width,
+            roles=roles,
         )
     if (shapes.width, shapes.base_width) != (width, spec.base_width):
         raise SpecError(

@@ -164,6 +164,7 @@ class Finished:
         width: int | None = None,
         steps: int | None = None,
         shapes: Shapes | str | Path | None = None,
+        roles: Mapping[str, str] | None = None,
         fold_readout: bool = False,
     ) -> Transfer:
         """The answer, handed over at a width; see `telescope.Ladder.transfer`."""
@@ -174,6 +175,7 @@ class Finished:
             steps=steps,
             rule_checked=self.rule_checked,
             shapes=shapes,
+            roles=roles,
             fold_readout=fold_readout,
         )
 

@@ -10,7 +10,7 @@ Only `Shapes.of` imports torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -138,21 +138,33 @@ class Shapes:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, width: int, base_width: int, only_width: int | None = None
+        cls,
+        path: str | Path,
+        *,
+        width: int,
+        base_width: int,
+        only_width: int | None = None,
+        roles: Mapping[str, str] | None = None,
     ) -> Shapes:
         """Read a file of ``{name: {"role", "shape", "base_shape"}}``, or of such tables by width.
+
+        By width an entry may be its shape alone, ``{name: [out, in]}``: the table of `base_width`
+        then has the base shape. A role may be left out where `roles` names it or the growing sides
+        leave no choice: both sides of a matrix hidden, one side of one vector, none of one finite.
 
         Args:
             path: the JSON file.
             width: the width to read.
             base_width: the width of every ``base_shape``.
             only_width: the width of a file that states none; by default `width`.
+            roles: pattern of names → role, before those in the file; the first that matches counts.
 
         Raises:
             SpecError: the file or the width in it is missing, or an entry is wrong; the message
                 names the entry, its value and what is allowed.
         """
         data, where = _read(Path(path)), f"{Path(path).name}"
+        base = None
         if data and all(key.isdigit() for key in data):
             if str(width) not in data:
                 there = ", ".join(sorted(data, key=int))
@@ -160,6 +172,7 @@ class Shapes:
                     f"{where}: has no shapes of width {width}, only of {there}; add them with "
                     "telescope.Shapes, or ask for one of these"
                 )
+            base = data.get(str(base_width))
             data, where = data[str(width)], f"{where}: width {width}"
         elif only_width not in (None, width):
             raise SpecError(
@@ -168,6 +181,8 @@ class Shapes:
             )
         if not isinstance(data, dict) or not data:
             raise SpecError(f"{where}: must be a table of parameters, each with {', '.join(KEYS)}")
+        base = base if isinstance(base, dict) else {}
+        data = _completed(where, data, base, roles or {}, width, base_width)
         tags = {name: _tag(f"{where}: {name}", name, entry) for name, entry in data.items()}
         for tag in tags.values():
             _check_tag(where, tag, width, base_width)
@@ -285,6 +300,84 @@ def _entry(tag: Tag) -> dict[str, Any]:
     return entry | ({"transposed": True} if tag.is_transposed else {})
 
 
+def _completed(
+    where: str,
+    data: Mapping[str, Any],
+    base: Mapping[str, Any],
+    roles: Mapping[str, str],
+    width: int,
+    base_width: int,
+) -> dict[str, Any]:
+    """Return the file's entries with the base shapes and the roles that they leave out.
+
+    Raises:
+        SpecError: patterns that are wrong, or parameters whose role nothing says.
+    """
+    faults = _pattern_faults(roles, data)
+    if alone := [n for n, given in data.items() if isinstance(given, list) and n not in base]:
+        faults.append(
+            f"{', '.join(alone)}: has a shape and no base shape; give the shapes by width, the "
+            f'sweep\'s first included: {{"{base_width}": {{...}}, "{width}": {{...}}}}'
+        )
+    if faults:
+        raise SpecError(*(f"{where}: {fault}" for fault in faults))
+    entries, unclear = {}, []
+    for name, given in data.items():
+        entry = {"shape": given} if isinstance(given, list) else given
+        if isinstance(entry, dict):
+            entry = {**_base_shape(base.get(name)), **entry}
+            role = _named(name, roles) or entry.get("role")
+            if role := role or (_role_by_growth(entry) if width != base_width else None):
+                entry["role"] = role
+            elif {"shape", "base_shape"} <= entry.keys():
+                unclear.append(name)
+        entries[name] = entry
+    if unclear:
+        raise SpecError(
+            f"{where}: no role for {', '.join(unclear)}: the sides do not tell it; give it in the "
+            f"file or by a pattern, as --roles '{unclear[0]}=ROLE'; ROLE is {', '.join(Role)}"
+        )
+    return entries
+
+
+def _base_shape(entry: object) -> dict[str, Any]:
+    """Return what an entry at base width says of the parameter at another one."""
+    shape = entry.get("shape") if isinstance(entry, dict) else entry
+    return {} if shape is None else {"base_shape": shape}
+
+
+def _role_by_growth(entry: Mapping[str, Any]) -> Role | None:
+    """Derive a role where the growing sides leave no choice; None where they do."""
+    here, base = entry.get("shape"), entry.get("base_shape")
+    if not isinstance(here, list) or not isinstance(base, list):
+        return None
+    grows = tuple(a != b for a, b in zip(here, base, strict=False))
+    if len(grows) < 2 and not any(grows):
+        return Role.FINITE
+    stack = (False,) * (len(grows) - 2)
+    # A matrix that grows on one side is an input or a table, or a readout kept as (in, out).
+    return {(True,): Role.VECTOR, (*stack, True, True): Role.HIDDEN}.get(grows)
+
+
+def _named(name: str, roles: Mapping[str, str]) -> str | None:
+    """Return the role of the first pattern that matches a name."""
+    return next((role for pattern, role in roles.items() if fnmatchcase(name, pattern)), None)
+
+
+def _pattern_faults(roles: Mapping[str, str], names: Iterable[str]) -> list[str]:
+    """List what is wrong with patterns of names: a role that is none, or no such name."""
+    names = list(names)
+    return [
+        f"roles: {pattern!r} matches no parameter"
+        for pattern in roles
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ] + [
+        f"roles: got {role!r}, must be one of {', '.join(Role)}"
+        for role in dict.fromkeys(roles.values())
+        if role not in list(Role)
+    ]
+
+
 def _tag(where: str, name: str, entry: object) -> Tag:
     """Parse and check one entry of the file."""
     if not isinstance(entry, dict) or entry.keys() - set(MORE_KEYS) != set(KEYS):
@@ -368,20 +461,16 @@ def _roles(
 ) -> dict[str, Role]:
     """Map each name to its role: as given, else from its growing sides and its module."""
     owners, ends = owners_of(model), _residual_ends(model)
-    unused = {pattern for pattern in given if not any(fnmatchcase(n, pattern) for n in grows)}
-    if unused:
-        raise ModelError(f"roles: {sorted(unused)[0]!r} matches no parameter")
+    if faults := _pattern_faults(given, grows):
+        raise ModelError("; ".join(faults))
     roles, derived = {}, []
     trained = {n: p for n, p in model.named_parameters() if n in grows}
     for name, parameter in trained.items():
-        named = next((role for p, role in given.items() if fnmatchcase(name, p)), None)
-        if named is None:
+        if named := _named(name, given):
+            roles[name] = Role(named)
+        else:
             roles[name] = _role(name, grows[name], owners[id(parameter)], ends)
             derived.append(name)
-        elif named not in list(Role):
-            raise ModelError(f"roles: got {named!r}, must be one of {', '.join(Role)}")
-        else:
-            roles[name] = Role(named)
     outputs = [name for name in derived if roles[name] is Role.READOUT]
     if len(outputs) > 1:
         raise ModelError(
