@@ -39,7 +39,7 @@ class Dispatcher(NamedTuple):
     """Takes a source, a trainer, and the options that all dispatchers have."""
     workers: int
     module: Any
-    """Where it is, and where its queue can be replaced."""
+    """Its module, in which its queue can be replaced."""
 
 
 @pytest.fixture(scope="module", params=EACH)
@@ -188,7 +188,7 @@ def hopeless(dispatcher: Dispatcher) -> Recorded:
 
 
 def test_a_trainer_that_cannot_work_is_tried_a_few_times_in_all(hopeless: Recorded) -> None:
-    """What fails as the first three of its width did is tried once; each width is tried anew."""
+    """A trial that fails as the first three of its width did is tried once; widths are apart."""
     assert Counter(hopeless.started) == Counter(hopeless.stages[0] + hopeless.stages[1])
     reasons = [hopeless.results[trial].reason for trial in hopeless.stages[1]]
     why = "failed as the first {} trials of width 64 did, so tried once: RuntimeError: out of"
@@ -347,7 +347,7 @@ except KeyboardInterrupt:
 def test_what_the_source_raises_and_ctrl_c_end_a_run_within_seconds(
     name: str, tmp_path: Path
 ) -> None:
-    """What has ended is told, what runs is not, and nothing is left running."""
+    """The trials that have ended are told, running ones are not, and nothing is left running."""
     if name == "ray":
         pytest.importorskip("telescope.dispatch.ray.tune")
     script, mark = tmp_path / "sweep.py", str(tmp_path)
