@@ -2,6 +2,7 @@
 
     python benchmarks/recorded_ladder.py width-rules    about an hour on 2 cores, resumable
     python benchmarks/recorded_ladder.py quickstart     about two hours on 2 cores, resumable
+        [--device cuda --pack 128] [--folder FOLDER]
 
 `width-rules` adds to the `mup` rows of `results/reference/width-rules/trials.csv` what a replay
 needs beyond them: more seeds at widths 32, 64 and 128, and every weight decay and learning rate at
@@ -10,6 +11,7 @@ needs beyond them: more seeds at widths 32, 64 and 128, and every weight decay a
 `quickstart` trains the bundled quickstart's model as the quickstart does, at 9 learning rates from
 0.008 to 0.25 × 9 weight decays from 0.005 to 2, and writes to
 `results/reference/quickstart-ladder/trials.csv`. What matters most comes first: a part is of use.
+With --pack the trials of a width train as one model in this process, for an accelerator.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from width_rules import COLUMNS, EVALS, FOLDER, Grid, Table, check_comparable, l
 
 from telescope.dispatch.ray.tune import Size, opened, run_ray
 from telescope.ladder.grid import grid_trials, values_at
+from telescope.packs.trainer import PackedTrainer
 from telescope.records import Axis, Result, Trial
 from telescope.spec.spec import Spec
 from telescope.sweep.builtin import BuiltIn
@@ -143,17 +147,29 @@ class Quickstart:
         return min(self._places(trial)) == 0
 
 
-def record_quickstart(workers: int) -> None:
-    """Train what the quickstart's table misses, in plain processes of one thread each."""
-    QUICKSTART_FOLDER.mkdir(parents=True, exist_ok=True)
+def record_quickstart(options: argparse.Namespace) -> None:
+    """Train what the quickstart's table misses, in plain processes of one thread each or packs."""
+    options.folder.mkdir(parents=True, exist_ok=True)
     spec = Spec.load("quickstart")
-    prepared = BuiltIn.of(spec)
-    fields = spec.strict_fields(prepared.trial_config.corpus_digest)
-    check_comparable("quickstart", fields, QUICKSTART_FOLDER)
-    source = Quickstart(spec, QUICKSTART_FOLDER)
+    config = BuiltIn.of(spec).trial_config
+    check_comparable("quickstart", spec.strict_fields(config.corpus_digest), options.folder)
+    source = Quickstart(spec, options.folder)
+    trainer = PackedTrainer(replace(config, device=options.device))
     while trials := source.ask():
-        for result in train_all(TelescopeTrainer(prepared.trial_config), trials, workers):
+        if options.pack > 1:
+            results = train_packs(trainer, trials, options.pack)
+        else:
+            results = train_all(trainer, trials, options.workers)
+        for result in results:
             source.tell(result)
+
+
+def train_packs(trainer: PackedTrainer, trials: Sequence[Trial], size: int) -> Iterator[Result]:
+    """Train trials in this process, those of a width as one model."""
+    for width in sorted({trial.width for trial in trials}):
+        alike = [trial for trial in trials if trial.width == width]
+        for first in range(0, len(alike), size):
+            yield from trainer.train_pack(alike[first : first + size])
 
 
 def train_all(trainer: TelescopeTrainer, trials: Sequence[Trial], workers: int) -> Iterator[Result]:
@@ -163,14 +179,14 @@ def train_all(trainer: TelescopeTrainer, trials: Sequence[Trial], workers: int) 
             yield future.result()
 
 
-def record_width_rules(workers: int) -> None:
+def record_width_rules(options: argparse.Namespace) -> None:
     """Train what the tables of the evidence on width rules miss."""
     LADDER_FOLDER.mkdir(parents=True, exist_ok=True)
     spec = load_spec("muon", "mup")
     prepared = BuiltIn.of(spec)
     fields = spec.strict_fields(prepared.trial_config.corpus_digest)
     check_comparable("muon mup", fields)
-    with opened(Size(workers)) as session:
+    with opened(Size(options.workers)) as session:
         run_ray(DenseGrid(spec), TelescopeTrainer(prepared.trial_config), session)
 
 
@@ -182,8 +198,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recording", choices=RECORDINGS)
     parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    RECORDINGS[args.recording](args.workers)
+    quickstart = parser.add_argument_group("quickstart only")
+    quickstart.add_argument("--device", default="cpu")
+    quickstart.add_argument("--pack", type=int, default=1, help="most trials of one model")
+    quickstart.add_argument("--folder", type=Path, default=QUICKSTART_FOLDER)
+    options = parser.parse_args()
+    RECORDINGS[options.recording](options)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 from telescope.config import TrainConfig, TrialConfig
 from telescope.data.corpus import Batches
 from telescope.dispatch.device import is_out_of_memory
+from telescope.packs.graph import Recorder
 from telescope.packs.stack import Stack
 from telescope.records import Result, Trial
 from telescope.train.checkpoint import Checkpoints, Position, checkpoints_of, random_states
@@ -99,6 +100,13 @@ class Pack:
         for trial, checkpoints, is_over in zip(trials, kept, over, strict=True):
             if not is_over:
                 self._add(trial, checkpoints, start, len(trials) - len(self.ended))
+        if self.members:
+            self._begin_recording()
+
+    def _begin_recording(self) -> None:
+        """Record the stack's step, and its measurement, anew: its tensors are new ones."""
+        self._take_step = Recorder(self.stack.step)
+        self._measure = Recorder(functools.partial(self.stack.losses, shared=True))
 
     def _add(
         self, trial: Trial, checkpoints: Checkpoints | None, at_most: float, size: int
@@ -122,9 +130,8 @@ class Pack:
         self._clock = time.perf_counter()
         steps = [member.position.step + len(self._unread) for member in self.members]
         shares = [schedule(s, m.train) for s, m in zip(steps, self.members, strict=True)]
-        losses = self.stack.losses(*self._batches(steps))
-        self.stack.update(self.stack.gradients(losses), shares, [step + 1 for step in steps])
-        self._unread.append(losses.detach())
+        factors = self.stack.factors(shares, [step + 1 for step in steps])
+        self._unread.append(self._take_step(*self._batches(steps), factors))
         due = any(
             must_be_read(m.train, step + 1) for step, m in zip(steps, self.members, strict=True)
         )
@@ -151,6 +158,7 @@ class Pack:
                 left.append(k)
         if left and ended:
             self.stack.keep(left)
+            self._begin_recording()
             for member, reason in ended:
                 if member.checkpoints:
                     member.checkpoints.save_end(member.position, reason)
@@ -199,7 +207,7 @@ class Pack:
         size, model = self._config.train.batch_size, self._shell.model
         chunks = list(zip(*(torch.split(t, size) for t in self._shell.held_out), strict=True))
         model.eval()
-        losses = [self.stack.losses(*chunk, shared=True) for chunk in chunks]
+        losses = [self._measure(*chunk) for chunk in chunks]
         model.train()
         sizes = torch.tensor([inputs.numel() for inputs, _ in chunks], dtype=torch.float64)
         means: list[float] = (sizes @ torch.stack(losses).cpu().double() / sizes.sum()).tolist()

@@ -237,15 +237,30 @@ class Stack:
         with _no_warning_of_speed():
             return torch.autograd.grad(losses.sum(), [block.value for block in self.blocks])
 
-    @torch.no_grad()
-    def update(
-        self, grads: Sequence[Tensor], shares: Sequence[float], steps: Sequence[int]
-    ) -> None:
-        """Take one step of every optimizer; see `Block.factors`."""
+    def factors(self, shares: Sequence[float], steps: Sequence[int]) -> Tensor:
+        """Return the numbers of a step, (blocks, 3, K), computed in double precision.
+
+        See `Block.factors`. They are one tensor, so that one copy brings them to the device.
+        """
         table = np.array([block.factors(shares, steps) for block in self.blocks])
         dtype = self.blocks[0].value.dtype
-        # One copy to the device for all numbers of a step, computed in double precision.
-        factors = torch.from_numpy(table).to(dtype).to(self.device, non_blocking=True)
+        return torch.from_numpy(table).to(dtype).to(self.device, non_blocking=True)
+
+    def step(self, inputs: Tensor, targets: Tensor, factors: Tensor) -> Tensor:
+        """Take one step of every trial; return their losses before it, (K,).
+
+        Args:
+            inputs: (K, batch, sequence) tokens.
+            targets: the same, one token later.
+            factors: see `factors`.
+        """
+        losses = self.losses(inputs, targets)
+        self.update(self.gradients(losses), factors)
+        return losses.detach()
+
+    @torch.no_grad()
+    def update(self, grads: Sequence[Tensor], factors: Tensor) -> None:
+        """Take one step of every optimizer; see `factors`."""
         for block, grad, row in zip(self.blocks, grads, factors.unbind(), strict=True):
             block.update(grad, row.to(grad.dtype))
 
