@@ -292,6 +292,29 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictedLoss:
+    """A ladder's prediction of the held-out loss of one run with its answer, nats per token."""
+
+    loss: float | None
+    """The median; None where nothing is predicted."""
+    interval: tuple[float, float] | None
+    """The range that holds the loss with 90 % probability, whatever the run's seed."""
+    widths: tuple[int, ...]
+    """The widths whose losses it is made from, narrow first."""
+    reason: str = ""
+    """The reason that nothing is predicted; empty where something is."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that JSON takes."""
+        return {
+            "loss": self.loss,
+            "interval": self.interval and list(self.interval),
+            "widths": list(self.widths),
+            "reason": self.reason or None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Certificate:
     """A ladder's prediction for one width, with its certainty."""
 
@@ -315,6 +338,8 @@ class Certificate:
     is within the tolerance."""
     advice: str = ""
     """One sentence on the use of the answer, and the next step."""
+    predicted_loss: PredictedLoss | None = None
+    """The held-out loss that a run with the answer is expected to end with."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the keys of the JSON, where width and point stand beside it."""
@@ -327,6 +352,7 @@ class Certificate:
             "assumptions": list(self.assumptions),
             "excess_bound": self.excess_bound,
             "advice": self.advice,
+            "predicted_loss": self.predicted_loss and self.predicted_loss.as_dict(),
         }
 
 

@@ -36,7 +36,6 @@ STABLE_OPTIONS = {
     "ls": {"--results", "--json"},
     "compare": {"--results", "--json"},
     "report": {"--out", "--open"},
-    "export-model": {"--to", "--out", "--step", "--tokenizer", "--results"},
     "tokenize": {"--vocab-size", "--out", "--shards"},
 }
 

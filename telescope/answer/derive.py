@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from telescope.errors import RefusedError, SpecError
 from telescope.ladder.assumed import FIND_THE_RULE, assumed_alike
 from telescope.ladder.ladder import Ladder
-from telescope.records import Certificate, Point
+from telescope.records import Certificate, Point, PredictedLoss
 from telescope.rules.scaling import Tag
 from telescope.spec.spec import Spec
 from telescope.store.memory import of_model
@@ -107,8 +107,13 @@ def _for_the_target(certificate: Certificate, spec: Spec, steps: int | None) -> 
     notes = {name: note for name, note in differing.items() if note}
     others = [text for text in certificate.assumptions if text != assumed_alike()]
     reached = time_scale_note(certificate.point, spec.steps)
+    predicted = certificate.predicted_loss
+    if notes and predicted and predicted.loss is not None:
+        why = f"a loss is predicted for the sweep's own {' and '.join(notes)} alone"
+        predicted = PredictedLoss(None, None, predicted.widths, why)
     return replace(
         certificate,
+        predicted_loss=predicted,
         evidence=(*certificate.evidence, *([reached] if reached else [])),
         assumptions=(assumed_alike(*notes), *notes.values(), *others),
     )

@@ -38,7 +38,7 @@ from telescope.report.figures import (
 from telescope.report.live import describe_seconds
 from telescope.report.svg import inline
 from telescope.report.toml import as_toml
-from telescope.report.verdict import caveat, confirming, heading_of, percent
+from telescope.report.verdict import caveat, confirming, heading_of, percent, shortest
 
 if TYPE_CHECKING:
     from telescope.answer.finished import Finished
@@ -223,7 +223,8 @@ def _answer(page: Page, shown: Shown) -> str:
         length = f", {steps} steps" if steps else ""
         parts.append(f"<p>For the target, width {spec.target.width}{length}:</p>")
         settings = "".join(_setting(finished, axis) for axis in finished.ladder.spec.axes)
-        parts.append(f'<dl class="answer">{settings}{_expected_excess(finished)}</dl>')
+        expected = _expected_excess(finished) + _expected_loss(finished)
+        parts.append(f'<dl class="answer">{settings}{expected}</dl>')
     return "".join(parts) + _next_steps(shown)
 
 
@@ -256,6 +257,19 @@ def _expected_excess(finished: Finished) -> str:
         _unbroken(percent(certificate.predicted_excess_loss)),
         _unbroken(f"at most {percent(bound)} with 90 %; goal {percent(goal)}"),
     )
+
+
+def _expected_loss(finished: Finished) -> str:
+    """Render the held-out loss that the target run is expected to end with; "" without one."""
+    certificate = finished.certificate
+    predicted = certificate.predicted_loss if certificate else None
+    if predicted is None:
+        return ""
+    if predicted.loss is None or predicted.interval is None:
+        return _fact("expected loss", "–", f"not predicted: {predicted.reason}")
+    low, high = predicted.interval
+    loss, first, last = (shortest(value, high - low) for value in (predicted.loss, low, high))
+    return _fact("expected loss", loss, f"90 %: {first} to {last}")
 
 
 def _fact(title: str, value: str, known: str) -> str:

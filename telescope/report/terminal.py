@@ -13,7 +13,14 @@ from rich.text import Text
 
 from telescope.records import Certificate, Choice, Status, as_json
 from telescope.report.live import describe_seconds
-from telescope.report.verdict import WORDS, caveat, confirming, describe_certificate, percent
+from telescope.report.verdict import (
+    WORDS,
+    caveat,
+    confirming,
+    describe_certificate,
+    describe_loss,
+    percent,
+)
 
 if TYPE_CHECKING:
     from telescope.answer.finished import Finished
@@ -327,6 +334,8 @@ def print_certificate(
             _print_item(console, "90 %", f"{axis} between {interval[0]:.4g} and {interval[1]:.4g}")
         elif spec.axes[axis].value is not None:
             _print_item(console, "not tuned", f"{axis} is fixed at {spec.axes[axis].value:.4g}")
+    if loss := describe_loss(certificate):
+        _print_item(console, "loss", loss)
     for text in certificate.evidence:
         _print_item(console, "evidence", text)
 

@@ -54,6 +54,30 @@ def describe_certificate(certificate: Certificate, goal: float) -> str:
     )
 
 
+def describe_loss(certificate: Certificate) -> str:
+    """Describe the held-out loss that a run with the answer is expected to end with."""
+    predicted = certificate.predicted_loss
+    if predicted is None:
+        return ""
+    if predicted.loss is None or predicted.interval is None:
+        return f"not predicted at width {certificate.width}: {predicted.reason}"
+    low, high = predicted.interval
+    return (
+        f"{shortest(predicted.loss, high - low)} expected at width {certificate.width}, between "
+        f"{shortest(low, high - low)} and {shortest(high, high - low)} with 90 %"
+    )
+
+
+def shortest(value: float, error: float) -> str:
+    """Format a value so that two digits of its error show.
+
+    >>> shortest(1.68188, 0.123), shortest(3.2, 0.0071)
+    ('1.68', '3.2000')
+    """
+    digits = 1 - math.floor(math.log10(error)) if error > 0 else 4
+    return f"{value:.{min(max(digits, 0), 6)}f}"
+
+
 def percent(share: float) -> str:
     """Format a share of the loss as a percentage, with a space.
 
