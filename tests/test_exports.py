@@ -31,6 +31,7 @@ from readers import (
     SINGLE,
     STEPS,
     UNIFORM,
+    WIDTH,
     SchedulersConfig,
     asked_for,
     assert_exact,
@@ -51,6 +52,7 @@ from telescope.export.formats import FORMATS, NAMES, check_format, export
 from telescope.export.handover import Handover
 from telescope.records import Point, Trial
 from telescope.rules.scaling import Role, Tag
+from telescope.rules.schedule import share_of_peak as stated_share
 from telescope.train.loop import set_up, take_step, token_loss
 from telescope.train.optim import schedule as share_of_peak
 
@@ -306,6 +308,69 @@ def test_the_schedule_in_other_words() -> None:
         else:
             final = 0.2 if name == "cosine" else 1.0
             assert table["scheduler"]["params"]["cos_min_ratio"] == final
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
+def test_a_decay_that_would_begin_in_the_warm_up_is_cut_to_what_is_left(
+    warmup: float, decay: float
+) -> None:
+    """The run is the same, step for step; trainers would differ about the longer decay."""
+    train = replace(SCHEDULES["wsd"], warmup=warmup, decay=decay)
+    handover = handed_over(train=train)
+    schedule = handover.transfer.schedule
+    assert schedule is not None
+    warm, falls = schedule["warmup_steps"], schedule["decay_steps"]
+    assert falls == min(round(decay * STEPS), STEPS - warm)
+    for step in range(STEPS):
+        share = stated_share(step, steps=STEPS, **schedule)
+        assert share == pytest.approx(share_of_peak(step, train), rel=1e-12), step
+    args = parsed(export(handover, "megatron"))
+    assert args.lr_warmup_iters < args.lr_decay_iters, "Megatron asserts it"
+
+
+@pytest.mark.parametrize(("count", "steps"), [(15, 22), (13, 23), (31, 39), (1, 40), (0, 7)])
+def test_a_number_of_steps_is_whole_where_a_trainer_wants_a_share(count: int, steps: int) -> None:
+    """Levanter and MaxText take int(share · steps): 15 of 22 steps would be 14."""
+    train = replace(SCHEDULES["wsd"], steps=steps, warmup=count / steps, decay=4 / steps)
+    handover = handed_over(train=train)
+    schedule = {**(handover.transfer.schedule or {}), "warmup_steps": count, "decay_steps": 4}
+    handover = replace(
+        handover, transfer=replace(handover.transfer, steps=steps, schedule=schedule)
+    )
+    levanter = yaml.safe_load(export(handover, "levanter"))["optimizer"]
+    maxtext = yaml.safe_load(export(handover, "maxtext"))
+    for warmup, decay in (
+        (levanter["warmup"], levanter["decay"]),
+        (maxtext["warmup_steps_fraction"], maxtext["wsd_decay_steps_fraction"]),
+    ):
+        assert (int(warmup * steps), int(decay * steps)) == (count, 4)
+        assert int(steps * warmup) == count
+
+
+def test_the_hf_trainers_warm_up_starts_where_its_decay_ends_and_that_is_said() -> None:
+    """Its warmup_stable_decay starts from min_lr_ratio: with 1 it would have no warm-up at all."""
+    wsd = SCHEDULES["wsd"]
+    assert "warm-up: the Trainer's is 0.1 of the peak" in export(handed_over(train=wsd), "hf")
+    zero = export(handed_over(train=replace(wsd, final_lr=0.0)), "hf")
+    assert "of the peak here" not in zero
+    flat = executed(export(handed_over(train=replace(wsd, final_lr=1.0)), "hf"))["ARGUMENTS"]
+    assert flat["lr_scheduler_type"] == "constant_with_warmup"
+    assert "defaults lr falls to 0" in export(handed_over(train=None), "hf")
+
+
+def test_tables_besides_word_embedding_and_output_are_named_where_names_decide() -> None:
+    """Megatron, MaxText and Levanter would give a table of positions to Muon."""
+    positions = Tag("positions.weight", Role.EMBEDDING, (8, WIDTH), (8, BASE))
+    inputs = Tag("patch.weight", Role.INPUT, (WIDTH, 12), (BASE, 12))
+    handover = handed_over([*UNIFORM, positions, inputs], approximate=True)
+    for format in ("megatron", "megatron-bridge", "maxtext", "levanter"):
+        text = " ".join(export(handover, format).replace("#", " ").split())
+        assert "AdamW for positions.weight, patch.weight; see" in text, format
+        assert "AdamW for" not in export(handed_over(), format).replace("AdamW for Linears", "")
+    adamw = handed_over([*UNIFORM, positions, inputs], name="adamw", approximate=True)
+    text = " ".join(export(adamw, "megatron").replace("#", " ").split())
+    assert "the lr of positions.weight, patch.weight: Megatron's muP may divide it" in text
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))

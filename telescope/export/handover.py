@@ -249,12 +249,36 @@ def logits_by_hand(handover: Handover) -> list[str]:
     ]
 
 
-def input_by_hand(handover: Handover) -> list[str]:
+def odd_matrices(handover: Handover) -> list[str]:
+    """Names of AdamW's matrices besides word embedding and output, where Muon trains the others.
+
+    They are input layers and further tables, such as one of positions.
+    """
+    words = {g["shape"][0] for g in handover.groups if g["role"] in ("readout", "tied")}
+    return [
+        name
+        for g in handover.adamw
+        if g["role"] == "input" or (g["role"] == "embedding" and g["shape"][0] not in words)
+        for name in g["names"]
+    ]
+
+
+def odd_by_hand(handover: Handover) -> list[str]:
     """Matrices of AdamW that a trainer which goes by names and sides would give to Muon."""
-    names = [name for g in handover.adamw if g["role"] == "input" for name in g["names"]]
+    names = odd_matrices(handover)
     if not names or not handover.muon:
         return []
     return [f"AdamW for {', '.join(names)}; see that the trainer does not give them to Muon"]
+
+
+def share_of_run(count: int, steps: int) -> float:
+    """Return a number of steps as a share that gives it back: trainers drop what follows the point.
+
+    >>> int(15 / 22 * 22), int(share_of_run(15, 22) * 22)
+    (14, 15)
+    """
+    share = count / steps
+    return share if int(share * steps) == count else math.nextafter(share, 1)
 
 
 def other_eps(handover: Handover) -> list[str]:

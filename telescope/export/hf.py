@@ -76,9 +76,10 @@ def hf(handover: Handover) -> str:
         handover,
         written_for=WRITTEN_FOR,
         factor="none: lr of torch's match_rms_adamw, 0.2·√max(out,in), is each group's own",
-        schedule=words.get("lr_scheduler_type", without_schedule()) + ": see ARGUMENTS",
+        schedule=f"{words['lr_scheduler_type']}: see ARGUMENTS" if words else without_schedule(),
         not_expressed=[
             *logits_by_hand(handover),
+            *_left_open(words),
             "GPT-2's Conv1D weights, which lie (in, out); the names and shapes are those given",
             "the schedule's step: the Trainer's warm-up starts from 0, one step later than here",
             "learning_rate and weight_decay of TrainingArguments: not read, the groups have theirs",
@@ -92,6 +93,16 @@ def hf(handover: Handover) -> str:
     return "\n\n".join(parts)
 
 
+def _left_open(words: dict[str, Any]) -> list[str]:
+    """Lines on the schedule where the Trainer's is not telescope's."""
+    if not words:
+        return ["schedule and clipping: by the Trainer's own defaults lr falls to 0, and it clips"]
+    final = words.get("lr_scheduler_kwargs", {}).get("min_lr_ratio", 0)
+    if final == 0:
+        return []
+    return [f"the start of the warm-up: the Trainer's is {final:g} of the peak here, not 0"]
+
+
 ARGUMENTS = "# TrainingArguments(output_dir=..., **ARGUMENTS)\n"
 
 
@@ -101,7 +112,8 @@ def arguments(handover: Handover) -> dict[str, Any]:
     if schedule is None:
         return {}
     words: dict[str, Any] = {"max_steps": handover.transfer.steps}
-    match schedule["name"]:
+    # warmup_stable_decay warms up from final_lr; if that is the peak, not at all.
+    match "constant" if schedule["final_lr"] == 1 else schedule["name"]:
         case "constant":
             words["lr_scheduler_type"] = "constant_with_warmup"
         case "cosine":

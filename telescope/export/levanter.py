@@ -11,12 +11,13 @@ from telescope.export.handover import (
     comment,
     decay_of,
     head,
-    input_by_hand,
     is_muon,
     logits_by_hand,
     longest,
     mean,
+    odd_by_hand,
     other_eps,
+    share_of_run,
     start_by_hand,
     without_schedule,
     yaml_rows,
@@ -41,7 +42,7 @@ def levanter(handover: Handover) -> str:
         not_expressed=[
             start_by_hand(handover),
             *logits_by_hand(handover),
-            *input_by_hand(handover),
+            *odd_by_hand(handover),
             *other_eps(handover),
             "Muon for parameters other than haliax Linears, and AdamW for Linears other than "
             "Embedding and lm_head: Levanter goes by these names",
@@ -96,9 +97,9 @@ def _schedule(handover: Handover) -> str:
     keys: dict[str, Any] = {
         "max_grad_norm": 0.0,
         "lr_schedule": "linear" if schedule["name"] == "wsd" else schedule["name"],
-        "warmup": schedule["warmup_steps"] / steps,
+        "warmup": share_of_run(schedule["warmup_steps"], steps),
         "min_lr_ratio": float(schedule["final_lr"]),
     }
     if schedule["name"] == "wsd":
-        keys["decay"] = schedule["decay_steps"] / steps
+        keys["decay"] = share_of_run(schedule["decay_steps"], steps)
     return f"{yaml_rows(keys, indent='  ')}trainer:\n  num_train_steps: {steps}\n"

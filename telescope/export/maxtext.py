@@ -12,13 +12,14 @@ from telescope.export.handover import (
     comment,
     decay_of,
     head,
-    input_by_hand,
     is_muon,
     logits_by_hand,
     longest,
     mean,
+    odd_by_hand,
     other_eps,
     refuse_unless,
+    share_of_run,
     start_by_hand,
     step_of,
     without_schedule,
@@ -44,7 +45,7 @@ def maxtext(handover: Handover) -> str:
         not_expressed=[
             start_by_hand(handover),
             *logits_by_hand(handover),
-            *input_by_hand(handover),
+            *odd_by_hand(handover),
             *_traps(handover),
             *other_eps(handover),
         ],
@@ -113,10 +114,10 @@ def _schedule(handover: Handover) -> str:
         "steps": steps,
         "learning_rate_schedule_steps": steps,
         "lr_schedule_type": "wsd" if schedule["name"] == "wsd" else "cosine",
-        "warmup_steps_fraction": schedule["warmup_steps"] / steps,
+        "warmup_steps_fraction": share_of_run(schedule["warmup_steps"], steps),
         "learning_rate_final_fraction": float(schedule["final_lr"]),
     }
     if schedule["name"] == "wsd":
-        keys |= {"wsd_decay_steps_fraction": schedule["decay_steps"] / steps}
+        keys |= {"wsd_decay_steps_fraction": share_of_run(schedule["decay_steps"], steps)}
         keys |= {"wsd_decay_style": "linear"}
     return yaml_rows(keys)

@@ -14,10 +14,11 @@ from telescope.export.handover import (
     comment,
     decay_of,
     head,
-    input_by_hand,
     is_muon,
     longest,
     mean,
+    odd_by_hand,
+    odd_matrices,
     other_eps,
     refuse_unless,
     start_by_hand,
@@ -179,7 +180,8 @@ def _schedule(handover: Handover, told: Numbers) -> Rows:
         ("train-iters", steps),
         ("lr-decay-style", style),
         ("lr-warmup-iters", schedule["warmup_steps"]),
-        ("lr-decay-iters", steps),
+        # Megatron wants it above the warm-up; a run that only warms up never gets there.
+        ("lr-decay-iters", max(steps, schedule["warmup_steps"] + 1)),
     ]
     if style == "WSD":
         rows += [("lr-wsd-decay-style", "linear")]
@@ -209,7 +211,7 @@ def _head(handover: Handover, told: Numbers, written_for: str, off: list[str]) -
     by_hand = [
         start_by_hand(handover),
         "decay on norm gains and biases: Megatron does not decay them",
-        *input_by_hand(handover),
+        *odd_by_hand(handover),
         *other_eps(handover),
     ]
     if handover.muon:
@@ -222,6 +224,8 @@ def _head(handover: Handover, told: Numbers, written_for: str, off: list[str]) -
         by_hand.append(f"the logits × {m:.6g}: Megatron's own factor is {own:g}")
     if has_mup and not handover.muon:
         by_hand.append("adam_eps of hidden matrices: Megatron's muP divides it by r")
+        if names := odd_matrices(handover):
+            by_hand.append(f"the lr of {', '.join(names)}: Megatron's muP may divide it by r")
     return head(
         handover,
         written_for=written_for,

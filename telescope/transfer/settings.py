@@ -229,7 +229,9 @@ def _schedule(train: TrainConfig, point: Point, steps: int) -> dict[str, Any]:
         "final_lr": 1.0 if train.schedule == "constant" else train.final_lr,
     }
     if train.schedule == "wsd":
-        schedule["decay_steps"] = round(train.decay * steps)
+        # The decay begins after the warm-up; trainers differ if both together exceed the run.
+        most = steps - schedule["warmup_steps"]
+        schedule["decay_steps"] = min(round(train.decay * steps), most)
     return schedule
 
 
