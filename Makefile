@@ -31,7 +31,7 @@ test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
 
 # Exports built with the trainers' own packages. Those that are not installed are skipped, with the
-# reason: pip install optax jax transformers accelerate deepspeed torchtitan megatron-core
+# reason: pip install optax jax transformers accelerate deepspeed torchtitan megatron-core "lm-eval[hf]"
 test-formats: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m formats tests/test_formats.py
 

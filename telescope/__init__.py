@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from telescope.api import Ladder
     from telescope.api import open as open
+    from telescope.export.hf_model import export_model as export_model
     from telescope.records import Choice, Point, Result, Status, Trial
     from telescope.spec.spec import Spec
     from telescope.transfer.apply import apply as apply
@@ -21,6 +22,7 @@ _PUBLIC = {
     "Status": "telescope.records",
     "Trial": "telescope.records",
     "apply": "telescope.transfer.apply",
+    "export_model": "telescope.export.hf_model",
     "open": "telescope.api",
 }
 """Name → its module. `open` is not in `__all__`: `import *` would hide Python's own `open`."""

@@ -430,6 +430,45 @@ def _roles(options: list[str]) -> dict[str, str]:
 
 
 @app.command()
+def export_model(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A target run: SWEEP if it has one, SWEEP/RUN, or the run's folder."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="The folder to write; it must be new or empty.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(metavar="FORMAT", help="hf, for Hugging Face transformers."),
+    ] = "hf",
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The checkpoint's; left out, the last one.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The run's tokenizer, if its file has moved."),
+    ] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Write a target run's model for other programs: weights, config and tokenizer."""
+    if to != "hf":
+        raise SpecError(f"--to: got {to!r}, must be hf")
+    from telescope.export.target_run import export_run, find_run, read_run
+
+    facts = export_run(read_run(find_run(run, results)), out, step=step, tokenizer=tokenizer)
+    _say(
+        f"wrote {out}: {facts['layout']}, {facts['parameters']:,} parameters, step {facts['step']} "
+        f"of {facts['steps']}"
+    )
+    _say(f"logits as the model's, within {facts['difference']:.1g} of the largest")
+    if facts["tokenizer"] is None:
+        _say("no tokenizer: the run's data are tokens; --tokenizer FILE adds it")
+
+
+@app.command()
 def report(
     sweeps: Annotated[
         list[str],
@@ -664,7 +703,8 @@ def _verb_of(context: Any) -> list[str]:
 
 
 def _verbs() -> list[str]:
-    return [command.callback.__name__ for command in app.registered_commands if command.callback]
+    callbacks = [command.callback for command in app.registered_commands if command.callback]
+    return [callback.__name__.replace("_", "-") for callback in callbacks]
 
 
 def _fit_with_one_thread(arguments: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ ROOMS = {
     "train": {"rules", "data"},
     "check": {"rules", "train"},
     "transfer": {"rules"},
-    "export": {"rules", "transfer"},
+    "export": {"rules", "data", "train", "transfer"},
     "dispatch": set[str](),
     "packs": {"data", "train", "dispatch"},
     "foreign": {"spec", "dispatch"},

@@ -31,7 +31,7 @@ LIBRARIES = {
     "pandas": {"report/frames.py"},
     "matplotlib": {"report/figures.py"},
     "mup": {"rules/parametrization.py"},
-    "safetensors": {"train/checkpoint.py"},
+    "safetensors": {"train/checkpoint.py", "export/hf_model.py", "export/target_run.py"},
     "tokenizers": {"data/tokenizer.py"},
     "pyarrow": {"data/sources.py"},
 }

@@ -7,12 +7,16 @@ exports back with the formulas alone.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from readers import (
     ROUNDED,
     SCHEDULES,
@@ -26,10 +30,12 @@ from readers import (
     model_of,
 )
 
-from telescope import Shapes
+from telescope import Shapes, export_model
+from telescope.config import ModelConfig
 from telescope.export.formats import export
 from telescope.export.handover import Handover
 from telescope.rules.scaling import Tag
+from telescope.train.model import build_model
 from telescope.train.optim import schedule as share_of_peak
 from telescope.transfer.settings import transfer_settings
 
@@ -234,3 +240,42 @@ def test_megatron_core_has_the_fields_that_are_written() -> None:
     unknown = {name for section, _, name in written if section == "optimizer"} - fields
     later = {"muon_nesterov", "muon_coefficient_type", "muon_scalar_optimizer"}
     assert unknown <= later
+
+
+def test_lm_evaluation_harness_has_the_models_likelihoods(tmp_path: Path) -> None:
+    """Offline, by the script of examples/evaluate; our own are sums of log-softmax."""
+    needed("lm_eval")
+    config = ModelConfig(
+        name="gpt.py",
+        text=(ROOT / "models" / "gpt.py").read_text(),
+        kwargs={"vocab_size": 256, "depth": 2, "head_dim": 8, "heads_per_kv": 2},
+    )
+    model = build_model(
+        config, width=32, base_width=16, seed=0, optimizer="muon", rule="mup", device="cpu"
+    ).module
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.copy_(values if parameter.ndim > 1 else 1 + values / 3)
+    export_model(model, tmp_path / "model", sequence_length=64, tokenizer="bytes")
+    script = ROOT / "examples" / "evaluate" / "evaluate.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "model"), "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    own = []
+    for sample in found["samples"]:
+        text, choice = sample["text"].encode(), sample["choice"].encode()
+        tokens = torch.tensor([list(text + choice)])
+        with torch.no_grad():
+            predicted = model(tokens[:, :-1]).log_softmax(-1)[0, len(text) - 1 :]
+        own.append(predicted.gather(1, tokens[0, len(text) :, None]).sum().item())
+        assert sample["log_likelihood"] == pytest.approx(own[-1], abs=1e-4)
+    assert len(own) == 16
+    lines = (script.parent / "python_lines.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    right = [own[2 * n + answer] > own[2 * n + 1 - answer] for n, answer in enumerate(answers)]
+    assert found["accuracy"] == pytest.approx(sum(right) / len(right))

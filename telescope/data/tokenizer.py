@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ END_OF_TEXT = "<|endoftext|>"
 """Token at the end of a document, for a tokenizer trained here. Source: GPT-2's vocabulary."""
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 """Tokens that end a document in other tokenizers; the first one in the vocabulary is used."""
+NEVER_IN_TEXT = "ÿ"
+"""Byte-level name of byte 255, which no UTF-8 text contains: an end of text for bytes."""
 MIN_VOCABULARY = BYTE_VOCABULARY + 2
 """Bytes, the end of text, and a merge."""
 
@@ -62,6 +65,70 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Tokenizer(digest, max(ids.values()) + 1, encode, tuple(found[:1] or _newline(inner)))
+
+
+@dataclass(frozen=True)
+class PortableTokenizer:
+    """A tokenizer for other programs: a `tokenizers` JSON text that encodes as `encode` here."""
+
+    text: str
+    """The JSON. It adds no tokens to a text, truncates nothing and pads nothing."""
+    vocabulary: int
+    """One more than the highest id."""
+    digest: str
+    """As `Tokenizer.digest`."""
+    end: tuple[str, int] | None
+    """Token and id at the end of a document; None if the vocabulary has no token for it."""
+    unknown: str | None
+    """Token for text without a token of its own, if there is one."""
+    is_bytes: bool
+    """True if a token is a byte: then a text cannot have a special token in it."""
+
+
+def portable_tokenizer(name: str) -> PortableTokenizer:
+    """Return the tokenizer "bytes", or that of a file, for other programs.
+
+    Bytes become a byte-level BPE without merges whose ids are the bytes. Their end of text is a
+    byte that occurs in no text, so a model trained on bytes never ends a text by itself.
+
+    Raises:
+        SpecError: as `load_tokenizer`.
+    """
+    if name == BYTES:
+        never = (NEVER_IN_TEXT, BYTE_VOCABULARY - 1)
+        return PortableTokenizer(_bytes_as_bpe(), BYTE_VOCABULARY, BYTES, never, None, True)
+    loaded = load_tokenizer(name)
+    inner, _ = _read(name)
+    ids = inner.get_vocab(with_added_tokens=True)
+    end = next(((token, ids[token]) for token in ENDS_OF_TEXT if token in ids), None)
+    # It would add tokens such as [CLS], which trained texts have not.
+    data = {**json.loads(inner.to_str()), "post_processor": None}
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    unknown = getattr(inner.model, "unk_token", None)
+    return PortableTokenizer(text, loaded.vocabulary, loaded.digest, end, unknown, False)
+
+
+def _bytes_as_bpe() -> str:
+    """Return a byte-level BPE without merges, in which a byte's id is its value."""
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import decoders, models, pre_tokenizers
+
+    names = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ids = {_byte_level_name(byte): byte for byte in range(BYTE_VOCABULARY)}
+    inner = HuggingFace(models.BPE(vocab=ids, merges=[]))
+    inner.pre_tokenizer, inner.decoder = names, decoders.ByteLevel()
+    return str(inner.to_str(pretty=True)) + "\n"
+
+
+def _byte_level_name(byte: int) -> str:
+    """Return the character that stands for a byte in a byte-level vocabulary, as GPT-2 defined it.
+
+    >>> [_byte_level_name(byte) for byte in (0, 32, 65, 127, 173, 255)]
+    ['Ā', 'Ġ', 'A', 'ġ', 'Ń', 'ÿ']
+    """
+    plain = [*range(33, 127), *range(161, 173), *range(174, BYTE_VOCABULARY)]
+    others = [other for other in range(BYTE_VOCABULARY) if other not in plain]
+    return chr(byte) if byte in plain else chr(BYTE_VOCABULARY + others.index(byte))
 
 
 def _newline(inner: tokenizers.Tokenizer) -> list[int]:

@@ -261,3 +261,19 @@ def set_multiplier(module: nn.Module, multiplier: float) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     if multiplier != 1:
         module.register_forward_pre_hook(Multiplied(multiplier), with_kwargs=True)
+
+
+def multiplier_of(module: nn.Module) -> float:
+    """Return the multiplier of a readout's or a plain layer's logits, the width's part included.
+
+    Raises:
+        ModelError: mup's readout has no base shapes yet.
+    """
+    if isinstance(module, mup.MuReadout):
+        if isinstance(module.width_mult, functools.partial) or hasattr(module.weight, "infshape"):
+            return float(module.output_mult / module.width_mult())
+        raise ModelError(
+            "the readout's multiplier is unknown: call mup.set_base_shapes or telescope.apply first"
+        )
+    hooks = module._forward_pre_hooks.values()
+    return math.prod(1 / hook.divisor for hook in hooks if isinstance(hook, Multiplied))
