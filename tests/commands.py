@@ -36,6 +36,7 @@ STABLE_OPTIONS = {
     "ls": {"--results", "--json"},
     "compare": {"--results", "--json"},
     "report": {"--out", "--open"},
+    "export-model": {"--to", "--out", "--step", "--tokenizer", "--results"},
     "tokenize": {"--vocab-size", "--out", "--shards"},
 }
 
