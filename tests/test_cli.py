@@ -292,6 +292,14 @@ def test_compare_says_what_differs_and_refuses_other_data(place: Path) -> None:
         same = from_json("compare", "tiny", "renamed", cwd=place)
         assert [row["name"] for row in same["sweeps"]] == ["tiny", "renamed"]
         assert same["differing"] == {}
+        aside = place / "results" / "aside" / "tiny"
+        shutil.copytree(other, aside)
+        rows = telescope("compare", "tiny", "results/aside/tiny", cwd=place).stdout
+        assert re.findall(r"^results\S+", rows, re.MULTILINE) == [
+            "results/tiny",
+            "results/aside/tiny",
+        ]
+        shutil.rmtree(aside.parent)
         record = json.loads((other / "spec.json").read_text())
         record["comparable_if_equal"]["optimizer.momentum"] = 0.5
         (other / "spec.json").write_text(json.dumps(record))

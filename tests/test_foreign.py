@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -16,12 +17,14 @@ import pytest
 from bowls import BOWL, COMMAND, bowl_spec, run_bowl
 from commands import output
 from conftest import as_toml, left_over, one_line, quiet
+from rich.console import Console
 
 from telescope import Ladder, Spec
 from telescope.answer.finished import open_result
 from telescope.errors import ResumeError, SpecError
 from telescope.foreign.program import read_program
 from telescope.records import Status
+from telescope.report.terminal import print_transfer
 from telescope.sweep.foreign import Foreign
 from telescope.sweep.planning import make_plan
 from telescope.sweep.run import Options, run
@@ -411,7 +414,13 @@ def test_another_length_of_unknown_steps_is_a_note(tmp_path: Path) -> None:
     while trials := ladder.ask():
         for trial in trials:
             ladder.tell(trial, loss=2 + (trial.lr - 0.1) ** 2)
-    assert not ladder.transfer().notes
+    plain = ladder.transfer()
+    assert not plain.notes
+    screen = io.StringIO()
+    print_transfer(Console(width=80, file=screen), plain, ladder.spec)
+    shown = " ".join(screen.getvalue().split())
+    assert "groups none, as the shapes of the parameters are not known" in shown
+    assert "--json" not in shown, "which has no groups either"
     assert "trainer.steps does not say" in ladder.transfer(steps=100).notes[0]
 
 

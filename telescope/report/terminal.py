@@ -213,7 +213,7 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
         )
 
     if check.blind_spot:
-        console.print(f"warning    {check.blind_spot}", soft_wrap=True)
+        _print_item(console, "warning", check.blind_spot)
 
 
 def _slope_of(check: CoordCheck, name: str) -> str:
@@ -408,16 +408,25 @@ def print_transfer(console: Console, settings: Transfer, spec: Spec) -> None:
         _print_groups(console, settings.groups, settings.starts)
         notes = {g["note"]: g["role"] for g in settings.groups if g["optimizer"] is None}
         for note, role in notes.items():
-            console.print(f"{role}: {note}", soft_wrap=True)
+            _print_item(console, role, note)
+    else:
+        _print_item(
+            console,
+            "groups",
+            "none, as the shapes of the parameters are not known. Give the values above to the "
+            "trainer as its trials got them: it converts them to the width; or give the shapes "
+            "with --shapes FILE, and get what torch.optim takes",
+        )
     for note in settings.notes:
-        console.print(f"note  {note}", soft_wrap=True)
+        _print_item(console, "note", note)
     if settings.certificate is None:
-        console.print("note  not proven: no certificate")
+        _print_item(console, "note", "not proven: no certificate")
     else:
         print_certificate(console, settings.certificate, spec)
         for assumption in settings.certificate.assumptions:
             _print_item(console, "assumed", assumption)
-    console.print("`--json` has the names and all keyword arguments")
+    if settings.groups is not None:
+        console.print("`--json` has the names and all keyword arguments")
 
 
 def _print_groups(
@@ -470,10 +479,12 @@ def _point(row: Mapping[str, Any]) -> str:
 def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     """Print the table of `compare`, one row per sweep, and the settings that differ."""
     rows = comparison["sweeps"]
+    names = [row["name"] for row in rows]
+    labels = [row["name"] if names.count(row["name"]) == 1 else row["path"] for row in rows]
     widths = sorted({int(width) for row in rows for width in row["losses"]})
     excess = [row["predicted_excess_loss"] for row in rows]
     columns = {
-        "sweep": [row["name"] for row in rows],
+        "sweep": labels,
         **{
             f"loss at {width}": [_number(row["losses"].get(str(width)), ".4f") for row in rows]
             for width in widths
@@ -486,7 +497,7 @@ def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     narrow = [f"loss at {width}" for width in widths[:-1]]
     _print_table(console, columns, expendable=("cost", "expected excess", *narrow, "verdict"))
     for key, values in comparison["differing"].items():
-        shown = ", ".join(f"{r['name']} {v}" for r, v in zip(rows, values, strict=True))
+        shown = ", ".join(f"{name} {v}" for name, v in zip(labels, values, strict=True))
         _print_item(console, "differs", f"{key}: {shown}")
     if not comparison["data_seen"]:
         _print_item(

@@ -61,6 +61,7 @@ def compare(sweeps: Sequence[str], results: Path) -> dict[str, Any]:
         rows.append(
             {
                 "name": finished.folder.path.name,
+                "path": str(finished.folder.path),
                 "width": finished.spec.target.width,
                 "answer": point and dict(point),
                 "verdict": certificate and certificate.verdict,
