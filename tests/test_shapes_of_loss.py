@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from calibration import FAMILIES, climb, solve, summary
+from calibration import FAMILIES, climb, quickstart_truth, solve, summary
 from frozen import Table, public_tables
 from simulated import ESSENTIAL, _well
 from surfaces import run, surface
@@ -168,6 +168,22 @@ def test_what_passes_costs_no_more_than_the_tolerance(family: str) -> None:
     (row,) = summary(pd.DataFrame([solve(family, s) for s in range(3)])).to_dict("records")
     assert row["false"] == 0
     assert row["regret"] < 0.002
+
+
+def test_an_axis_that_the_width_before_shows_keeps_its_value_and_may_pass() -> None:
+    """On the quickstart's recorded losses; `test_adaptive` has an axis that no width shows."""
+    truth = quickstart_truth(0)
+    ladder = climb(truth.spec, truth)
+    *_, before, last = (choice.intervals["weight_decay"] for choice in ladder.choices)
+    assert before
+    assert last is None
+    certificate = ladder.certificate(rule_checked=True)
+    assert certificate
+    assert certificate.verdict == "PASS", certificate.problems
+    assert before[0] < certificate.point.weight_decay < before[1]
+    (kept,) = (text for text in certificate.evidence if "keeps the width before's" in text)
+    assert f"{certificate.point.weight_decay:.4g}" in kept
+    assert truth.excess(certificate.point, 256) < certificate.excess_bound < truth.spec.tolerance
 
 
 def test_the_surface_through_a_table_has_its_optimum_where_the_losses_do() -> None:
