@@ -62,7 +62,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RESULTS = Path("results")
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-FITTING = ("compare", "plan", "report", "run", "show", "transfer")
+FITTING = ("compare", "launch", "plan", "report", "run", "show", "transfer")
 """Commands that may fit a ladder."""
 WATCH_SECONDS = 0.5
 """Pause between two readings of a heartbeat."""
@@ -296,7 +296,7 @@ def status(
     ] = False,
 ) -> None:
     """Say how far a sweep is; works from another terminal while it runs."""
-    from telescope.report.status import describe_status, read_status
+    from telescope.report.status import describe_status, describe_targets, read_status
 
     state = read_status(sweep, results)
     while watch and state["state"] == "running":
@@ -310,8 +310,9 @@ def status(
             state = read_status(sweep, results)
     if as_json:
         _print_json(state)
-    else:
-        _say(describe_status(state))
+        return
+    for line in (describe_status(state), *describe_targets(state.get("targets", ()))):
+        _say(line)
 
 
 @app.command()
@@ -466,6 +467,101 @@ def export_model(
     _say(f"logits as the model's, within {facts['difference']:.1g} of the largest")
     if facts["tokenizer"] is None:
         _say("no tokenizer: the run's data are tokens; --tokenizer FILE adds it")
+
+
+@app.command()
+def launch(
+    sweep: SweepArgument,
+    width: Annotated[int | None, typer.Option(min=1, help="Left out, the spec's target.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the run; rescales the weight decay.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation and data order.")] = 0,
+    run: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the run; left out, width-W.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ranks; left out, one per GPU, or one on the CPU.")
+    ] = None,
+    cpus_per_worker: Annotated[
+        int | None, typer.Option(min=1, help="Left out, an even share of this machine's.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="Left out, 1 where there are GPUs.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster; left out, local Ray is started.")
+    ] = None,
+    micro_batch: Annotated[
+        int,
+        typer.Option(min=0, help="Most sequences of a rank's forward pass; 0: all of its rows."),
+    ] = 0,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16; left out, as in the sweep.")
+    ] = None,
+    clip: Annotated[
+        float, typer.Option(min=0, help="Largest norm of all gradients together; 0: no clipping.")
+    ] = 0.0,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Steps between checkpoints; 0: a twentieth of the run.")
+    ] = 0,
+    keep_every: Annotated[
+        int, typer.Option(min=0, help="Keep checkpoints at multiples of this many steps for good.")
+    ] = 0,
+    unproven: Annotated[
+        bool, typer.Option("--unproven", help="Launch although the certificate says FAIL.")
+    ] = False,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Write the run's folder, for torchrun; train nothing.")
+    ] = False,
+    results: ResultsOption = RESULTS,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the target with the sweep's answer, or go on with it where it stopped."""
+    if precision not in (None, "fp32", "bf16"):
+        raise SpecError(f"--precision: got {precision!r}, must be 'fp32' or 'bf16'")
+    finished = _open(sweep, results)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as on Ctrl-C: a batch system's end
+    from telescope.sweep import launching
+    from telescope.target.record import Manner
+
+    asked = launching.Launch(
+        width=width,
+        steps=steps,
+        seed=seed,
+        run=run,
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        ray_address=ray_address,
+        precision=precision,  # type: ignore[arg-type]  # checked above
+        clip=clip,
+        unproven=unproven,
+        manner=Manner(
+            micro_batch=micro_batch, checkpoint_every=checkpoint_every, keep_every=keep_every
+        ),
+    )
+    folder = launching.prepare(finished, asked)
+    if prepare:
+        _say(f"wrote {folder.path}; next: torchrun -m telescope.target {folder.path}")
+        return
+    from telescope.report.progress import run_progress
+
+    console, title = _console(), f"{finished.spec.name}/{folder.path.name}"
+    with run_progress(console if not as_json else _console(err=True), title) as progress:
+        try:
+            result = launching.launch(folder, finished, asked, progress)
+        except KeyboardInterrupt:
+            _say(f"{title}: interrupted; the same command goes on where it stopped", err=True)
+            raise typer.Exit(130) from None
+    if as_json:
+        _print_json(result)
+    else:
+        from telescope.report.terminal import print_result
+
+        print_result(console, result, folder.path)
+    if result["diverged"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -687,13 +783,14 @@ def _exported(spec: Spec, settings: Transfer, format: str, approximate: bool) ->
     return export(handover, format)
 
 
-def _console() -> Any:
+def _console(*, err: bool = False) -> Any:
     """Return the console for people: as wide as the terminal, of fixed width in a pipe."""
     from rich.console import Console
 
     # The output has data such as a model file's error, whose brackets are not markup.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
-    return Console(width=width, markup=False, highlight=False)
+    stream = sys.stderr if err else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 110
+    return Console(width=width, markup=False, highlight=False, stderr=err)
 
 
 def _verb_of(context: Any) -> list[str]:

@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from os.path import splitext
 from typing import Any, ClassVar, Literal
 
 from telescope.errors import SpecError
+from telescope.records import as_plain
 
 ADAMW_RULES = ("mup", "standard")
 
@@ -389,3 +390,36 @@ class TrialConfig:
     """Width → floating-point operations of one step, as planned by the driver."""
     checkpoint_folder: str | None = None
     """Folder of the trials' checkpoints; every worker that can read it can resume any trial."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that JSON takes, without the machine: device, threads and folders."""
+        tables = {
+            key: asdict(getattr(self, key)) for key in ("model", "optimizer", "train", "data")
+        }
+        own = {"base_width": self.base_width, "corpus_digest": self.corpus_digest}
+        plain: dict[str, Any] = as_plain(tables | own)
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialConfig:
+        """Rebuild a configuration from `as_dict`.
+
+        Raises:
+            KeyError, TypeError: a key is missing or unknown.
+            SpecError: a value is out of range.
+        """
+        data_table = _with_tuples(data["data"])
+        sources = tuple(SourceConfig(**_with_tuples(table)) for table in data_table["sources"])
+        return cls(
+            model=ModelConfig(**data["model"]),
+            optimizer=OptimizerConfig(**_with_tuples(data["optimizer"])),
+            train=TrainConfig(**data["train"]),
+            data=DataConfig(**{**data_table, "sources": sources}),
+            base_width=data["base_width"],
+            corpus_digest=data["corpus_digest"],
+        )
+
+
+def _with_tuples(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table with tuples where JSON has lists."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and find folders that can be written.
+"""Write files whole or not at all, lock them, and find folders that can be written.
 
 Ray, matplotlib and our own cache keep files in the user's home folder. In a container or under a
 service account there may be no HOME or no entry for the user, or the folder may be missing or
@@ -7,16 +7,21 @@ read-only. Then a private temporary folder replaces it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
 import stat
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 UNFINISHED = ".tmp"
 """Suffix of a file that is being written; a killed process may leave one."""
+LOCK_TRIES = 25
+"""Number of tries, 20 ms apart, before a lock counts as held by another process."""
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
@@ -48,7 +53,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             os.unlink(temporary)
@@ -57,7 +62,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Wait until a folder's entries, such as a renamed file, are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -75,6 +80,45 @@ def remove_unfinished(folder: Path) -> None:
 def write_json(path: Path, data: Any, *, durable: bool = True) -> None:
     """Replace `path` with `data` as indented JSON; NaN and inf are refused."""
     write_atomic(path, json.dumps(data, indent=2, allow_nan=False) + "\n", durable=durable)
+
+
+def lock_file(file: TextIO, *, tries: int = LOCK_TRIES) -> bool:
+    """Take a file's exclusive lock; closing the file releases it.
+
+    It is tried for a moment, because `is_locked` holds it for microseconds.
+
+    Args:
+        file: open for writing.
+        tries: most tries, 20 ms apart.
+
+    Returns:
+        False if another process holds it.
+    """
+    for _ in range(tries):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        else:
+            return True
+    return False
+
+
+def is_locked(path: Path) -> bool:
+    """Tell whether a process holds a file's lock: then a shared lock is refused."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def this_process() -> str:
+    """Name this process for whoever finds a file locked."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def home() -> Path | None:

@@ -33,6 +33,7 @@ STABLE_OPTIONS = {
     "status": {"--json", "--watch"},
     "show": {"--json", "--csv"},
     "transfer": {"--width", "--steps", "--json", "--out", "--format", "--approximate"},
+    "launch": {"--width", "--steps", "--workers", "--gpus-per-worker", "--ray-address", "--run"},
     "ls": {"--results", "--json"},
     "compare": {"--results", "--json"},
     "report": {"--out", "--open"},

@@ -20,8 +20,9 @@ ROOMS = {
     "packs": {"data", "train", "dispatch"},
     "foreign": {"spec", "dispatch"},
     "store": {"data", "spec"},
+    "target": {"rules", "data", "train", "dispatch"},
     "answer": {"ladder", "rules", "spec", "train", "transfer", "store"},
-    "report": {"ladder", "spec", "check", "transfer", "store", "answer"},
+    "report": {"ladder", "spec", "check", "transfer", "store", "target", "answer"},
     "sweep": {"ladder", "rules", "data", "spec", "train", "check", "transfer", "dispatch"}
-    | {"packs", "foreign", "store", "answer", "report"},
+    | {"packs", "foreign", "store", "target", "answer", "report"},
 }

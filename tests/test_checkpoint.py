@@ -112,7 +112,7 @@ def test_the_random_state_is_what_makes_dropout_bit_equal(
     config = config_in(tmp_path, corpus_file, model=with_dropout())
     expected = facts(loop.train(replace(config, checkpoint_folder=None), TRIAL))
     train_until(config, 7, monkeypatch)
-    monkeypatch.setattr("telescope.train.checkpoint._put_random", lambda *_: None)
+    monkeypatch.setattr("telescope.train.checkpoint.put_random", lambda *_: None)
     assert facts(loop.train(config, TRIAL)) != expected
 
 
@@ -134,7 +134,7 @@ def test_the_random_state_is_the_devices_that_is_named(monkeypatch: pytest.Monke
     kept = checkpoint.random_states("cuda:1")
     assert kept["random.device"] == 2
     own.states = {"cuda:0": torch.tensor([3]), "cuda:1": torch.tensor([4])}
-    checkpoint._put_random("cuda:1", kept)
+    checkpoint.put_random("cuda:1", kept)
     assert own.states == {"cuda:0": torch.tensor([3]), "cuda:1": torch.tensor([2])}
 
 

@@ -420,10 +420,16 @@ class Batches:
         self._sequences = [(len(part) - 1) // length for part in self._tokens.parts]
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}  # source → pass, its order
 
-    def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the inputs and targets of one step, each (batch, sequence) int64 on the CPU."""
-        first = step * self._batch_size
-        taken = self._tokens.split(np.arange(first, first + self._batch_size + 1))
+    def at(self, step: int, rows: range | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the inputs and targets of one step, each (batch, sequence) int64 on the CPU.
+
+        Args:
+            step: from 0.
+            rows: consecutive rows of the batch, one or more; by default all.
+        """
+        rows = range(self._batch_size) if rows is None else rows
+        first = step * self._batch_size + rows.start
+        taken = self._tokens.split(np.arange(first, first + len(rows) + 1))
         sources = np.diff(taken, axis=0).argmax(axis=1).tolist()
         starts = [self._start(s, int(row[s])) for s, row in zip(sources, taken, strict=False)]
         return _shifted(windows(self._tokens, sources, starts, self._length))

@@ -1,12 +1,16 @@
-"""A progress bar on stderr for long tasks before a sweep starts."""
+"""A progress bar on stderr for long tasks before a sweep starts, and a target run's line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from telescope.target.folder import describe_speed
 
 SMALLEST_MOVE = 0.002
 """Least share of the whole by which the bar moves: a call per document would cost more than the
@@ -46,3 +50,43 @@ def progress_bar(title: str, afterwards: str = "") -> Iterator[Callable[[float, 
                 shown = done
 
         yield move
+
+
+LINES = 20
+"""Most lines on a run's progress where the output is no terminal, evenly spaced over its steps."""
+LINE_SECONDS = 30.0
+"""Most seconds between two such lines; a long run has more of them."""
+
+
+@contextmanager
+def run_progress(console: Console, title: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Show a target run while the block runs: one moving line on a terminal, plain lines elsewhere.
+
+    Args:
+        console: the console to print on.
+        title: the run.
+
+    Yields:
+        A function to call with the run's latest progress.
+    """
+    status = console.status(f"{title}: starting its ranks …") if console.is_terminal else None
+    shown_step, shown_at = 0, time.monotonic()
+
+    def show(said: Mapping[str, Any]) -> None:
+        nonlocal shown_step, shown_at
+        loss = "" if said["loss"] is None else f", loss {said['loss']:.4f}"
+        line = f"{title}: step {said['step']} of {said['steps']}{loss}{describe_speed(said)}"
+        if status:
+            status.update(line)
+            return
+        is_far = said["step"] - shown_step >= said["steps"] / LINES
+        is_long_ago = said["step"] > shown_step and time.monotonic() - shown_at > LINE_SECONDS
+        if is_far or is_long_ago:
+            shown_step, shown_at = said["step"], time.monotonic()
+            console.print(line, soft_wrap=True)
+
+    if status is None:
+        yield show
+        return
+    with status:
+        yield show

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from telescope.spec.catalog import find_result
 from telescope.store.folder import Folder
+from telescope.target.folder import describe_run, runs_of, summary
 
 KEYS = ("name", "state", "stage", "done", "total", "running", "eta_seconds")
 
@@ -21,7 +23,18 @@ def read_status(sweep: str | Path, results: Path) -> dict[str, Any]:
     heartbeat = folder.read_status() or {}
     if not _is_whole(heartbeat):
         heartbeat = {"name": folder.path.name, "state": "interrupted"}
-    return {**dict.fromkeys(KEYS), **heartbeat}
+    return {**dict.fromkeys(KEYS), **heartbeat, **targets_of(folder.path)}
+
+
+def targets_of(sweep: Path) -> dict[str, Any]:
+    """Return the key `targets` with a sweep's target runs, if there are any."""
+    runs = [summary(run) for run in runs_of(sweep)]
+    return {"targets": runs} if runs else {}
+
+
+def describe_targets(targets: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Describe target runs in a line each."""
+    return [describe_run(run) for run in targets]
 
 
 def _is_whole(heartbeat: dict[str, Any]) -> bool:

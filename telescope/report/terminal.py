@@ -13,6 +13,7 @@ from rich.text import Text
 
 from telescope.records import Certificate, Choice, Status, as_json
 from telescope.report.live import describe_seconds
+from telescope.report.status import describe_targets, targets_of
 from telescope.report.verdict import (
     WORDS,
     caveat,
@@ -271,6 +272,8 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
     )
     folder = finished.folder.path
     console.print(f"results    {folder}{_files_in(folder)}", soft_wrap=True)
+    for line in describe_targets(facts.get("targets", ())):
+        console.print(f"{'target':{LABEL}} {line.removeprefix('target ')}", soft_wrap=True)
     if finished.ladder.is_finished:
         console.print(f"next       telescope transfer {folder}", soft_wrap=True)
 
@@ -383,6 +386,7 @@ def show_as_json(finished: Finished) -> dict[str, Any]:
             "certificate": finished.certificate and finished.certificate.as_dict(),
         },
         "cost": finished.cost(),
+        **targets_of(finished.folder.path),
     }
 
 
@@ -503,3 +507,24 @@ def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
         _print_item(
             console, "note", "whether other trainers measure on the same data is not known here"
         )
+
+
+def print_result(console: Console, result: Mapping[str, Any], folder: Path) -> None:
+    """Print the end of a target run.
+
+    Args:
+        console: the console to print on.
+        result: the content of its `result.json`.
+        folder: the run's.
+    """
+    if result["diverged"]:
+        _print_item(console, "diverged", result["reason"], "red")
+    else:
+        loss = f"held-out loss {result['loss']:.4f} after {result['steps']} steps"
+        _print_item(console, "target", f"width {result['width']}: {loss}")
+    speed = _number(result["tokens_per_second"], ",.0f", " tokens/s")
+    mfu = f", MFU {result['mfu']:.1%}" if result["mfu"] else ""
+    ranks = "1 rank" if result["ranks"] == 1 else f"{result['ranks']} ranks"
+    took = f"{describe_seconds(result['seconds'])} on {ranks} of {result['device']}"
+    _print_item(console, "time", f"{took}: {speed}{mfu}")
+    console.print(f"{'results':{LABEL}} {folder} (curve.csv, checkpoints/)", soft_wrap=True)

@@ -24,13 +24,10 @@ It uses only the standard library, because `status` and `ls` read it and must st
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
 import shutil
-import socket
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,7 +35,14 @@ from types import NoneType
 from typing import Any, TextIO
 
 from telescope.errors import ResumeError
-from telescope.files import remove_unfinished, write_atomic, write_json
+from telescope.files import (
+    is_locked,
+    lock_file,
+    remove_unfinished,
+    this_process,
+    write_atomic,
+    write_json,
+)
 from telescope.records import CurvePoint, Result, Trial
 from telescope.spec.catalog import KEPT_MODEL_FILE, SPEC_FILE
 
@@ -60,8 +64,8 @@ STATUS_FILE = "status.json"
 PACKS_FILE = "packs.jsonl"
 UNSTORED_FILE = "unstored.json"
 LOCK_FILE = "lock"
-LOCK_TRIES = 25
-"""Number of tries, 20 ms apart, before a lock counts as held by another driver."""
+TRIES = 25
+"""Number of tries to lock a folder that other drivers remove meanwhile."""
 
 
 class Folder:
@@ -233,7 +237,7 @@ class Folder:
     def read_status(self) -> dict[str, Any] | None:
         """Return the last heartbeat, "interrupted" if its driver is gone; None before the first."""
         heartbeat = _read_json(self.path / STATUS_FILE, "state")
-        if heartbeat and heartbeat["state"] == "running" and not self._is_held():
+        if heartbeat and heartbeat["state"] == "running" and not is_locked(self.path / LOCK_FILE):
             heartbeat |= {"state": "interrupted", "running": 0, "eta_seconds": None}
         return heartbeat
 
@@ -248,7 +252,7 @@ class Folder:
         """
         with self._open_lock() as lock:
             lock.truncate(0)
-            lock.write(_this_process())
+            lock.write(this_process())
             lock.flush()
             try:
                 yield
@@ -262,13 +266,13 @@ class Folder:
         A driver that ends removes an empty folder with its lock file. A process that was waiting
         then has locked a deleted file; it must begin again, or two could hold the folder.
         """
-        for _ in range(LOCK_TRIES):
+        for _ in range(TRIES):
             self.create()
             try:
                 lock = (self.path / LOCK_FILE).open("a+")
             except FileNotFoundError:  # removed in the meantime
                 continue
-            if not _locked(lock):
+            if not lock_file(lock):
                 with lock:
                     lock.seek(0)
                     holder = lock.read().strip() or "another process"
@@ -293,17 +297,6 @@ class Folder:
         with suppress(OSError):
             self.path.rmdir()
 
-    def _is_held(self) -> bool:
-        """Tell whether a driver holds the folder: then a shared lock is refused."""
-        try:
-            with (self.path / LOCK_FILE).open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
-
 
 def _check_format(record: Mapping[str, Any], path: Path) -> None:
     """Refuse a folder written by a newer version, whose meaning this one cannot know."""
@@ -327,19 +320,3 @@ def _read_json(path: Path, key: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) and key in data else None
-
-
-def _locked(lock: TextIO) -> bool:
-    """Take the exclusive lock; retry for a moment, because `status` holds it for microseconds."""
-    for _ in range(LOCK_TRIES):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.02)
-        else:
-            return True
-    return False
-
-
-def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"

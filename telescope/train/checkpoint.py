@@ -76,7 +76,7 @@ class Checkpoints:
             **_optimizer_tensors(optimizers),
             **random_states(device),
         }
-        data = save({name: _plain(tensor) for name, tensor in tensors.items()})
+        data = save({name: plain_copy(tensor) for name, tensor in tensors.items()})
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = self._folder / f"step-{position.step:09d}"
         write_atomic(stem.with_suffix(".safetensors"), data)
@@ -111,7 +111,7 @@ class Checkpoints:
                 continue
             _put_model(model, tensors)
             _put_optimizers(optimizers, tensors)
-            _put_random(device, tensors)
+            put_random(device, tensors)
             return position
         return Position()
 
@@ -180,7 +180,7 @@ def _position(facts: Mapping[str, Any]) -> Position:
     return Position(**{**facts, "curve": curve})
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain_copy(tensor: Tensor) -> Tensor:
     """Copy a tensor to CPU memory of its own, as safetensors requires."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
@@ -228,7 +228,8 @@ def random_states(device: str) -> dict[str, Tensor]:
     return states
 
 
-def _put_random(device: str, tensors: Mapping[str, Tensor]) -> None:
+def put_random(device: str, tensors: Mapping[str, Tensor]) -> None:
+    """Set torch's random states to those of `random_states`."""
     torch.set_rng_state(tensors["random.cpu"])
     if "random.device" in tensors and torch.device(device).type != "cpu":
         torch.get_device_module(device).set_rng_state(tensors["random.device"], device)

@@ -192,7 +192,12 @@ def must_be_read(train: TrainConfig, done: int) -> bool:
 
 
 def note_step(
-    position: Position, loss: float, train: TrainConfig, measure: Callable[[], float]
+    position: Position,
+    loss: float,
+    train: TrainConfig,
+    measure: Callable[[], float],
+    *,
+    rows: int = CURVE_ROWS,
 ) -> str:
     """Record a step whose batch had `loss`; return the reason if the trial diverged, else "".
 
@@ -201,6 +206,7 @@ def note_step(
         loss: the batch's loss before the step, nats per token.
         train: the numbers of steps and evaluations.
         measure: measures the held-out loss; called only where it is due.
+        rows: approximate number of rows of the whole curve.
     """
     position.step += 1
     first = position.first_loss = loss if position.first_loss is None else position.first_loss
@@ -210,7 +216,7 @@ def note_step(
         return f"loss {loss:.4g} at step {position.step} of {train.steps}, from {first:.4g}"
     position.recent.append(loss)
     eval_steps = _evenly_spaced(train.steps, train.evals)
-    if position.step not in eval_steps | _evenly_spaced(train.steps, CURVE_ROWS):
+    if position.step not in eval_steps | _evenly_spaced(train.steps, rows):
         return ""
     held_out = measure() if position.step in eval_steps else None
     is_finite = held_out is None or math.isfinite(held_out)

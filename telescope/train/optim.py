@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from telescope.config import OptimizerConfig, TrainConfig
 from telescope.rules.groups import Group
@@ -15,7 +17,13 @@ def build_optimizers(
     model: nn.Module, groups: list[Group], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
     """Build the optimizers for `groups`; each torch group stores its ``peak_lr``."""
-    parameters = dict(model.named_parameters())
+    return optimizers_of(dict(model.named_parameters()), groups, config)
+
+
+def optimizers_of(
+    parameters: Mapping[str, Tensor], groups: Iterable[Group], config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
+    """Build the optimizers for `groups` of parameters by name; see `build_optimizers`."""
     muon, adamw = [], []
     for group in groups:
         settings = {

@@ -449,7 +449,7 @@ def _cpus(sizes: Iterable[Size]) -> int:
 
 def _check_room(size: Size, where: str) -> None:
     """Refuse trials without room, because Tune would wait for ever for more machines."""
-    for key, amount, room, have in _rooms(size):
+    for key, amount, room, have in rooms(size):
         if room < size.workers:
             raise SpecError(
                 f"compute.{key}: got {amount:g} for each of {size.workers} trials at once, "
@@ -473,13 +473,13 @@ def _fitting(size: Size, where: str) -> Size:
     Raises:
         SpecError: there is not even room for one.
     """
-    fewest = min([size.workers, *(room for _, _, room, _ in _rooms(size))])
+    fewest = min([size.workers, *(room for _, _, room, _ in rooms(size))])
     one = replace(size, workers=max(1, fewest))
     _check_room(one, where)
     return one
 
 
-def _rooms(size: Size) -> Iterator[tuple[str, float, int, float]]:
+def rooms(size: Size) -> Iterator[tuple[str, float, int, float]]:
     """Yield for each resource of a trial: key, amount, trials that fit, total amount."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for key, resource, amount in (("cpus", "CPU", size.cpus), ("gpus", "GPU", size.gpus)):

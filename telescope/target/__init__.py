@@ -1,0 +1,1 @@
+"""The large run with the transferred settings: several ranks, sharded state, checkpoints."""

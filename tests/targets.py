@@ -1,0 +1,64 @@
+"""Target runs for several test files: a tiny model, a few steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from conftest import trial_config
+from safetensors.torch import load_file
+from torch import Tensor
+
+from telescope.config import TrialConfig
+from telescope.records import Point, Trial
+from telescope.target.folder import RunFolder
+from telescope.target.ranks import Ranks
+from telescope.target.record import Manner, TargetRun
+from telescope.target.train import train_target
+
+STEPS = 12
+TRIAL = Trial(32, Point.of(lr=0.02, weight_decay=0.1), 3)
+
+
+def tiny_run(corpus: Path, *, clip: float = 0.0, **parts: Any) -> TargetRun:
+    """A run of a one-layer model of width 32 that takes a second."""
+    config: TrialConfig = trial_config(corpus, **{"steps": STEPS, **parts})
+    flops = {"model": 1e6, "attention": 1e5, "optimizer": 1e5}
+    return TargetRun(sweep="tiny", trial=TRIAL, config=config, clip=clip, flops=flops)
+
+
+def made(folder: Path, run: TargetRun) -> RunFolder:
+    """A run's folder before its first start."""
+    made = RunFolder(folder)
+    made.write_run(run.as_dict())
+    return made
+
+
+def trained(folder: Path, run: TargetRun, **manner: Any) -> dict[str, Any]:
+    """Train a run on one rank, to its end."""
+    made(folder, run)
+    return train_target(folder, Manner(**manner), Ranks())
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    """The rows of a curve, without the seconds."""
+    rows = list(csv.DictReader((folder / "curve.csv").read_text().splitlines()))
+    for row in rows:
+        del row["seconds"]
+    return rows
+
+
+def model_of(folder: Path, step: int) -> dict[str, Tensor]:
+    """The parameters of a checkpoint, by name."""
+    tensors: dict[str, Tensor] = load_file(
+        folder / "checkpoints" / f"step-{step}" / "model.safetensors"
+    )
+    return tensors
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """The result without what a clock has measured."""
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return {k: v for k, v in result.items() if k not in ("seconds", "tokens_per_second", "mfu")}
