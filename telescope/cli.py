@@ -457,12 +457,12 @@ def export_model(
     """Write a target run's model for other programs: weights, config and tokenizer."""
     if to != "hf":
         raise SpecError(f"--to: got {to!r}, must be hf")
-    from telescope.export.target_run import export_run, find_run, read_run
+    from telescope.target.export import export_run, find_run
 
-    facts = export_run(read_run(find_run(run, results)), out, step=step, tokenizer=tokenizer)
+    facts = export_run(find_run(run, results), out, step=step, tokenizer=tokenizer)
     _say(
         f"wrote {out}: {facts['layout']}, {facts['parameters']:,} parameters, step {facts['step']} "
-        f"of {facts['steps']}"
+        f"of {facts['steps']}" + f" ({facts['state']})" * (facts["state"] != "finished")
     )
     _say(f"logits as the model's, within {facts['difference']:.1g} of the largest")
     if facts["tokenizer"] is None:

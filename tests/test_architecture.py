@@ -33,7 +33,7 @@ LIBRARIES = {
     "matplotlib": {"report/figures.py"},
     "mup": {"rules/parametrization.py"},
     "safetensors": {"train/checkpoint.py", "target/checkpoint.py"}
-    | {"export/hf_model.py", "export/target_run.py"},
+    | {"export/hf_model.py", "target/export.py"},
     "tokenizers": {"data/tokenizer.py"},
     "pyarrow": {"data/sources.py"},
 }

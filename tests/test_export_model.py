@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,11 @@ from telescope.data.tokenizer import load_tokenizer, train_bpe
 from telescope.errors import RefusedError, ResumeError, SpecError
 from telescope.export import hf_model
 from telescope.export.hf_model import check_layout, export_model, layout_of
-from telescope.export.target_run import export_run, find_run, read_run
+from telescope.records import Point, Trial
 from telescope.rules.parametrization import set_multiplier
+from telescope.target.export import export_run, find_run
+from telescope.target.folder import RunFolder
+from telescope.target.record import TargetRun
 from telescope.train.model import build_model
 
 SEQUENCE = 48
@@ -360,9 +363,8 @@ def write_run(
     folder: Path, config: TrialConfig, width: int, steps: tuple[int, ...]
 ) -> dict[int, nn.Module]:
     """Write a run's folder with a checkpoint per step, and return their models."""
-    folder.mkdir(parents=True)
-    record = {"schema": 1, "width": width, "steps": 6, "config": asdict(config)}
-    (folder / "run.json").write_text(json.dumps(record))
+    trial = Trial(width, Point.of(lr=0.1, weight_decay=0.1), 0)
+    RunFolder(folder).write_run(TargetRun(sweep="mine", trial=trial, config=config).as_dict())
     models = {}
     for step in steps:
         models[step] = build_model(
@@ -401,7 +403,7 @@ def test_the_command_writes_the_last_checkpoint_or_the_one_that_is_asked_for(
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("wrote a/last: Qwen3ForCausalLM, ")
-    assert lines[0].endswith(" parameters, step 6 of 6")
+    assert lines[0].endswith(" parameters, step 6 of 6 (prepared)")
     assert max(map(len, lines)) <= 80
     done = telescope("export-model", "mine/width-64", "--out", "b", "--step", "4", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -448,27 +450,29 @@ def test_the_commands_errors_are_one_line_with_their_exit_code(results: Path) ->
 def test_a_damaged_run_says_which_file(tmp_path: Path, corpus_file: Path) -> None:
     folder = tmp_path / "target" / "r"
     write_run(folder, trial_config(corpus_file), 32, (6,))
+    run = RunFolder(folder)
     weights = folder / "checkpoints" / "step-6" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])
     with pytest.raises(ResumeError, match=r"model.safetensors: cannot be read"):
-        export_run(read_run(folder), tmp_path / "out")
+        export_run(run, tmp_path / "out")
     tensors = load_file(write_bytes(weights, whole))
     shape = tensors["norm.weight"].shape
     save_file({**tensors, "norm.weight": torch.ones(3)}, weights)
     with pytest.raises(ResumeError, match=rf"norm.weight: is \(3,\), the model's \({shape[0]},\)"):
-        export_run(read_run(folder), tmp_path / "out")
+        export_run(run, tmp_path / "out")
     save_file({"extra": torch.ones(3), **tensors}, weights)
     with pytest.raises(ResumeError, match="differ in extra"):
-        export_run(read_run(folder), tmp_path / "out")
+        export_run(run, tmp_path / "out")
     record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "config": None}))
-    with pytest.raises(SpecError, match="a trainer of your own"):
-        read_run(folder)
     del record["config"]["model"]["text"]
     (folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ResumeError, match=r"run.json: is damaged or of another version"):
-        read_run(folder)
+    with pytest.raises(ResumeError, match=r"run.json cannot be read"):
+        export_run(run, tmp_path / "out")
+    del record["config"]
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SpecError, match="a trainer of your own"):
+        export_run(run, tmp_path / "out")
     with pytest.raises(SpecError, match="no target run"):
         find_run("r", tmp_path / "results")
 
@@ -488,19 +492,19 @@ def test_the_runs_tokenizer_is_the_one_it_was_trained_with(
         corpus_file, model=gpt_config(vocab_size=290), optimizer=OptimizerConfig()
     )
     data = DataConfig(source=(str(corpus_file),), tokenizer=str(own))
-    write_run(run, TrialConfig(**{**vars(config), "data": data}), 32, (6,))
+    write_run(run, replace(config, data=data), 32, (6,))
     digest = load_tokenizer(str(own)).digest
     spec = {"comparable_if_equal": {"data.tokenizer (hash)": digest}}
     (tmp_path / "results" / "mine" / "spec.json").write_text(json.dumps(spec))
-    facts = export_run(read_run(run), tmp_path / "a")
+    facts = export_run(RunFolder(run), tmp_path / "a")
     assert facts["tokenizer"] == digest
     own.unlink()
     with pytest.raises(SpecError, match=r"cannot read .*own.json.*give the run's tokenizer with"):
-        export_run(read_run(run), tmp_path / "b")
-    assert export_run(read_run(run), tmp_path / "b", tokenizer=str(bpe))["tokenizer"] == digest
+        export_run(RunFolder(run), tmp_path / "b")
+    assert export_run(RunFolder(run), tmp_path / "b", tokenizer=str(bpe))["tokenizer"] == digest
     other = tmp_path / "other.json"
     other.write_text(train_bpe(["abcabc" * 9], 260))
     with pytest.raises(SpecError, match=f"is not the one that the run was trained with.*{digest}"):
-        export_run(read_run(run), tmp_path / "c", tokenizer=str(other))
+        export_run(RunFolder(run), tmp_path / "c", tokenizer=str(other))
     with pytest.raises(SpecError, match="has 290 tokens, the model 256"):
         export_model(built(), tmp_path / "c", sequence_length=8, tokenizer=str(bpe))
