@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from conftest import trial_config
+from faults import finish, start
 from safetensors.torch import load_file
 from torch import Tensor
 
 from telescope.config import TrialConfig
 from telescope.records import Point, Trial
+from telescope.target import train
 from telescope.target.folder import RunFolder
 from telescope.target.ranks import Ranks
 from telescope.target.record import Manner, TargetRun
@@ -62,3 +68,32 @@ def result_of(folder: Path) -> dict[str, Any]:
     """The result without what a clock has measured."""
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return {k: v for k, v in result.items() if k not in ("seconds", "tokens_per_second", "mfu")}
+
+
+def rank_of(rank: int, size: int, folder: Path, manner: Manner, stop: int | None) -> None:
+    """Train as one of several ranks, in a process of its own; `kill -9` of all before step `stop`.
+
+    The ranks find each other by a file beside the run's folder.
+    """
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}.meeting-{size}-{stop}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    if stop is not None:
+        take_step = train._Training._take_step
+
+        def stopping(self: Any, number: int) -> Any:
+            if number == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take_step(self, number)
+
+        train._Training._take_step = stopping  # type: ignore[assignment, method-assign]
+    train_target(folder, manner, Ranks.of_group("cpu"))
+    dist.destroy_process_group()
+
+
+def on_ranks(size: int, folder: Path, *, stop: int | None = None, **manner: Any) -> dict[str, Any]:
+    """Train a run that was made on several ranks; return its result, {} if it was stopped."""
+    wanted = 0 if stop is None else -signal.SIGKILL
+    ranks = [start(rank_of, rank, size, folder, Manner(**manner), stop) for rank in range(size)]
+    assert [finish(rank) for rank in ranks] == [wanted] * size
+    return {} if stop is not None else result_of(folder)

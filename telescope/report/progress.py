@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from telescope.target.folder import describe_speed
+from telescope.target.folder import describe_progress
 
 SMALLEST_MOVE = 0.002
 """Least share of the whole by which the bar moves: a call per document would cost more than the
@@ -74,8 +74,7 @@ def run_progress(console: Console, title: str) -> Iterator[Callable[[Mapping[str
 
     def show(said: Mapping[str, Any]) -> None:
         nonlocal shown_step, shown_at
-        loss = "" if said["loss"] is None else f", loss {said['loss']:.4f}"
-        line = f"{title}: step {said['step']} of {said['steps']}{loss}{describe_speed(said)}"
+        line = f"{title}: {describe_progress(said)}"
         if status:
             status.update(line)
             return

@@ -152,13 +152,14 @@ def summary(run: RunFolder) -> dict[str, Any]:
     state, said = run.state, run.read_result() or run.read_status()
     record = _read(run.path / RUN_FILE)
     keys = ("step", "loss", "tokens_per_second", "mfu", "eta_seconds", "seconds")
+    is_idle = state in ("interrupted", "prepared")
     return {
         "run": run.path.name,
         "state": state,
         "width": record.get("width"),
         "steps": record.get("steps"),
         **{key: said.get(key) for key in keys},
-        **({} if state == "running" else {"eta_seconds": None}),
+        **(dict.fromkeys(("tokens_per_second", "mfu", "eta_seconds")) if is_idle else {}),
     }
 
 
@@ -172,15 +173,17 @@ def describe_run(summary: Mapping[str, Any]) -> str:
         return f"{line} at step {summary['step']} of {summary['steps']}"
     if summary["step"] is None:
         return f"{line}; `telescope launch` starts it"
-    line += f", step {summary['step']} of {summary['steps']}{loss}"
+    line += f", {describe_progress(summary)}"
     if summary["state"] == "interrupted":
         return f"{line}; the same `telescope launch` goes on"
-    return line + describe_speed(summary)
+    return line
 
 
-def describe_speed(status: Mapping[str, Any]) -> str:
-    """Describe speed and time left, with a comma in front; "" while they are not known."""
-    text = ""
+def describe_progress(status: Mapping[str, Any]) -> str:
+    """Describe step, loss, speed and time left; what is not known is left out."""
+    text = f"step {status['step']} of {status['steps']}"
+    if status["loss"] is not None:
+        text += f", loss {status['loss']:.4f}"
     if status.get("tokens_per_second"):
         text += f", {status['tokens_per_second']:,.0f} tokens/s"
     if status.get("mfu"):

@@ -152,8 +152,9 @@ class ShardedOptimizers:
             state = self._state_of(piece)
             for key in saved.keys(piece.name):
                 value = saved.rows(piece.name, key, piece.start, piece.stop)
-                # torch keeps AdamW's count of steps, a number, on the CPU.
-                state[key] = value.to(self._ranks.device) if value.ndim else value
+                # torch keeps AdamW's count of steps, a number, on the CPU. Copied, because what is
+                # read twice from a file may be one memory, and the count is raised in its place.
+                state[key] = value.to(self._ranks.device if value.ndim else "cpu", copy=True)
 
     @property
     def elements(self) -> int:

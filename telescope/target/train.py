@@ -8,7 +8,7 @@ the same batches, so that neither the data nor their order depend on their numbe
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -76,13 +76,19 @@ def read_run(folder: RunFolder) -> TargetRun:
         ) from error
 
 
-def train_target(path: Path, manner: Manner, ranks: Ranks) -> dict[str, Any]:
+def train_target(
+    path: Path,
+    manner: Manner,
+    ranks: Ranks,
+    show: Callable[[dict[str, Any]], None] = lambda status: None,
+) -> dict[str, Any]:
     """Train a run to its end; called on every rank.
 
     Args:
         path: the run's folder, with its `run.json`; all ranks see the same one.
         manner: the manner of this start.
         ranks: this process's place.
+        show: called on the first rank with each progress that is written.
 
     Returns:
         The content of `result.json`.
@@ -96,7 +102,7 @@ def train_target(path: Path, manner: Manner, ranks: Ranks) -> dict[str, Any]:
         def prepare() -> _Training:
             if ranks.is_first:
                 stack.enter_context(folder.writing())
-            return _Training(folder, read_run(folder), manner, ranks)
+            return _Training(folder, read_run(folder), manner, ranks, show)
 
         if not (result := folder.read_result()):
             result = ranks.together(prepare).to_its_end()
@@ -106,9 +112,16 @@ def train_target(path: Path, manner: Manner, ranks: Ranks) -> dict[str, Any]:
 class _Training:
     """A run on one rank."""
 
-    def __init__(self, folder: RunFolder, run: TargetRun, manner: Manner, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        run: TargetRun,
+        manner: Manner,
+        ranks: Ranks,
+        show: Callable[[dict[str, Any]], None],
+    ) -> None:
         """Build model and optimizers; other ranks may not have come so far."""
-        self.folder, self.run, self.ranks = folder, run, ranks
+        self.folder, self.run, self.ranks, self.show = folder, run, ranks, show
         self.manner = manner.fitted(run.steps)
         train = run.config.train
         self.train_config = replace(
@@ -233,19 +246,19 @@ class _Training:
         self._written = now
         self.folder.write_curve(self._rows_of_curve(position))
         losses = [row.train_loss for row in position.curve[-1:]] or position.recent[-1:]
-        self.folder.write_status(
-            {
-                "step": position.step,
-                "steps": self.run.steps,
-                "loss": (position.recent or losses)[-1],
-                "seconds": position.seconds,
-                "tokens_per_second": self._tokens_per(self.speed.steps_per_second),
-                "mfu": self._mfu(self.speed.steps_per_second),
-                "eta_seconds": self.speed.eta_seconds,
-                "ranks": self.ranks.size,
-                "device": self.device_name,
-            }
-        )
+        status = {
+            "step": position.step,
+            "steps": self.run.steps,
+            "loss": (position.recent or losses)[-1],
+            "seconds": position.seconds,
+            "tokens_per_second": self._tokens_per(self.speed.steps_per_second),
+            "mfu": self._mfu(self.speed.steps_per_second),
+            "eta_seconds": self.speed.eta_seconds,
+            "ranks": self.ranks.size,
+            "device": self.device_name,
+        }
+        self.folder.write_status(status)
+        self.show(status)
 
     def _rows_of_curve(self, position: TargetPosition) -> list[tuple[Any, ...]]:
         train, lr = self.train_config, self.run.trial.point.lr
