@@ -225,6 +225,20 @@ def test_a_fork_of_the_raylet_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatc
     assert not ray.is_whole()
 
 
+def test_workers_that_ray_ends_to_free_memory_are_the_machines_fault() -> None:
+    """Tune raises this as a RuntimeError; one of our own stays what it is."""
+    from ray.exceptions import OutOfMemoryError
+
+    from telescope.dispatch.ray.connect import _lost_where_ray_fails
+
+    evicted = OutOfMemoryError("1 worker(s) were killed due to\nthe node running low on memory.")
+    said = r"running low on memory\.; free memory or lower compute.workers; .* same command goes on"
+    with pytest.raises(LostError, match=said), _lost_where_ray_fails():
+        raise RuntimeError(f"Caught unexpected exception: {evicted}") from evicted
+    with pytest.raises(RuntimeError, match=r"^ours$"), _lost_where_ray_fails():
+        raise RuntimeError("ours") from ValueError("theirs")
+
+
 def test_only_its_own_leftovers_are_reaped(tmp_path: Path) -> None:
     from telescope.dispatch.ray.session import MARK, reap
 

@@ -200,13 +200,21 @@ def _head() -> tuple[str, int]:
 
 @contextmanager
 def _lost_where_ray_fails() -> Iterator[None]:
-    """Turn Ray's own exceptions in the driver into `LostError`: a part of Ray is gone."""
+    """Turn Ray's own exceptions in the driver into `LostError`: a part of Ray is gone.
+
+    Tune raises some of them inside a RuntimeError, as when Ray ends workers to free memory.
+    """
     try:
         yield
-    except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        fault = error if isinstance(error, ray.exceptions.RayError) else error.__cause__
+        if not isinstance(fault, ray.exceptions.RayError):
+            raise
+        reason = " ".join(str(fault).split())[:300] or type(fault).__name__
+        is_memory = isinstance(fault, ray.exceptions.OutOfMemoryError)
+        advice = "free memory or lower compute.workers; " if is_memory else ""
         raise LostError(
-            f"Ray has failed: {reason}; what finished is kept, the same command goes on"
+            f"Ray has failed: {reason}; {advice}what finished is kept, the same command goes on"
         ) from error
 
 
