@@ -502,6 +502,17 @@ def launch(
     clip: Annotated[
         float, typer.Option(min=0, help="Largest norm of all gradients together; 0: no clipping.")
     ] = 0.0,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile; left out, as in the sweep."),
+    ] = None,
+    activation_checkpointing: Annotated[
+        bool,
+        typer.Option("--activation-checkpointing", help="Compute layers twice, to save memory."),
+    ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Divide the parameters over the ranks too (FSDP2).")
+    ] = False,
     checkpoint_every: Annotated[
         int, typer.Option(min=0, help="Steps between checkpoints; 0: a twentieth of the run.")
     ] = 0,
@@ -535,10 +546,15 @@ def launch(
         gpus_per_worker=gpus_per_worker,
         ray_address=ray_address,
         precision=precision,  # type: ignore[arg-type]  # checked above
+        compile=compile,
         clip=clip,
         unproven=unproven,
         manner=Manner(
-            micro_batch=micro_batch, checkpoint_every=checkpoint_every, keep_every=keep_every
+            micro_batch=micro_batch,
+            checkpoint_every=checkpoint_every,
+            keep_every=keep_every,
+            activation_checkpointing=activation_checkpointing,
+            shard=shard,
         ),
     )
     folder = launching.prepare(finished, asked)

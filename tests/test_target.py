@@ -13,20 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import GPT
 from safetensors import safe_open
 from targets import STEPS, TRIAL, curve, made, model_of, result_of, tiny_run, trained
 
 from telescope.config import ModelConfig, OptimizerConfig
-from telescope.errors import ResumeError, StoreError
+from telescope.errors import ModelError, ResumeError, SpecError, StoreError
 from telescope.records import Status
-from telescope.target import checkpoint, train
+from telescope.target import checkpoint, layers, train
 from telescope.target.folder import RunFolder, describe_run, summary
 from telescope.target.ranks import Ranks
 from telescope.target.record import Manner, TargetRun
 from telescope.target.sharding import ShardedOptimizers
 from telescope.target.train import read_run, train_target
-from telescope.train.loop import TelescopeTrainer
+from telescope.train.loop import TelescopeTrainer, token_loss
 
 
 class Killed(BaseException):
@@ -261,3 +262,55 @@ def test_a_run_of_another_schema_is_not_guessed_at(corpus_file: Path, tmp_path: 
     assert TargetRun.from_dict(json.loads(json.dumps(data))).as_dict() == data
     with pytest.raises(ValueError, match="schema 2"):
         TargetRun.from_dict({**data, "schema": 2})
+
+
+def test_bf16_is_a_trials_and_the_weights_stay_in_fp32(corpus_file: Path, tmp_path: Path) -> None:
+    run = tiny_run(corpus_file, precision="bf16")
+    wanted = TelescopeTrainer(run.config)(TRIAL).loss
+    assert trained(tmp_path / "run", run)["loss"] == wanted
+    assert trained(tmp_path / "exact", tiny_run(corpus_file))["loss"] != wanted
+    assert {t.dtype for t in model_of(tmp_path / "run", STEPS).values()} == {torch.float32}
+
+
+def test_layers_that_are_computed_twice_give_the_same_losses(
+    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(corpus_file, model=with_dropout())
+    trained(tmp_path / "kept", run)
+    called: list[int] = []
+    recompute = torch.utils.checkpoint.checkpoint
+
+    def counting(*arguments: Any, **keywords: Any) -> Any:
+        called.append(1)
+        return recompute(*arguments, **keywords)
+
+    monkeypatch.setattr(layers, "checkpoint", counting)
+    trained(tmp_path / "twice", run, activation_checkpointing=True)
+    assert len(called) > STEPS
+    assert curve(tmp_path / "twice") == curve(tmp_path / "kept")
+    for name, tensor in model_of(tmp_path / "kept", STEPS).items():
+        assert torch.equal(tensor, model_of(tmp_path / "twice", STEPS)[name]), name
+
+
+def test_a_model_without_layers_says_so(corpus_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"--activation-checkpointing: .* no nn.ModuleList"):
+        layers.recompute_layers(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(SpecError, match="--shard: got 1 rank, must be 2 or more"):
+        trained(tmp_path / "run", tiny_run(corpus_file), shard=True)
+
+
+def test_compiled_where_the_run_says_so(
+    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for torch's compiler, which takes half a minute."""
+    asked: list[int] = []
+
+    def compiled() -> Any:
+        asked.append(1)
+        return token_loss
+
+    monkeypatch.setattr(train, "compiled_token_loss", compiled)
+    trained(tmp_path / "plain", tiny_run(corpus_file))
+    assert not asked
+    trained(tmp_path / "compiled", tiny_run(corpus_file, compile=True))
+    assert len(asked) == STEPS

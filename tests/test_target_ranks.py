@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from targets import STEPS, TRIAL, curve, made, model_of, on_ranks, result_of, tiny_run, trained
 
 from telescope import Spec
-from telescope.config import OptimizerConfig
+from telescope.config import ModelConfig, OptimizerConfig
 from telescope.errors import DataError
 from telescope.records import Point
 from telescope.rules.groups import Group, parameter_groups
@@ -362,3 +362,78 @@ def test_the_weights_of_unequal_parts_give_the_batchs_mean(
     on_ranks(3, folder)
     first, alone = (float(curve(path)[0]["loss"]) for path in (folder, tmp_path / "one"))
     assert first == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_divided_model_trains_as_a_whole_one(corpus_file: Path, tmp_path: Path) -> None:
+    """FSDP2 on 2 ranks, with gradients accumulated, and a resume of the divided run undivided."""
+    run = tiny_run(
+        corpus_file, model=gpt_config(depth=2), optimizer=OptimizerConfig(ns_dtype="fp32")
+    )
+    alone = trained(tmp_path / "alone", run)
+    folder = made(tmp_path / "divided", run).path
+    result = on_ranks(2, folder, shard=True, micro_batch=1, checkpoint_every=4)
+    assert result["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    (total,) = alone["optimizer_state"]
+    assert max(result["optimizer_state"]) < 1.1 * total / 2
+    for name, tensor in model_of(tmp_path / "alone", STEPS).items():
+        torch.testing.assert_close(model_of(folder, STEPS)[name], tensor, rtol=1e-3, atol=1e-4)
+    saved = state_of(folder, STEPS)
+    for name, tensor in state_of(tmp_path / "alone", STEPS).items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-2, atol=1e-5)
+    killed = made(tmp_path / "killed", run).path
+    on_ranks(2, killed, stop=6, shard=True, checkpoint_every=4)
+    other = tmp_path / "other"
+    subprocess.run(["cp", "-r", killed, other], check=True)
+    on_ranks(2, killed, shard=True, micro_batch=1, checkpoint_every=4)
+    assert result_of(killed)["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    assert train_target(other, Manner(), Ranks())["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+EXPERTS = """
+import torch
+from mup import MuSharedReadout
+from torch import nn
+
+class Experts(nn.Module):
+    def __init__(self, width, experts):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Parameter(torch.empty(experts, 2 * width, width))
+        self.down = nn.Parameter(torch.empty(experts, width, 2 * width))
+
+    def forward(self, x):
+        hidden = torch.einsum("bti,eoi->bteo", self.norm(x), self.up).relu()
+        return x + torch.einsum("bteo,eio->bti", hidden, self.down)
+
+class Model(nn.Module):
+    def __init__(self, width, vocab_size, experts):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Experts(width, experts) for _ in range(2))
+        self.readout = MuSharedReadout(self.embedding.weight, bias=False)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.readout(x)
+
+def build(width, *, vocab_size, experts):
+    return Model(width, vocab_size, experts)
+"""
+
+
+def test_stacks_of_matrices_are_divided_between_the_matrices(
+    corpus_file: Path, tmp_path: Path
+) -> None:
+    """Experts in a 3-D parameter: divided over 2 ranks by ZeRO-1 and by FSDP2, and tied readout."""
+    kwargs = {"vocab_size": 256, "experts": 4}
+    config = ModelConfig(name="experts.py", text=EXPERTS, kwargs=kwargs)
+    run = tiny_run(corpus_file, model=config, optimizer=OptimizerConfig(ns_dtype="fp32"))
+    alone = trained(tmp_path / "alone", run)
+    for name, shard in (("zero", False), ("fsdp", True)):
+        folder = made(tmp_path / name, run).path
+        result = on_ranks(2, folder, shard=shard)
+        assert result["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        (total,) = alone["optimizer_state"]
+        assert max(result["optimizer_state"]) < 1.1 * total / 2

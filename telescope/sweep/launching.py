@@ -44,6 +44,7 @@ class Launch:
     gpus_per_worker: float | None = None
     ray_address: str | None = None
     precision: Literal["fp32", "bf16"] | None = None
+    compile: bool | None = None
     clip: float = 0.0
     unproven: bool = False
     """Launch although the certificate says FAIL, or the sweep has not finished."""
@@ -102,6 +103,8 @@ def target_run(finished: Finished, asked: Launch) -> TargetRun:
     train = replace(target_train(spec, train), steps=settings.steps or train.steps)
     if asked.precision:
         train = replace(train, precision=asked.precision)
+    if asked.compile is not None:
+        train = replace(train, compile=asked.compile)
     corpus = load_corpus(spec.data)
     check_vocabulary(corpus, model.kwargs["vocab_size"])
     config = TrialConfig(

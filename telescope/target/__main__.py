@@ -36,6 +36,8 @@ def main() -> None:
         micro_batch=given.micro_batch,
         checkpoint_every=given.checkpoint_every,
         keep_every=given.keep_every,
+        activation_checkpointing=given.activation_checkpointing,
+        shard=given.shard,
     )
     try:
         with folder.held() if ranks.is_first else nullcontext():
@@ -66,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--micro-batch", type=int, default=0)
     made.add_argument("--checkpoint-every", type=int, default=0)
     made.add_argument("--keep-every", type=int, default=0)
+    made.add_argument("--activation-checkpointing", action="store_true")
+    made.add_argument("--shard", action="store_true")
     return made
 
 

@@ -24,13 +24,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from telescope.errors import StoreError
 from telescope.files import UNFINISHED, sync_folder, write_json
+from telescope.target.fully_sharded import FullyShardedOptimizers, rows_of
 from telescope.target.ranks import Ranks
 from telescope.target.sharding import ShardedOptimizers
 from telescope.train.checkpoint import plain_copy, put_random, random_states
 
+Optimizers = ShardedOptimizers | FullyShardedOptimizers
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
 KEPT = 2
@@ -60,9 +63,7 @@ class Checkpoints:
         self._keep_every = keep_every
         self._writer: _Writer | None = None
 
-    def save(
-        self, model: nn.Module, optimizers: ShardedOptimizers, position: Mapping[str, Any]
-    ) -> None:
+    def save(self, model: nn.Module, optimizers: Optimizers, position: Mapping[str, Any]) -> None:
         """Write a checkpoint; called by every rank at the same step.
 
         On an accelerator the files are written in another thread, while training goes on.
@@ -76,13 +77,11 @@ class Checkpoints:
             StoreError: this one or the one before cannot be written.
         """
         self.finish()
-        files = {optimizer_file(self._ranks.rank, self._ranks.size): self._own(model, optimizers)}
+        own = {key: plain_copy(t) for key, t in self._own(model, optimizers).items()}
+        copies = {optimizer_file(self._ranks.rank, self._ranks.size): own}
+        whole = self._whole(model)
         if self._ranks.is_first:
-            files[MODEL_FILE] = model_tensors(model)
-        copies = {
-            name: {key: plain_copy(tensor) for key, tensor in tensors.items()}
-            for name, tensors in files.items()
-        }
+            copies[MODEL_FILE] = whole
         self._writer = _Writer(lambda: self._write(copies, position))
         self._writer.start()
         if torch.device(self._ranks.device).type == "cpu":
@@ -109,7 +108,7 @@ class Checkpoints:
         """Return the step of the latest whole checkpoint; 0 without one."""
         return next((step for step in reversed(self._steps()) if self._is_whole(step)), 0)
 
-    def restore(self, step: int, model: nn.Module, optimizers: ShardedOptimizers) -> dict[str, Any]:
+    def restore(self, step: int, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
         """Restore model, this rank's state and its random state; return the position.
 
         Args:
@@ -120,7 +119,7 @@ class Checkpoints:
         folder = self._path(step)
         state = json.loads((folder / STATE_FILE).read_bytes())
         with _Tensors([folder / MODEL_FILE]) as saved:
-            put_model(model, saved)
+            put_model(model, saved, self._ranks)
         names = [optimizer_file(rank, state["ranks"]) for rank in range(state["ranks"])]
         with _Tensors([folder / name for name in names]) as saved:
             optimizers.load(_Rows(saved))
@@ -133,7 +132,17 @@ class Checkpoints:
         position: dict[str, Any] = state["position"]
         return position
 
-    def _own(self, model: nn.Module, optimizers: ShardedOptimizers) -> dict[str, Tensor]:
+    def _whole(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return copies of the whole model's tensors on the first rank, nothing on the others."""
+        whole = {}
+        for name, tensor in model_tensors(model).items():
+            # Every rank takes part in gathering one that is divided.
+            found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self._ranks.is_first:
+                whole[name] = plain_copy(found)
+        return whole
+
+    def _own(self, model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
         """Return this rank's part besides the model."""
         buffers = {f"buffer:{name}": t for name, t in rebuilt_buffers(model).items()}
         return {**optimizers.state(), **random_states(self._ranks.device), **buffers}
@@ -294,11 +303,15 @@ def rebuilt_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
 
 
-def put_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's parameters and buffers into a model."""
+def put_model(model: nn.Module, saved: _Tensors, ranks: Ranks) -> None:
+    """Copy a checkpoint's parameters and buffers into a model, or this rank's rows of them."""
     with torch.no_grad():
         for name, tensor in model_tensors(model).items():
-            tensor.copy_(saved[name])
+            if isinstance(tensor, DTensor):
+                rows = slice(*rows_of(tensor, ranks.rank, ranks.size))
+                tensor.to_local().copy_(saved.rows(name, rows))
+            else:
+                tensor.copy_(saved[name])
 
 
 def _put_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> None:

@@ -117,6 +117,10 @@ class Manner:
     """Most sequences of a rank's forward pass; gradients are accumulated. 0: all of its rows."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: a twentieth of the run, at most `MOST_BETWEEN`."""
+    activation_checkpointing: bool = False
+    """Layers keep only their inputs for the backward pass, and compute the rest again."""
+    shard: bool = False
+    """Parameters and gradients are divided over the ranks too, by torch's FSDP2."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are kept for good; 0: only the last ones."""
 

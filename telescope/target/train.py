@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from telescope.errors import ResumeError
 from telescope.records import CurvePoint
 from telescope.rules.groups import parameter_groups
-from telescope.target.checkpoint import Checkpoints
+from telescope.target.checkpoint import Checkpoints, Optimizers
 from telescope.target.folder import RunFolder
+from telescope.target.fully_sharded import FullyShardedOptimizers, divide, kept_apart
+from telescope.target.layers import recompute_layers
 from telescope.target.ranks import Ranks
 from telescope.target.record import SCHEMA, Manner, TargetRun
 from telescope.target.sharding import ShardedOptimizers
@@ -133,16 +136,29 @@ class _Training:
             run.config, train=self.train_config, device=ranks.device, threads=manner.threads
         )
         self.rows = ranks.rows(train.batch_size)
-        self.setup: Setup = set_up(config, run.trial)
+        # A model that fits no single device is built beside it, and moved there layer by layer.
+        setup = set_up(config, run.trial, build_on="cpu" if manner.shard else None)
+        # The trials' own optimizers would hold on to parameters that are divided.
+        self.setup: Setup = replace(setup, optimizers=[])
+        del setup
         self.train_config = self.setup.train  # with the point's warm-up
-        groups = parameter_groups(self.setup.tags, run.trial.point, run.config.optimizer)
-        model = self.setup.model
-        self.optimizers = ShardedOptimizers(model, groups, run.config.optimizer, ranks)
+        self.optimizers = self._divided()
         self.checkpoints = Checkpoints(folder.checkpoints, ranks, keep_every=manner.keep_every)
         if ranks.rank:  # dropout differs between ranks; the first one's is a trial's
             torch.manual_seed(run.trial.seed + RANK_SEED * ranks.rank)
         self.device_name = device_name(ranks.device)
         self._written = 0.0
+
+    def _divided(self) -> Optimizers:
+        """Prepare the model as this start wants it; return its optimizers."""
+        model, point, config = self.setup.model, self.run.trial.point, self.run.config.optimizer
+        groups = parameter_groups(self.setup.tags, point, config)
+        if self.manner.activation_checkpointing:
+            recompute_layers(model)
+        if not self.manner.shard:
+            return ShardedOptimizers(model, groups, config, self.ranks)
+        divide(model, self.ranks)
+        return FullyShardedOptimizers(model, groups, config, self.ranks)
 
     def to_its_end(self) -> dict[str, Any]:
         """Train from the latest checkpoint to the end, on all ranks together."""
@@ -180,7 +196,7 @@ class _Training:
 
     def _parallel(self) -> nn.Module:
         """Return the model whose backward pass averages the gradients over the ranks."""
-        if self.ranks.size == 1:
+        if self.ranks.size == 1 or self.manner.shard:
             return self.setup.model
         return DistributedDataParallel(self.setup.model, gradient_as_bucket_view=True)
 
@@ -213,6 +229,8 @@ class _Training:
         """Return a context in which gradients stay on this rank, until the last part."""
         if isinstance(self.parallel, DistributedDataParallel) and not is_last:
             return self.parallel.no_sync()
+        if isinstance(self.parallel, FSDPModule) and not is_last:
+            return kept_apart(self.parallel)
         return nullcontext()
 
     def _note(self, position: TargetPosition, losses: Sequence[Tensor]) -> str:

@@ -119,8 +119,14 @@ class Setup:
     device: str
 
 
-def set_up(config: TrialConfig, trial: Trial) -> Setup:
-    """Build what a trial's loop uses, and set its threads; raises as `TelescopeTrainer` does."""
+def set_up(config: TrialConfig, trial: Trial, *, build_on: str | None = None) -> Setup:
+    """Build what a trial's loop uses, and set its threads; raises as `TelescopeTrainer` does.
+
+    Args:
+        config: the training.
+        trial: the trial.
+        build_on: the model's device, if it is another one than the trial's.
+    """
     torch.set_num_threads(config.threads_at.get(trial.width, config.threads))
     device = resolve_device(config.device)
     corpus = _drivers_corpus(config)
@@ -134,7 +140,7 @@ def set_up(config: TrialConfig, trial: Trial) -> Setup:
         seed=trial.seed,
         optimizer=config.optimizer.name,
         rule=config.optimizer.rule,
-        device=device,
+        device=build_on or device,
         init_scale=trial.point.get("init_scale", 1.0),
     )
     groups = parameter_groups(tagged.tags, trial.point, config.optimizer)
