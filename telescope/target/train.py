@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from telescope.config import TrainConfig
 from telescope.errors import ResumeError
 from telescope.records import CurvePoint
 from telescope.rules.groups import parameter_groups
@@ -47,7 +48,9 @@ from telescope.train.optim import schedule
 CURVE_ROWS = 2000
 """Approximate number of rows of the curve."""
 EVALS = 10
-"""Number of measurements of the held-out loss, unless the sweep's trials have more."""
+"""Most measurements of the held-out loss, unless the sweep's trials have more."""
+EVAL_SHARE = 0.1
+"""Most that they cost together, as a share of the training; the last one always takes place."""
 RANK_SEED = 1_000_003
 """Distance between the random states of two ranks, far beyond the seeds that people choose."""
 STATUS_SECONDS = 0.5
@@ -112,6 +115,20 @@ def train_target(
         return result
 
 
+def evals_of(train: TrainConfig, eval_tokens: int) -> int:
+    """Return the number of measurements of the held-out loss in a run.
+
+    A token costs a third in a forward pass of what it costs in a step, which has a backward pass
+    of twice as much.
+
+    >>> train = TrainConfig(steps=1000, batch_size=16, sequence_length=64)
+    >>> evals_of(train, eval_tokens=16_384), evals_of(train, eval_tokens=100_000)
+    (10, 3)
+    """
+    affordable = int(EVAL_SHARE * 3 * train.tokens / eval_tokens)
+    return min(train.steps, max(train.evals, 1, min(EVALS, affordable)))
+
+
 class _Training:
     """A run on one rank."""
 
@@ -129,7 +146,7 @@ class _Training:
         train = run.config.train
         self.train_config = replace(
             train,
-            evals=min(train.steps, max(train.evals, EVALS)),
+            evals=evals_of(train, run.config.data.eval_tokens),
             checkpoint_every=self.manner.checkpoint_every,
         )
         config = replace(
