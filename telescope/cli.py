@@ -58,11 +58,20 @@ NameOption = Annotated[str | None, typer.Option("--name", help="Run under anothe
 ResultsOption = Annotated[
     Path, typer.Option("--results", metavar="DIR", help="The folder of all results.")
 ]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Trials at once; overrides compute.workers.")
+]
+DispatcherOption = Annotated[
+    str, typer.Option(help="ray, or inline: one trial after the other in this process.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option(help="A running Ray cluster; left out, local Ray is started.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RESULTS = Path("results")
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-FITTING = ("compare", "launch", "plan", "report", "run", "show", "transfer")
+FITTING = ("audit", "compare", "launch", "plan", "report", "run", "show", "transfer")
 """Commands that may fit a ladder."""
 WATCH_SECONDS = 0.5
 """Pause between two readings of a heartbeat."""
@@ -230,15 +239,9 @@ def run(
     spec: SpecArgument,
     results: ResultsOption = RESULTS,
     name: NameOption = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Trials at once; overrides compute.workers.")
-    ] = None,
-    dispatcher: Annotated[
-        str, typer.Option(help="ray, or inline: one trial after the other in this process.")
-    ] = "ray",
-    ray_address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster; left out, local Ray is started.")
-    ] = None,
+    workers: WorkersOption = None,
+    dispatcher: DispatcherOption = "ray",
+    ray_address: AddressOption = None,
     storage: Annotated[
         str | None, typer.Option(help="An Optuna RDB URL; left out, SQLite beside the results.")
     ] = None,
@@ -258,8 +261,7 @@ def run(
     overrides: SetOption = None,
 ) -> None:
     """Run a telescoping sweep, or go on with it where it stopped."""
-    if dispatcher not in ("ray", "inline"):
-        raise SpecError(f"--dispatcher: got {dispatcher!r}, must be 'ray' or 'inline'")
+    _check_dispatcher(dispatcher)
     loaded, results = _load_or_kept(spec, overrides, name, results)
     console = _console()
     if console.is_terminal:
@@ -581,6 +583,53 @@ def launch(
 
 
 @app.command()
+def audit(
+    sweep: SweepArgument,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Trials at the target's width; those done before count.")
+    ] = 8,
+    results: ResultsOption = RESULTS,
+    workers: WorkersOption = None,
+    dispatcher: DispatcherOption = "ray",
+    ray_address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the answer and its neighbours at the target's width, and say what the answer costs.
+
+    Exit code 1 where that is more than the certificate said.
+    """
+    _check_dispatcher(dispatcher)
+    finished = _open(sweep, results)
+    _make_tokens(finished.spec)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from telescope.report.live import QuietScreen, make_screen
+    from telescope.report.terminal import print_audit
+    from telescope.sweep.auditing import FOLDER
+    from telescope.sweep.auditing import audit as audit_sweep
+    from telescope.sweep.run import Options
+
+    console = _console()
+    options = Options(workers=workers, dispatcher=dispatcher, ray_address=ray_address)
+    try:
+        with reader_needed():
+            found = audit_sweep(
+                finished,
+                trials,
+                options,
+                lambda: QuietScreen() if as_json else make_screen(console),
+            )
+    except KeyboardInterrupt:  # see `run`
+        _say(f"{finished.spec.name}: interrupted; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        _print_json({"name": finished.spec.name, **found.as_dict()})
+    else:
+        print_audit(console, found, finished.folder.path / FOLDER)
+    if found.verdict == "broken":
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     sweeps: Annotated[
         list[str],
@@ -691,6 +740,12 @@ def _load_or_kept(
             "under another --name"
         )
     return kept, folder.resolve().parent if folder == Path(spec) else folder.parent
+
+
+def _check_dispatcher(name: str) -> None:
+    """Refuse a dispatcher that there is not."""
+    if name not in ("ray", "inline"):
+        raise SpecError(f"--dispatcher: got {name!r}, must be 'ray' or 'inline'")
 
 
 def _corpus_of(sources: list[str], field: str, overrides: list[str] | None) -> DataConfig:

@@ -34,6 +34,7 @@ STABLE_OPTIONS = {
     "show": {"--json", "--csv"},
     "transfer": {"--width", "--steps", "--json", "--out", "--format", "--approximate"},
     "launch": {"--width", "--steps", "--workers", "--gpus-per-worker", "--ray-address", "--run"},
+    "audit": {"--trials", "--results", "--workers", "--dispatcher", "--ray-address", "--json"},
     "ls": {"--results", "--json"},
     "compare": {"--results", "--json"},
     "report": {"--out", "--open"},

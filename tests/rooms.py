@@ -21,7 +21,7 @@ ROOMS = {
     "foreign": {"spec", "dispatch"},
     "store": {"data", "spec"},
     "target": {"rules", "data", "train", "export", "dispatch"},
-    "answer": {"ladder", "rules", "spec", "train", "transfer", "store"},
+    "answer": {"ladder", "rules", "spec", "train", "transfer", "store", "target"},
     "report": {"ladder", "spec", "check", "transfer", "store", "target", "answer"},
     "sweep": {"ladder", "rules", "data", "spec", "train", "check", "transfer", "dispatch"}
     | {"packs", "foreign", "store", "target", "answer", "report"},

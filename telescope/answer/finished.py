@@ -21,9 +21,11 @@ from telescope.spec.catalog import find_result
 from telescope.spec.spec import Spec
 from telescope.store.folder import DATABASE_FILE, Folder
 from telescope.store.memory import Memory, code_of
+from telescope.target.folder import ends_of
 from telescope.transfer.settings import at_horizon
 
 if TYPE_CHECKING:
+    from telescope.ladder.outcome import Judgement
     from telescope.ladder.portrait import Portrait
     from telescope.store.store import Store
     from telescope.transfer.settings import Transfer
@@ -143,6 +145,31 @@ class Finished:
         portrait = self.ladder.portrait()
         self.memory.keep()
         return portrait
+
+    @cached_property
+    def judgements(self) -> list[Judgement]:
+        """The target runs that have ended, each beside the loss predicted for its width and steps.
+
+        Raises:
+            ResumeError: the end of one cannot be read.
+        """
+        if not self.ladder.choices:
+            return []
+        from telescope.ladder.outcome import TargetEnd, judge  # imported for sweeps that have one
+
+        judged = []
+        for end in ends_of(self.folder.path):
+            certificate = certificate_of(
+                self.spec,
+                self.ladder,
+                width=end["width"],
+                steps=end["steps"],
+                rule_checked=self.rule_checked,
+            )
+            predicted = certificate.predicted_loss if certificate else None
+            judged.append(judge(predicted, TargetEnd(end["run"], end["width"], end["loss"])))
+        self.memory.keep()
+        return judged
 
     @property
     def rule_checked(self) -> bool:

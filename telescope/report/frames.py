@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from telescope.files import write_atomic
 from telescope.ladder.ladder import Ladder
-from telescope.records import Result
+from telescope.records import Axis, Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,40 +25,47 @@ def trials_frame(ladder: Ladder, results: Sequence[Result]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame(_rows(ladder, results), columns=_columns(ladder))
+    rows = [_row(result) for result in _ordered(ladder, results)]
+    return pd.DataFrame(rows, columns=_columns(ladder.spec.axes))
 
 
-def _columns(ladder: Ladder) -> list[str]:
-    axes = [axis.name for axis in ladder.spec.axes]
-    return ["width", "seed", *axes, "loss", "status", "reason", "flops", "seconds"]
+def _columns(axes: Sequence[Axis]) -> list[str]:
+    names = [axis.name for axis in axes]
+    return ["width", "seed", *names, "loss", "status", "reason", "flops", "seconds"]
 
 
-def _rows(ladder: Ladder, results: Sequence[Result]) -> list[dict[str, Any]]:
+def _ordered(ladder: Ladder, results: Sequence[Result]) -> list[Result]:
     asked = ladder.known
     known = {result.trial for result in asked}
     others = {result.trial: result for result in results if result.trial not in known}
     rest = sorted(
         others.values(), key=lambda r: (r.trial.width, tuple(r.trial.point.values()), r.trial.seed)
     )
-    return [
-        {
-            "width": result.trial.width,
-            "seed": result.trial.seed,
-            **result.trial.point,
-            "loss": result.loss,
-            "status": str(result.status),
-            "reason": result.reason.split("\n")[0],
-            "flops": result.flops,
-            "seconds": round(result.seconds, 3),
-        }
-        for result in [*asked, *rest]
-    ]
+    return [*asked, *rest]
+
+
+def _row(result: Result) -> dict[str, Any]:
+    return {
+        "width": result.trial.width,
+        "seed": result.trial.seed,
+        **result.trial.point,
+        "loss": result.loss,
+        "status": str(result.status),
+        "reason": result.reason.split("\n")[0],
+        "flops": result.flops,
+        "seconds": round(result.seconds, 3),
+    }
 
 
 def write_csv(path: Path, ladder: Ladder, results: Sequence[Result]) -> None:
-    """Write `trials.csv`, whole or not at all; without pandas, whose import is slow."""
+    """Write `trials.csv` of a sweep; see `write_table`."""
+    write_table(path, ladder.spec.axes, _ordered(ladder, results))
+
+
+def write_table(path: Path, axes: Sequence[Axis], results: Iterable[Result]) -> None:
+    """Write a table of results, whole or not at all; without pandas, whose import is slow."""
     text = io.StringIO()
-    table = csv.DictWriter(text, _columns(ladder), lineterminator="\n")
+    table = csv.DictWriter(text, _columns(axes), lineterminator="\n")
     table.writeheader()
-    table.writerows(_rows(ladder, results))
+    table.writerows(map(_row, results))
     write_atomic(path, text.getvalue())

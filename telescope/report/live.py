@@ -85,7 +85,8 @@ def describe_start(progress: Progress) -> str:
         return f"{progress.name}: all {progress.total} trials are stored already"
     if progress.done:
         return f"{progress.name}: going on after {progress.done} of {progress.total} trials"
-    return f"{progress.name}: {progress.total} trials at {progress.stages} widths"
+    widths = "1 width" if progress.stages == 1 else f"{progress.stages} widths"
+    return f"{progress.name}: {progress.total} trials at {widths}"
 
 
 def describe_result(result: Result) -> str:

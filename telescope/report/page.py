@@ -38,7 +38,14 @@ from telescope.report.figures import (
 from telescope.report.live import describe_seconds
 from telescope.report.svg import inline
 from telescope.report.toml import as_toml
-from telescope.report.verdict import caveat, confirming, heading_of, percent, shortest
+from telescope.report.verdict import (
+    caveat,
+    confirming,
+    describe_judgement,
+    heading_of,
+    percent,
+    shortest,
+)
 
 if TYPE_CHECKING:
     from telescope.answer.finished import Finished
@@ -225,6 +232,10 @@ def _answer(page: Page, shown: Shown) -> str:
         settings = "".join(_setting(finished, axis) for axis in finished.ladder.spec.axes)
         expected = _expected_excess(finished) + _expected_loss(finished)
         parts.append(f'<dl class="answer">{settings}{expected}</dl>')
+        parts += [
+            f"<p>Target run {text(_unbroken(describe_judgement(judged)))}.</p>"
+            for judged in finished.judgements
+        ]
     return "".join(parts) + _next_steps(shown)
 
 

@@ -19,6 +19,7 @@ from telescope.report.verdict import (
     caveat,
     confirming,
     describe_certificate,
+    describe_judgement,
     describe_loss,
     percent,
 )
@@ -26,11 +27,12 @@ from telescope.report.verdict import (
 if TYPE_CHECKING:
     from telescope.answer.finished import Finished
     from telescope.check.verdict import CoordCheck
+    from telescope.ladder.audit import Audit
     from telescope.spec.spec import Spec
     from telescope.transfer.settings import Transfer
 
 
-LEFT = ("why", "role", "grid", "trials", "quantity", "verdict", "sweep", "state", "answer")
+LEFT = ("why", "point", "role", "grid", "trials", "quantity", "verdict", "sweep", "state", "answer")
 """Columns of words; the others are numbers, which never break over two lines."""
 WRAPPED = ("why", "grid")
 """Columns of sentences, which may break and get at least `SENTENCE` characters."""
@@ -262,6 +264,8 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
     _print_item(console, "answer", _answer(finished, facts))
     if finished.certificate:
         print_certificate(console, finished.certificate, finished.spec, confirming(finished))
+    for judgement in finished.judgements:
+        _print_item(console, "judged", describe_judgement(judgement))
     cost = facts["cost"]
     flops = _number(cost["flops"], unit=" FLOPs, ") if cost["flops"] is not None else ""
     _print_item(
@@ -387,6 +391,7 @@ def show_as_json(finished: Finished) -> dict[str, Any]:
         },
         "cost": finished.cost(),
         **targets_of(finished.folder.path),
+        **({"judged": [run.as_dict() for run in runs]} if (runs := finished.judgements) else {}),
     }
 
 
@@ -402,6 +407,36 @@ def _choice_as_json(choice: Choice) -> dict[str, Any]:
         "reason": choice.reason,
         "trials": {str(status): choice.counts.get(status, 0) for status in Status},
     }
+
+
+def print_audit(console: Console, audit: Audit, folder: Path) -> None:
+    """Print the finding of an audit.
+
+    Args:
+        console: the console to print on.
+        audit: the finding.
+        folder: where its trials are.
+    """
+    points = [audit.point, *(neighbour.point for neighbour in audit.neighbours)]
+    rows = audit.neighbours
+    columns = {
+        "point": ["answer", *map(str, rows)],
+        **{axis: [f"{point[axis]:.4g}" for point in points] for axis in audit.point},
+        "trials": [str(audit.answered), *(str(row.trials) for row in rows)],
+        "loss above the answer's": ["0", *(row.costs for row in rows)],
+    }
+    _print_table(console, columns)
+    _print_item(console, "audit", audit.sentence, AUDIT_STYLES.get(audit.verdict))
+    if audit.loss is not None:
+        seeds = ", ".join(map(str, audit.seeds))
+        noise = "" if audit.noise is None else f"; noise {percent(audit.noise)} of a paired trial"
+        _print_item(console, "measured", f"seeds {seeds}: the answer has {audit.loss:.4f}{noise}")
+    if failed := audit.counts.get(Status.FAILED):
+        _print_item(console, "failed", f"{failed} trials; the same command tries them again", "red")
+    console.print(f"results    {folder} (trials.csv, curves/)", soft_wrap=True)
+
+
+AUDIT_STYLES = {"held": "green", "broken": "red", "open": "yellow"}
 
 
 def print_transfer(console: Console, settings: Transfer, spec: Spec) -> None:

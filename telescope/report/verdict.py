@@ -11,6 +11,7 @@ from telescope.records import Certificate
 
 if TYPE_CHECKING:
     from telescope.answer.finished import Finished
+    from telescope.ladder.outcome import Judgement
 
 HEADINGS = {"PASS": "CONFIRMED", "FAIL": "DO NOT USE"}
 WORDS = {"PASS": "confirmed", "WARN": "not confirmed", "FAIL": "do not use"}
@@ -66,6 +67,19 @@ def describe_loss(certificate: Certificate) -> str:
         f"{shortest(predicted.loss, high - low)} expected at width {certificate.width}, between "
         f"{shortest(low, high - low)} and {shortest(high, high - low)} with 90 %"
     )
+
+
+def describe_judgement(judgement: Judgement) -> str:
+    """Describe a target run's loss beside the one predicted, and what that means."""
+    got, interval = judgement.got, judgement.interval
+    ended = "diverged" if got is None else f"loss {got:.4f}"
+    text = f"{judgement.run} (width {judgement.width}): {ended}"
+    if judgement.predicted is not None and interval:
+        length = interval[1] - interval[0]
+        loss, low, high = (shortest(v, length) for v in (judgement.predicted, *interval))
+        side = "inside" if judgement.place == "inside" else "outside"
+        text += f", predicted {loss} ({low} to {high}): {side}"
+    return f"{text}; {judgement.meaning}"
 
 
 def shortest(value: float, error: float) -> str:

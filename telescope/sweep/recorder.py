@@ -123,16 +123,8 @@ class Recorder(TrialSource):
             self.screen.note(f"pack of width {line['width']}: {why}")
 
     def latest(self) -> str:
-        """Describe the progress of running trials that print their steps; "" if none does."""
-        rows = {
-            trial: latest_row(self.folder.logs / f"{trial}.out") for trial in list(self.running)
-        }
-        return "; ".join(
-            f"{trial.point} at step {row.step}, "
-            f"loss {row.train_loss if row.held_out_loss is None else row.held_out_loss:.4f}"
-            for trial, row in rows.items()
-            if row
-        )
+        """Describe the progress of running trials; see `describe_latest`."""
+        return describe_latest(self.folder, list(self.running))
 
     def write_table(self) -> None:
         """Write `trials.csv`, and keep what has been decided."""
@@ -231,6 +223,17 @@ class Recorder(TrialSource):
         asked = len(self.ladder.ask()) * spec.cost(stage.width)
         least, most = (max(cost - spent, asked) * eta / left for cost in self.costs)
         return min(least, eta), max(most, eta)
+
+
+def describe_latest(folder: Folder, running: Iterable[Trial]) -> str:
+    """Describe the progress of running trials that print their steps; "" if none does."""
+    rows = {trial: latest_row(folder.logs / f"{trial}.out") for trial in running}
+    return "; ".join(
+        f"{trial.point} at step {row.step}, "
+        f"loss {row.train_loss if row.held_out_loss is None else row.held_out_loss:.4f}"
+        for trial, row in rows.items()
+        if row
+    )
 
 
 def given_record(ladder: Ladder) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from telescope.answer.finished import Finished, Kept, given_trials, ladder_memory
 from telescope.dispatch.packs import Packs
@@ -87,14 +87,14 @@ def run(spec: Spec, options: Options, make_screen: Callable[[], Screen]) -> Fini
     check_numbered_device(spec)
     folder = Folder(options.results / spec.name)
     with (
-        _told_what_to_mend(folder),
+        told_what_to_mend(folder),
         folder.held(),
         make_screen() as screen,
         _checked(sweep, folder, options, screen, at_once) as start,
         ExitStack() as stack,
     ):
         late = _Late(start, stack)
-        with _dispatcher(late, sweep, folder, options, at_once, screen) as dispatch:
+        with dispatcher(late, sweep, folder, options, at_once, screen) as dispatch:
             if dispatch:
                 dispatch(late, sweep.make_trainer(folder))
         _draw(late.recorder, spec)
@@ -134,7 +134,7 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
         raise RefusedError(f"{spec.name}: {refusal}")
     at_once = dict.fromkeys(spec.ladder.widths, 1)
     with (
-        _told_what_to_mend(folder),
+        told_what_to_mend(folder),
         folder.held(),
         _checked(told, folder, Options(results), QuietScreen(), at_once) as start,
         start.recording() as recorder,
@@ -167,7 +167,7 @@ def _draw(recorder: Recorder, spec: Spec) -> None:
 
 
 @contextmanager
-def _told_what_to_mend(folder: Folder) -> Iterator[None]:
+def told_what_to_mend(folder: Folder) -> Iterator[None]:
     """Say what to do about a file that cannot be written: nothing that was stored is lost."""
     try:
         yield
@@ -290,6 +290,14 @@ class _Opening:
         )
 
 
+class Noting(TrialSource, Protocol):
+    """A source of trials that keeps the decisions about packs."""
+
+    def note_pack(self, line: Mapping[str, Any]) -> None:
+        """Log a decision about packs."""
+        ...
+
+
 class _Late(TrialSource):
     """A sweep as a source of trials, which begins when it is first asked for one."""
 
@@ -331,8 +339,8 @@ class _Late(TrialSource):
 
 
 @contextmanager
-def _dispatcher(
-    late: _Late,
+def dispatcher(
+    source: Noting,
     sweep: Trainable,
     folder: Folder,
     options: Options,
@@ -343,14 +351,22 @@ def _dispatcher(
 
     A Ray of our own and its workers start while the model is being checked; a cluster's resources
     are taken only once there is a trial for them.
+
+    Args:
+        source: the trials.
+        sweep: trains them.
+        folder: where trials leave their files.
+        options: the manner of the run.
+        at_once: width → workers.
+        screen: shows what happens.
     """
     address = options.ray_address
-    starts_ahead = options.dispatcher != "inline" and not address and not late.is_due
-    if not starts_ahead and not late.ask():
+    starts_ahead = options.dispatcher != "inline" and not address and not source.is_due
+    if not starts_ahead and not source.ask():
         yield None
         return
     packs = Packs(
-        sweep.pack_size(is_cluster=bool(address)), lines=folder.packs(), note=late.note_pack
+        sweep.pack_size(is_cluster=bool(address)), lines=folder.packs(), note=source.note_pack
     )
     if options.dispatcher == "inline":
         from telescope.dispatch.inline import run_inline
@@ -361,7 +377,7 @@ def _dispatcher(
         with screen.phase("connecting to Ray" if address else "starting Ray"):
             session = stack.enter_context(_ray(sweep.spec, folder, address, at_once))
             from telescope.dispatch.ray.tune import run_ray
-        if not late.is_due:  # the trials wait for this thread once the verdict is there
+        if not source.is_due:  # the trials wait for this thread once the verdict is there
             importlib.import_module("telescope.store.store")
         logs = folder.logs if sweep.worker_prints else None
         yield partial(run_ray, session=session, timeout=sweep.timeout, packs=packs, logs=logs)

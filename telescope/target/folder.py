@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from typing import Any
 
 from telescope.errors import ResumeError
 from telescope.files import is_locked, lock_file, this_process, write_atomic, write_json
+from telescope.losses import as_number
 
 TARGETS = "target"
 """Folder of all target runs in a sweep's folder."""
@@ -145,6 +147,37 @@ class RunFolder:
 def runs_of(sweep: Path) -> list[RunFolder]:
     """Return the target runs in a sweep's folder, sorted by name."""
     return [RunFolder(path.parent) for path in sorted(sweep.glob(f"{TARGETS}/*/{RUN_FILE}"))]
+
+
+def ends_of(sweep: Path) -> list[dict[str, Any]]:
+    """Return the ends of a sweep's target runs, sorted by name.
+
+    Returns:
+        The content of each `result.json`, with the run's name as "run"; "loss" is a finite number,
+        or None of a run that diverged.
+
+    Raises:
+        ResumeError: a file is damaged.
+    """
+    return [_read_end(path) for path in sorted(sweep.glob(f"{TARGETS}/*/{RESULT_FILE}"))]
+
+
+def _read_end(path: Path) -> dict[str, Any]:
+    """Read the end of one run; another trainer may not tell its steps."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        width, steps, diverged = (data[key] for key in ("width", "steps", "diverged"))
+        if type(width) is not int or type(steps) not in (int, type(None)):
+            raise ValueError("width or steps is no integer")
+        loss = None if diverged else as_number(data["loss"])
+        if not diverged and (loss is None or not math.isfinite(loss)):
+            raise ValueError(f"loss is {data['loss']!r}, must be a finite number")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{path}: cannot be read: {type(error).__name__}: {error}; restore it, or move its "
+            "folder away"
+        ) from error
+    return {**data, "run": path.parent.name, "loss": loss}
 
 
 def summary(run: RunFolder) -> dict[str, Any]:
