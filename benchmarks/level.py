@@ -7,8 +7,8 @@ interval. Each seed that was recorded there is such a run. Families:
 
 - `recorded`: our own grids (`results/reference/{width-rules,ladder,quickstart-ladder}`), with each
   recorded seed as the ladder's first. A cell answers with its own loss; between cells a spline
-  through the cells of seed 0 does, plus the mean difference of the seed. Few training runs stand
-  behind them, so their rows are not independent.
+  through the cells of the seed does (of a seed with fewer cells, seed 0's plus the mean
+  difference). Few training runs stand behind them, so their rows are not independent.
 - `public`: the levels alone, of mixture-of-experts models of four sizes at four horizons
   (github.com/step-law/steplaw, read from `shared/recorded`; left out where that is not there).
   They grow in depth too, which no ladder of ours does.
@@ -69,15 +69,15 @@ class Seeds:
         return found
 
     @cached_property
-    def splines(self) -> dict[int, RBFInterpolator]:
-        """Width → the surface through the cells of seed 0."""
-        splines = {}
-        for (width, seed), cells in self.cells.items():
-            if seed == 0 and len({decay for _, decay in cells}) > 1:
-                splines[width] = RBFInterpolator(
-                    np.log2(list(cells)), list(cells.values()), kernel="thin_plate_spline"
-                )
-        return splines
+    def splines(self) -> dict[tuple[int, int], RBFInterpolator]:
+        """(width, seed) → the surface through its cells, of seeds that have the cells of seed 0."""
+        return {
+            (width, seed): RBFInterpolator(
+                np.log2(list(cells)), list(cells.values()), kernel="thin_plate_spline"
+            )
+            for (width, seed), cells in self.cells.items()
+            if len({decay for _, decay in cells}) > 1 and len(cells) == len(self.cells[width, 0])
+        }
 
     def seeds(self, width: int) -> list[int]:
         """The recorded seeds of a width, from the ladder's first on."""
@@ -94,7 +94,9 @@ class Seeds:
         cell = (point.lr, point.weight_decay)
         if cell in self.cells[width, seed]:
             return self.cells[width, seed][cell]
-        smooth = float(self.splines[width](np.log2([cell]))[0])
+        if (width, seed) in self.splines:
+            return float(self.splines[width, seed](np.log2([cell]))[0])
+        smooth = float(self.splines[width, 0](np.log2([cell]))[0])
         return smooth * (1 + self.shift(width, seed))
 
     def __call__(self, trial: Trial) -> Result:

@@ -51,7 +51,7 @@ def audited(
 
 
 def luck(trial: Trial) -> float:
-    """What a seed adds to all points of it."""
+    """Return the part of the loss that all points of a seed share."""
     return 0.1 * math.sin(100 * trial.seed)
 
 
