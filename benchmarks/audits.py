@@ -1,4 +1,4 @@
-"""What answers of recorded ladders truly cost, by an audit and by the dense grid at the target.
+"""The true cost of recorded ladders' answers, by an audit and by the dense grid at the target.
 
     OMP_NUM_THREADS=1 python benchmarks/audits.py      about a minute
 
