@@ -107,6 +107,14 @@ def test_more_ranks_than_sequences_are_refused(place: Path) -> None:
         Ranks(0, 9).rows(4)
 
 
+def test_too_many_ranks_are_refused_before_any_starts(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telescope.target.launcher.launch", None)
+    said = output(place, "launch", "tiny", "--workers", "99", code=2)
+    assert said.startswith("telescope: --workers: got 99, must be at most the batch's ")
+
+
 def test_prepare_writes_the_folder_and_says_how_to_start_it(place: Path) -> None:
     said = output(place, "launch", "tiny", "--prepare")
     assert "torchrun -m telescope.target results/tiny/target/width-64" in said

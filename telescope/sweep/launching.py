@@ -168,7 +168,11 @@ def launch(
     ranks, gpus = ranks_of(finished, asked)
     from telescope.target.launcher import Place
     from telescope.target.launcher import launch as launch_ranks
+    from telescope.target.ranks import Ranks
+    from telescope.target.train import read_run
 
+    batch_size = read_run(folder).config.train.batch_size
+    Ranks(0, ranks).rows(batch_size)  # refuses too many before any starts
     cpus = asked.cpus_per_worker
     if cpus is None:
         cpus = 1 if asked.ray_address else max(1, len(os.sched_getaffinity(0)) // ranks)
