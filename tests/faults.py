@@ -319,10 +319,10 @@ def can_trace() -> bool:
         child.join()
 
 
-def wait_to_be_traced(place: Path, tables: dict[str, Any]) -> None:
-    """`run_fast`, begun when the tracer says so."""
+def wait_to_be_traced(work: Callable[..., None], *arguments: Any) -> None:
+    """Do the work, begun when the tracer says so."""
     os.kill(os.getpid(), signal.SIGSTOP)
-    run_fast(place, tables)
+    work(*arguments)
 
 
 def kill_between_writes(place: Path, tables: dict[str, Any], number: int) -> list[str]:
@@ -331,8 +331,19 @@ def kill_between_writes(place: Path, tables: dict[str, Any], number: int) -> lis
     Returns:
         The writes that were done; when the sweep has fewer, it ends undisturbed.
     """
-    driver = start(wait_to_be_traced, place, tables)
-    pid, inside = driver.pid or 0, str(place / "results")
+    return kill_before_write(number, place / "results", run_fast, place, tables)
+
+
+def kill_before_write(
+    number: int, folder: Path, work: Callable[..., None], *arguments: Any
+) -> list[str]:
+    """Do work in a process of its own, killed just before its write of this number to a folder.
+
+    Returns:
+        The writes that were done; when there are fewer, it ends undisturbed.
+    """
+    driver = start(wait_to_be_traced, work, *arguments)
+    pid, inside = driver.pid or 0, str(folder)
     ptrace(PTRACE_ATTACH, pid)
     os.waitpid(pid, ALL_CHILDREN)
     ptrace(PTRACE_SETOPTIONS, pid, PTRACE_O_TRACESYSGOOD)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,21 @@ def result_of(folder: Path) -> dict[str, Any]:
     return {k: v for k, v in result.items() if k not in ("seconds", "tokens_per_second", "mfu")}
 
 
-def rank_of(rank: int, size: int, folder: Path, manner: Manner, stop: int | None) -> None:
-    """Train as one of several ranks, in a process of its own; `kill -9` of all before step `stop`.
+def rank_of(
+    rank: int, size: int, folder: Path, manner: Manner, stop: int | None, meeting: Path
+) -> None:
+    """Train as one of several ranks, in a process of its own.
 
-    The ranks find each other by a file beside the run's folder.
+    Args:
+        rank: its number.
+        size: number of ranks.
+        folder: the run's.
+        manner: the manner of the run.
+        stop: the step before which this rank is killed; None: it is not.
+        meeting: a new file, by which the ranks find each other.
     """
     torch.set_num_threads(1)
-    meeting = f"file://{folder}.meeting-{size}-{stop}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     if stop is not None:
         take_step = train._Training._take_step
 
@@ -94,6 +102,16 @@ def rank_of(rank: int, size: int, folder: Path, manner: Manner, stop: int | None
 def on_ranks(size: int, folder: Path, *, stop: int | None = None, **manner: Any) -> dict[str, Any]:
     """Train a run that was made on several ranks; return its result, {} if it was stopped."""
     wanted = 0 if stop is None else -signal.SIGKILL
-    ranks = [start(rank_of, rank, size, folder, Manner(**manner), stop) for rank in range(size)]
-    assert [finish(rank) for rank in ranks] == [wanted] * size
+    codes = codes_of([stop] * size, folder, Manner(**manner))
+    assert codes == [wanted] * size
     return {} if stop is not None else result_of(folder)
+
+
+def codes_of(stops: list[int | None], folder: Path, manner: Manner) -> list[int | None]:
+    """Train on as many ranks as there are steps to stop them before; return their exit codes."""
+    meeting = folder.with_name(f"{folder.name}.meeting-{time.monotonic_ns()}")
+    size = len(stops)
+    ranks = [
+        start(rank_of, rank, size, folder, manner, stop, meeting) for rank, stop in enumerate(stops)
+    ]
+    return [finish(rank) for rank in ranks]

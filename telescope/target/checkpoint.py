@@ -82,10 +82,12 @@ class Checkpoints:
         whole = self._whole(model)
         if self._ranks.is_first:
             copies[MODEL_FILE] = whole
-        self._writer = _Writer(lambda: self._write(copies, position))
-        self._writer.start()
+        writer = self._writer = _Writer(lambda: self._write(copies, position))
         if torch.device(self._ranks.device).type == "cpu":
+            writer.run()  # the threads of a step would have to share its cores
             self.finish()
+        else:
+            writer.start()
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk.
@@ -94,7 +96,8 @@ class Checkpoints:
             StoreError: it cannot be written.
         """
         if self._writer:
-            self._writer.join()
+            if self._writer.is_alive():
+                self._writer.join()
             error, self._writer = self._writer.error, None
             if error:
                 raise error

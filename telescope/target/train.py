@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from telescope.config import TrainConfig
 from telescope.errors import ResumeError
+from telescope.files import remove_unfinished
 from telescope.records import CurvePoint
 from telescope.rules.groups import parameter_groups
 from telescope.target.checkpoint import Checkpoints, Optimizers
@@ -204,6 +205,7 @@ class _Training:
     def _restored(self) -> TargetPosition:
         """Restore the latest whole checkpoint on all ranks; return its position, or the start."""
         if self.ranks.is_first:
+            remove_unfinished(self.folder.path)
             self.checkpoints.clear_unfinished()
         newest = self.ranks.first_says(self.checkpoints.newest() if self.ranks.is_first else 0)
         if not newest:
