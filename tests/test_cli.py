@@ -62,10 +62,14 @@ def test_plan_keys(place: Path) -> None:
         *("sweep_over_target_parameters", "range", "data", "seconds", "arithmetic", "refused"),
     ]
     stage = plan["stages"][0]
-    assert list(stage) == ["width", "parameters", "points", "trials", "tokens", "flops"]
+    counts = ["parameters", "parameters_without_embeddings", "active_parameters"]
+    assert list(stage) == ["width", *counts, "points", "trials", "tokens", "flops"]
     assert list(stage["flops"]) == ["model", "attention", "optimizer", "total"]
     assert [s["trials"] for s in plan["stages"]] == [10, 3]
-    assert list(plan["target"]) == ["width", "parameters", "tokens", "flops"]
+    assert list(plan["target"]) == ["width", *counts, "tokens", "flops"]
+    target = plan["target"]
+    assert target["active_parameters"] == target["parameters_without_embeddings"]
+    assert target["parameters"] - target["active_parameters"] == 2 * 256 * 64
     total = sum(s["flops"]["total"] for s in plan["stages"])
     assert plan["sweep_flops"] == pytest.approx(total)
     assert plan["sweep_over_target"] == pytest.approx(total / plan["target"]["flops"])

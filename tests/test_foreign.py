@@ -101,7 +101,11 @@ def test_every_verb(tmp_path: Path) -> None:
     (tmp_path / "bowl.toml").write_text(as_toml(bowl_spec(tmp_path)))
     plan = json.loads(output(tmp_path, "plan", "bowl.toml", "--json"))
     assert [stage["parameters"] for stage in plan["stages"]] == [10, 30]
-    assert plan["target"] == {"width": 32, "parameters": 100, "tokens": None, "flops": None}
+    assert plan["target"] == {
+        "width": 32,
+        "parameters": 100,
+        **dict.fromkeys(["parameters_without_embeddings", "active_parameters", "tokens", "flops"]),
+    }
     assert plan["seconds"]["estimate"] is None
     assert 0 < plan["sweep_over_target"] == plan["sweep_over_target_parameters"]
     assert plan["refused"] is None

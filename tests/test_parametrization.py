@@ -194,8 +194,8 @@ class Body(nn.Module):
             self.readout = mup.MuSharedReadout(self.embedding.weight)
         elif odd == "fixed side":
             self.hidden = nn.Linear(width, 64, bias=False)
-        elif odd == "input layer":
-            self.hidden = nn.Linear(64, width, bias=False)
+        elif odd == "input table":
+            self.table = nn.Parameter(torch.zeros(width, 64))
         elif odd == "growing vocabulary":
             self.embedding = nn.Embedding(width, width)
         elif odd == "finite matrix":
@@ -237,9 +237,9 @@ class Body(nn.Module):
         ("tied plainly", r"embedding.weight: .*needs mup.MuSharedReadout"),
         ("shared with bias", r"readout.bias: MuSharedReadout takes bias=False"),
         ("fixed side", r"hidden.weight: .*hidden layer's output must grow"),
-        ("input layer", r"hidden.weight: .*must be nn.Embedding"),
         ("growing vocabulary", r"embedding.weight: .*in its last dimension alone"),
         ("finite matrix", r"hidden.weight: .*no clear role"),
+        ("input table", r"table: .*must be nn.Embedding, .*say latent = True on its module"),
         ("growing stack", r"stack: .*no clear role"),
         ("shared without embedding", r"table: .*no nn.Embedding's weight"),
         ("ends a branch sometimes", r"hidden.weight: .*only some say residual_output"),

@@ -29,7 +29,7 @@ from telescope.rules.scaling import Role, Tag
 from telescope.train.loop import Setup, set_up, take_step
 from telescope.train.model import blamed_on, module_file
 
-DRAWN = (Role.HIDDEN, Role.EMBEDDING, Role.TIED)
+DRAWN = (Role.HIDDEN, Role.LATENT, Role.INPUT, Role.EMBEDDING, Role.TIED)
 """Roles initialised at random; the others start at zero or as the model file has them."""
 
 
@@ -130,25 +130,28 @@ def _watched(
 ) -> tuple[_Watched, ...]:
     """List the modules to measure.
 
-    These are the model's parts, the items of every container, embeddings, readouts, and modules
-    that end a branch. A readout that is not onto the vocabulary, such as a router, is inner.
+    These are the model's parts, the items of every container, embeddings, readouts, modules that
+    end a branch, and those of latent matrices. A readout that is not onto the vocabulary, such as a
+    router, is inner, and so is a latent matrix: where it reads the width its start rightly shrinks.
     """
     containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
     holders = (m for m in model.modules() if m is model or isinstance(m, containers))
     parts = {id(part) for holder in holders for part in holder.children()}
     outlets = {id(module) for module, _ in readouts(model)}
-    hidden = {
-        id(p) for name, p in model.named_parameters() if name in tags and tags[name].role.is_hidden
-    }
+    roles = {id(p): tags[name].role for name, p in model.named_parameters() if name in tags}
     watched = []
     for name, module in model.named_modules():
         is_readout = id(module) in outlets
         ends_branch = bool(getattr(module, "residual_output", False))
-        if name and (
-            id(module) in parts or is_readout or ends_branch or isinstance(module, nn.Embedding)
-        ):
-            is_inner = is_readout and len(module.weight) != config.kwargs["vocab_size"]
-            is_block = not ends_branch and any(id(p) in hidden for p in module.parameters())
+        own = {roles.get(id(p)) for p in module.parameters(recurse=False)}
+        is_latent = Role.LATENT in own
+        is_watched = is_readout or ends_branch or is_latent or isinstance(module, nn.Embedding)
+        if name and (id(module) in parts or is_watched):
+            is_inner = is_latent or (
+                is_readout and len(module.weight) != config.kwargs["vocab_size"]
+            )
+            held = (roles.get(id(p)) for p in module.parameters())
+            is_block = not ends_branch and any(role and role.is_hidden for role in held)
             output = Quantity(name, is_inner=is_inner)
             watched.append(_Watched(output, module, width, is_block, ends_branch))
     return tuple(watched)
@@ -289,6 +292,8 @@ def _parameter_sizes(
 ) -> dict[Quantity, float]:
     """Return for each role the RMS of its parameters' sizes, or of the sizes of their updates.
 
+    Stacks of matrices count by themselves, so that the others of their role cannot hide them.
+
     The size of a matrix is the most by which it can multiply the RMS of an activation: √(in/out)
     times its spectral norm, for any rank (arXiv 2310.17813). The size of anything else is its RMS.
 
@@ -298,7 +303,7 @@ def _parameter_sizes(
         multipliers: see `_multipliers`.
         kind: the kind of the quantities.
     """
-    squares: dict[Role, list[float]] = {}
+    squares: dict[str, list[float]] = {}
     for name, value in values.items():
         role = tags[name].role
         if role.is_hidden or role is Role.READOUT:
@@ -307,10 +312,9 @@ def _parameter_sizes(
             size = math.sqrt(in_ / out) * norm
         else:
             size = _rms(value)
-        squares.setdefault(role, []).append(size**2)
-    return {
-        Quantity(role, kind): math.sqrt(float(np.mean(sizes))) for role, sizes in squares.items()
-    }
+        of = f"{role} stack" if role.is_hidden and value.ndim > 2 else role
+        squares.setdefault(of, []).append(size**2)
+    return {Quantity(of, kind): math.sqrt(float(np.mean(sizes))) for of, sizes in squares.items()}
 
 
 def _spectral_norm(matrices: Tensor) -> float:

@@ -25,6 +25,7 @@ from telescope.export.handover import (
     step_of,
     without_schedule,
 )
+from telescope.rules.scaling import Role
 
 WRITTEN_FOR = (
     "Megatron-LM main of August 2026, with Muon under muP (pull request 3715); megatron-core "
@@ -139,7 +140,7 @@ def effect(group: Group, told: Numbers) -> tuple[float, float | None]:
 
 
 def _is_hidden(group: Group) -> bool:
-    return group["role"] in ("hidden", "residual")
+    return Role(group["role"]).is_hidden
 
 
 Rows = list[tuple[str, Any]]

@@ -151,6 +151,9 @@ def _target_facts(target: Mapping[str, Any]) -> str:
         _number(target["tokens"], unit=" tokens"),
         _number(target["flops"], unit=" FLOPs"),
     ]
+    whole, active = target["parameters_without_embeddings"], target["active_parameters"]
+    if active != whole:
+        known.insert(1, f"{whole:,.0f} without embeddings, {active:,.0f} of these for each token")
     return ", ".join(fact for fact in known if fact != "–")
 
 

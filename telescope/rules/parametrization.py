@@ -18,7 +18,18 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from telescope.errors import ModelError
-from telescope.rules.scaling import Role, Tag, check_growth, init_std, owners_of, scaling
+from telescope.rules.scaling import (
+    Role,
+    Tag,
+    check_growth,
+    init_std,
+    owners_of,
+    scaling,
+    start_share,
+)
+
+LATENT = "where a side is fixed on purpose, as a router's, say latent = True on its module"
+"""Advice for a matrix without a role."""
 
 
 def tag(
@@ -105,14 +116,19 @@ def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
                 f"dimension alone, for {'a readout' if readout else 'an embedding'}"
             )
         return Role.TIED if shared else Role.READOUT if readout else Role.EMBEDDING
-    if grows[-2:] == [True, True] and not any(grows[:-2]):
+    is_latent = all(getattr(owner, "latent", False) is True for owner in owners)
+    if (is_latent or grows[-2:] == [True, True]) and not any(grows[:-2]):
         ends_branch = {bool(getattr(owner, "residual_output", False)) for owner in owners}
         if len(ends_branch) > 1:
             raise ModelError(
                 f"{name}: is shared by modules of which only some say residual_output = True; "
                 "all of them must, or none"
             )
-        return Role.RESIDUAL if ends_branch == {True} else Role.HIDDEN
+        if ends_branch == {True}:
+            return Role.RESIDUAL
+        return Role.HIDDEN if all(grows[-2:]) else Role.LATENT
+    if grows == [True, False] and all(isinstance(owner, nn.Linear) for owner in owners):
+        return Role.INPUT
     raise ModelError(_unclear(name, parameter, grows, owners))
 
 
@@ -135,16 +151,17 @@ def _unclear(name: str, parameter: Tensor, grows: list[bool], owners: list[nn.Mo
         return (
             f"{name}: shape (out, in) = {shape} grows in its input alone; an output layer must be "
             "mup.MuReadout, a lookup or positional table nn.Embedding, and a hidden layer's output "
-            "must grow with the width too (key-value heads as a ratio, not a number)"
+            f"must grow with the width too (key-value heads as a ratio, not a number); {LATENT}"
         )
     if grows[-2:] == [True, False]:
         return (
             f"{name}: shape (out, in) = {shape} grows in its output alone; a lookup table must be "
-            "nn.Embedding, a hidden layer's input must grow with the width too"
+            "nn.Embedding, an input layer nn.Linear, a hidden layer's input must grow with the "
+            f"width too; {LATENT}"
         )
     return (
         f"{name}: shape {shape} has no clear role (growing dimensions: {grows}); the last two of a "
-        "matrix or a stack of matrices must grow with the width, and no others"
+        f"matrix or a stack of matrices must grow with the width, and no others; {LATENT}"
     )
 
 
@@ -172,7 +189,8 @@ def initialise(
     parameters, starts = dict(model.named_parameters()), []
     for name, tag in tags.items():
         if not tag.role.is_vector:
-            starts.append((parameters[name], init_std(tag.role, tag.shape) * init_scale))
+            std = init_std(tag.role, tag.shape) * start_share(tag.role, tag.shape, tag.base_shape)
+            starts.append((parameters[name], std * init_scale))
         elif name in zeroed:
             starts.append((parameters[name], 0.0))
     draw(model, starts, seed=seed)

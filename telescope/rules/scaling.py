@@ -45,16 +45,19 @@ class Role(StrEnum):
     TIED = "tied"
     """An embedding shared with a MuSharedReadout."""
     INPUT = "input"
-    """A matrix from something fixed, such as features, to the width; only in foreign code."""
+    """A Linear from something fixed, such as features, to the width."""
     VECTOR = "vector"
     """One growing dimension: norm gains and biases."""
     FINITE = "finite"
     """A vector that does not grow, such as the QK-norm gains of a fixed head_dim."""
+    LATENT = "latent"
+    """A matrix that Muon trains although a side, or both, has a fixed size inside the network, such
+    as a router or one key for all heads. The model file marks its module ``latent = True``."""
 
     @property
     def is_hidden(self) -> bool:
         """True if Muon trains it."""
-        return self in (Role.HIDDEN, Role.RESIDUAL)
+        return self in (Role.HIDDEN, Role.RESIDUAL, Role.LATENT)
 
     @property
     def is_vector(self) -> bool:
@@ -127,13 +130,14 @@ def scaling(
         optimizer: "muon" or "adamw".
         rule: "mup", "paper", "moonlight" or "standard"; for adamw only "mup" or "standard".
 
-    Source: mup, arXiv 2512.05620 App. G; paper, arXiv 2505.02222 §3; moonlight, arXiv 2502.16982
+    Source: mup, arXiv 2512.05620 App. G, and for a side that does not grow the spectral condition
+    that it comes from, arXiv 2310.17813; paper, arXiv 2505.02222 §3; moonlight, arXiv 2502.16982
     §2.2; AdamW, arXiv 2203.03466 Table 8. Residual outputs at zero: arXiv 2512.05620.
 
     >>> scaling(Role.HIDDEN, (64, 64), (16, 16), optimizer="muon", rule="mup").lr  # 0.2 · sqrt(16)
     0.8
     """
-    init = init_std(role, shape)
+    init = init_std(role, shape) * start_share(role, shape, base_shape)
     if role in (Role.READOUT, Role.TIED):
         r = shape[-1] / base_shape[-1]
         return Scaling(1.0, 1.0, init, 1.0 if rule == "standard" else 1 / r)
@@ -160,15 +164,29 @@ def scaling(
     return Scaling(lr, decay, init, 1.0)
 
 
+def start_share(role: Role, shape: tuple[int, ...], base_shape: tuple[int, ...]) -> float:
+    """Return the factor of `init_std` that depends on the base width; 1 but for latent matrices.
+
+    Their standard deviation is 1/√in · min(1, √(out/in)), the root relative to base width (arXiv
+    2310.17813). So where in grows alone it is ∝ 1/in, as muP has it for an output layer: with more,
+    the random start would swamp the gradient that goes back through the matrix.
+
+    >>> start_share(Role.LATENT, (8, 64), (8, 16)), start_share(Role.LATENT, (64, 8), (16, 8))
+    (0.5, 1.0)
+    """
+    if role is not Role.LATENT:
+        return 1.0
+    (out, in_), (out0, in0) = shape[-2:], base_shape[-2:]
+    return math.sqrt(min(1.0, (out / in_) / (out0 / in0)))
+
+
 def init_std(role: Role, shape: tuple[int, ...]) -> float:
     """Return the standard deviation at initialisation, the same under all rules."""
     match role:
-        case Role.HIDDEN:
+        case Role.HIDDEN | Role.LATENT | Role.INPUT:
             return 1 / math.sqrt(shape[-1])
         case Role.EMBEDDING:
             return 1.0
-        case Role.INPUT:
-            return 1 / math.sqrt(shape[-1])
         case Role.TIED:
             return TIED_STD
         case _:

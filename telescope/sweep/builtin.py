@@ -198,7 +198,7 @@ def _as_json(sweep: BuiltIn, seconds: Mapping[str, Any]) -> dict[str, Any]:
         "stages": [_stage_as_json(sweep, stage) for stage in plan.stages],
         "target": {
             "width": sweep.spec.target.width,
-            "parameters": sweep.found.costs.at_target.parameters,
+            **sweep.found.costs.at_target.parameters_as_json,
             "tokens": target.tokens,
             "flops": sweep.target_flops,
         },
@@ -230,7 +230,7 @@ def _stage_as_json(sweep: BuiltIn, stage: StagePlan) -> dict[str, Any]:
     steps = stage.trials * train.steps
     return {
         "width": stage.width,
-        "parameters": cost.parameters,
+        **cost.parameters_as_json,
         "points": dict(stage.points),
         "trials": stage.trials,
         "tokens": stage.trials * train.tokens,

@@ -249,6 +249,7 @@ def _as_json(foreign: Foreign) -> dict[str, Any]:
             {
                 "width": stage.width,
                 "parameters": parameters.get(stage.width),
+                **dict.fromkeys(("parameters_without_embeddings", "active_parameters")),
                 "points": dict(stage.points),
                 "trials": stage.trials,
                 "tokens": None,
@@ -262,6 +263,7 @@ def _as_json(foreign: Foreign) -> dict[str, Any]:
         "target": {
             "width": spec.target.width,
             "parameters": parameters.get(spec.target.width),
+            **dict.fromkeys(("parameters_without_embeddings", "active_parameters")),
             "tokens": None,
             "flops": flops(foreign.target_flops),
         },

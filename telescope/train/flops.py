@@ -39,12 +39,25 @@ class StepCost:
     """Number of parameters in matrices and lookup tables, as the literature counts them. Norm gains
     and biases, less than a ten-thousandth at any relevant size, are left out, and so are frozen
     parameters."""
+    embeddings: int
+    """Number of those in lookup tables and in the readout onto the vocabulary."""
+    active: int
+    """Number that one token uses, embeddings aside: all but the experts that it is not sent to."""
     model: float
     """FLOPs of forward and backward, without attention's two products."""
     attention: float
     """FLOPs of scaled-dot-product attention, forward and backward; not halved for causality."""
     optimizer: float
     """FLOPs of Newton–Schulz."""
+
+    @property
+    def parameters_as_json(self) -> dict[str, int]:
+        """The three numbers of parameters in the keys of `telescope plan --json`."""
+        return {
+            "parameters": self.parameters,
+            "parameters_without_embeddings": self.parameters - self.embeddings,
+            "active_parameters": self.active,
+        }
 
     @property
     def total(self) -> float:
@@ -97,16 +110,48 @@ def step_cost(
         counted, attention = _counted(model, train, tagged.module, "meta")
     except ModelError:
         counted, attention = _counted_elsewhere(model, train, **widths)
+    counts = {n: math.prod(t.shape) for n, t in tagged.tags.items() if not t.role.is_vector}
+    tables = _tables(tagged.tags, model.kwargs["vocab_size"])
+    shares = _active_shares(model, tagged.module)
     return StepCost(
-        parameters=sum(
-            math.prod(tag.shape)
-            for tag in tagged.tags.values()
-            if tag.role not in (Role.VECTOR, Role.FINITE)
-        ),
+        parameters=sum(counts.values()),
+        embeddings=sum(counts[name] for name in tables),
+        active=sum(round(counts[n] * shares.get(n, 1.0)) for n in counts.keys() - tables),
         model=float(counted - attention) * train.batch_size,
         attention=float(attention) * train.batch_size,
         optimizer=_optimizer_flops(tagged.tags, optimizer),
     )
+
+
+def _tables(tags: Mapping[str, Tag], vocab_size: int) -> set[str]:
+    """Return the names of embeddings, and of the readout onto the vocabulary."""
+    return {
+        name
+        for name, tag in tags.items()
+        if tag.role in (Role.EMBEDDING, Role.TIED)
+        or (tag.role is Role.READOUT and tag.shape[0] == vocab_size)
+    }
+
+
+def _active_shares(config: ModelConfig, module: nn.Module) -> dict[str, float]:
+    """Map the parameters of modules that say `active_share` to it: what a token uses of them.
+
+    Raises:
+        ModelError: it is no number above 0 and at most 1.
+    """
+    shares: dict[str, float] = {}
+    for name, part in module.named_modules():
+        share = getattr(part, "active_share", None)
+        if share is None:
+            continue
+        if not (isinstance(share, (int, float)) and 0 < share <= 1):
+            raise ModelError(
+                f"{config.name}: {name}: active_share is {share!r}, must be above 0 and at most 1: "
+                "the share of a module's parameters that one token uses"
+            )
+        prefix = f"{name}." if name else ""
+        shares |= {f"{prefix}{n}": float(share) for n, _ in part.named_parameters()}
+    return shares
 
 
 def _counted_elsewhere(

@@ -7,7 +7,7 @@ import linecache
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -241,7 +241,7 @@ def _starts(config: ModelConfig, base_width: int) -> _Starts:
 
 def _find_starts(config: ModelConfig, base_width: int) -> _Starts:
     first, second = (_marked_start(config, base_width, seed) for seed in (0, 1))
-    biases = layer_biases(first.model)
+    biases = first.biases
     for name, value in first.own.items():
         if name not in biases and value.is_floating_point() and value.isnan().any():
             raise ModelError(
@@ -271,9 +271,10 @@ def _one_number(values: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class _MarkedStart:
-    """A model as its file has built it, and the parameters that the file itself initialises."""
+    """The parameters that a model file itself initialises; its matrices are given up at once."""
 
-    model: nn.Module
+    biases: Sequence[str]
+    """Names of the layers' biases, see `layer_biases`."""
     own: Mapping[str, Tensor]
     """Name → vectors, scalars and frozen parameters."""
     trained: frozenset[str]
@@ -296,7 +297,7 @@ def _marked_start(config: ModelConfig, width: int, seed: int) -> _MarkedStart:
         state = torch.get_rng_state()
     own = {n: p.detach() for n, p in model.named_parameters() if p.ndim < 2 or not p.requires_grad}
     trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    return _MarkedStart(model, own, trained, state)
+    return _MarkedStart(layer_biases(model), own, trained, state)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ GROWING = {
     # role: True for each side that grows with the width; of a stack of matrices the last two
     Role.HIDDEN: (True, True),
     Role.RESIDUAL: (True, True),
+    Role.LATENT: (False, False),  # or one of the two
     Role.EMBEDDING: (False, True),
     Role.TIED: (False, True),
     Role.READOUT: (False, True),
@@ -50,6 +51,7 @@ GROWING = {
 LAYOUT = {
     Role.HIDDEN: "(…, out, in), the last two growing with the width and no others",
     Role.RESIDUAL: "(…, out, in), the last two growing with the width and no others",
+    Role.LATENT: "(…, out, in), of which neither or one of the last two grows with the width",
     Role.EMBEDDING: "(vocabulary, width), the last alone growing with the width",
     Role.TIED: "(vocabulary, width), the last alone growing with the width",
     Role.READOUT: "(outputs, width), the last alone growing with the width",
@@ -81,9 +83,10 @@ class Shapes:
 
         A table that an `nn.Embedding` holds is an embedding, or tied if a Linear holds it too. The
         one `nn.Linear` that grows only in its input is the readout; one that grows only in its
-        output is an input. Matrices that grow on both sides are hidden. The last matrix of a
-        residual branch is recognised in the models of Hugging Face transformers, and elsewhere by
-        the attribute ``residual_output = True`` of its module. `roles` names the others.
+        output is an input. Matrices that grow on both sides are hidden, and others whose module
+        says ``latent = True`` are latent. The last matrix of a residual branch is recognised in the
+        models of Hugging Face transformers, and elsewhere by the attribute ``residual_output =
+        True`` of its module. `roles` names the others.
 
         Args:
             build: builds the model at a width; called on the meta device at `width`, `base_width`
@@ -406,8 +409,8 @@ def _tag(where: str, name: str, entry: object) -> Tag:
         )
     if turned is not False and not (turned is True and role.is_hidden and len(sides["shape"]) > 1):
         raise SpecError(
-            f"{where}: transposed: got {turned!r}, must be true or false, and true of a hidden or "
-            "residual matrix alone"
+            f"{where}: transposed: got {turned!r}, must be true or false, and true of a hidden, "
+            "residual or latent matrix alone"
         )
     if turned:
         sides = {key: transposed(shape) for key, shape in sides.items()}
@@ -448,6 +451,8 @@ def _check_role(
     fits = sides - stack == len(wanted) or (tag.role is Role.FINITE and sides == 0)
     if fits and grows is not None:
         fits = grows == (False,) * stack + wanted[: sides - stack]
+        if tag.role is Role.LATENT:
+            fits = not any(grows[:stack]) and not all(grows[stack:])
     if not fits:
         shown = f"{list(tag.shape)} (base {list(tag.base_shape)})"
         raise error(
@@ -524,6 +529,8 @@ def _role(
     if len(grows) <= 1:
         return Role.VECTOR if any(grows) else Role.FINITE
     embeddings = sum(isinstance(owner, nn.Embedding) for owner in owners)
+    if all(getattr(owner, "latent", False) is True for owner in owners) and not all(grows[-2:]):
+        return Role.LATENT
     linears = sum(isinstance(owner, nn.Linear) or _is_conv1d(owner) for owner in owners)
     if embeddings:
         return Role.TIED if linears else Role.EMBEDDING
