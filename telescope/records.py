@@ -116,6 +116,10 @@ class Trial:
         return f"width={self.width}_{axes}_seed={self.seed}"
 
 
+CURVE_COLUMNS = ("step", "train_loss", "held_out_loss")
+"""Columns of every curve's file, before those of the model's diagnostics."""
+
+
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
     """One row of a training curve."""
@@ -126,6 +130,8 @@ class CurvePoint:
     """Mean loss of the batches since the row before, nats per token."""
     held_out_loss: float | None
     """Loss on the held-out tokens, nats per token; None where it was not measured."""
+    diagnostics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Name → number that the model file reports of itself, such as the load of its experts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,11 @@ def is_muon(group: Group) -> bool:
     return bool(group["optimizer"] == "Muon")
 
 
+def is_stack(group: Group) -> bool:
+    """Tell whether Muon trains each matrix of a group's tensors by itself."""
+    return is_muon(group) and len(group["shape"]) > 2
+
+
 def step_of(group: Group) -> float:
     """The step that a group asks for, per unit of the update.
 
@@ -120,7 +125,7 @@ def check_transfer(handover: Handover, format: str) -> None:
     """Refuse what no trainer of the formats can be told.
 
     Raises:
-        RefusedError: no groups, or a group that needs another Muon.
+        RefusedError: no groups, or a group that needs another Muon, or Muon on parts of a tensor.
     """
     where = f"{handover.sweep}: format {format}"
     if not handover.groups:
@@ -128,7 +133,7 @@ def check_transfer(handover: Handover, format: str) -> None:
             f"{where}: there are no groups to write: the sweep names no model file; give shapes "
             "with --shapes FILE, or take --format json"
         )
-    odd = [group for group in handover.groups if group["optimizer"] is None]
+    odd = [g for g in handover.groups if g["optimizer"] is None or is_stack(g)]
     if odd:
         needs = "; ".join(f"{described(group)}: {group['note']}" for group in odd)
         raise RefusedError(f"{where}: cannot say what these need: {needs}; take --format json")

@@ -26,6 +26,7 @@ from telescope.records import Result, Trial
 from telescope.train.checkpoint import Checkpoints, Position, checkpoints_of, random_states
 from telescope.train.loop import (
     Setup,
+    diagnoses,
     held_out_loss,
     moved,
     must_be_read,
@@ -332,6 +333,8 @@ def _trait(setup: Setup) -> str:
         return "it draws random numbers in training, and they would not be those of a trial alone"
     if any(not torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers()):
         return "it changes its buffers in training"
+    if diagnoses(model):
+        return "it reports diagnostics, which are those of one trial"
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
             return f"{name} has no part in its loss"

@@ -43,7 +43,7 @@ from telescope.files import (
     write_atomic,
     write_json,
 )
-from telescope.records import CurvePoint, Result, Trial
+from telescope.records import CURVE_COLUMNS, CurvePoint, Result, Trial
 from telescope.spec.catalog import KEPT_MODEL_FILE, SPEC_FILE
 
 FORMAT = 1
@@ -163,9 +163,13 @@ class Folder:
     def write_curve(self, result: Result) -> None:
         """Write one trial's training curve as a CSV file."""
         text = io.StringIO()
+        names = list(dict.fromkeys(name for row in result.curve for name in row.diagnostics))
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(("step", "train_loss", "held_out_loss"))
-        rows.writerows((row.step, row.train_loss, row.held_out_loss) for row in result.curve)
+        rows.writerow((*CURVE_COLUMNS, *names))
+        rows.writerows(
+            (row.step, row.train_loss, row.held_out_loss, *map(row.diagnostics.get, names))
+            for row in result.curve
+        )
         write_atomic(self.path / "curves" / f"{result.trial}.csv", text.getvalue(), durable=False)
 
     def read_curve(self, trial: Trial) -> tuple[CurvePoint, ...]:
@@ -175,7 +179,10 @@ class Folder:
             rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
             return tuple(
                 CurvePoint(
-                    int(row["step"]), _number(row["train_loss"]), _number(row["held_out_loss"])
+                    int(row["step"]),
+                    _number(row["train_loss"]),
+                    _number(row["held_out_loss"]),
+                    {n: float(v) for n, v in row.items() if n not in CURVE_COLUMNS and v},
                 )
                 for row in rows
             )

@@ -15,12 +15,12 @@ from torch.nn import functional
 
 from telescope.config import TrainConfig, TrialConfig
 from telescope.data.corpus import Batches, Corpus, held_out_batch, load_corpus
-from telescope.errors import DataError
-from telescope.records import CurvePoint, Result, Status, Trial
+from telescope.errors import DataError, ModelError
+from telescope.records import CURVE_COLUMNS, CurvePoint, Result, Status, Trial
 from telescope.rules.groups import parameter_groups
 from telescope.rules.scaling import Tag
 from telescope.train.checkpoint import Position, checkpoints_of
-from telescope.train.model import build_model
+from telescope.train.model import blamed_on, build_model
 from telescope.train.optim import build_optimizers, schedule, set_lr
 
 DIVERGED_ABOVE = 2.0
@@ -72,9 +72,13 @@ def train(config: TrialConfig, trial: Trial) -> Result:
         unread.append(
             take_step(setup.model, setup.optimizers, setup.batches, setup.train, step, setup.device)
         )
-        if len(unread) < read_every and not must_be_read(setup.train, step + 1):
+        is_row = diagnoses(setup.model) and step + 1 in _evenly_spaced(steps, CURVE_ROWS)
+        if len(unread) < read_every and not (is_row or must_be_read(setup.train, step + 1)):
             continue
         reason, unread = _note_steps(setup, position, unread), []
+        if is_row and not reason:
+            row = replace(position.curve[-1], diagnostics=diagnostics_of(config, setup.model))
+            position.curve[-1] = row
         if reason:
             break
         # The last step needs no checkpoint.
@@ -184,6 +188,28 @@ def _note_steps(setup: Setup, position: Position, losses: Sequence[Tensor]) -> s
         if reason := note_step(position, loss, setup.train, lambda: held_out_loss_of(setup)):
             return reason
     return ""
+
+
+def diagnoses(model: nn.Module) -> bool:
+    """Tell whether a model file reports numbers of its own, by a method `diagnostics`."""
+    return callable(getattr(model, "diagnostics", None))
+
+
+def diagnostics_of(config: TrialConfig, model: nn.Module) -> dict[str, float]:
+    """Ask a model for its own numbers, for a row of the curve; only finite ones are kept.
+
+    Raises:
+        ModelError: its method fails, or returns anything but a mapping of names to numbers.
+    """
+    with blamed_on(config.model):
+        given = model.diagnostics()  # type: ignore[operator]
+        if not isinstance(given, Mapping) or not set(given).isdisjoint(CURVE_COLUMNS):
+            raise ModelError(
+                f"{config.model.name}: diagnostics gave {given!r}, must be a mapping of names to "
+                f"numbers, and the names none of {', '.join(CURVE_COLUMNS)}"
+            )
+        numbers = {str(name): float(number) for name, number in given.items()}
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
 
 
 def reads_every(device: str) -> int:

@@ -21,8 +21,9 @@ from telescope.rules.parametrization import draw, set_multiplier
 from telescope.rules.scaling import Role, Start, layer_biases, owners_of
 from telescope.rules.schedule import share_of_peak
 from telescope.transfer.settings import Transfer, fold_readout
+from telescope.transfer.stacks import StackMuon
 
-OPTIMIZERS = {"Muon": torch.optim.Muon, "AdamW": torch.optim.AdamW}
+OPTIMIZERS = {"Muon": StackMuon, "AdamW": torch.optim.AdamW}
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Parts of a parameter's name that torch.compile and activation checkpointing add anywhere."""
 MOST_NAMES = 20

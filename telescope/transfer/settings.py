@@ -298,9 +298,9 @@ def _as_dict(group: Group, optimizer: OptimizerConfig) -> dict[str, Any]:
             "torch.optim.Muon has one quintic for all steps"
         )
     if group.is_muon and len(group.shape) > 2:
-        name = None
         notes.append(
-            "needs a Muon that orthogonalises each matrix of a stack; torch's takes 2-D only"
+            "each matrix of the stack is a parameter of its own: unbind it; torch's Muon takes 2-D "
+            "only"
         )
     if group.is_transposed:
         notes.append("kept as (in, out), transposed, so init_std is by the first of the two sides")
