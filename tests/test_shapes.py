@@ -122,8 +122,9 @@ def test_steps_by_hand_at_r_4(tail: str, factor: float, tmp_path: Path) -> None:
     std = {"finite": 0, "tied": 0.02, "hidden": 1 / 8, "input": 1 / 3}
     assert group["init_std"] == pytest.approx(std[tail])
     assert group["multiplier"] == (0.25 if tail == "tied" else 1)
-    if tail == "hidden":  # a stack, which torch's Muon does not take
-        assert group["optimizer"] is None
+    if tail == "hidden":  # a stack, of which torch's Muon takes the single matrices
+        assert group["optimizer"] == "Muon"
+        assert "unbind it" in group["note"]
 
 
 class Odd(nn.Module):
