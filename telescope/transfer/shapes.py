@@ -409,8 +409,8 @@ def _tag(where: str, name: str, entry: object) -> Tag:
         )
     if turned is not False and not (turned is True and role.is_hidden and len(sides["shape"]) > 1):
         raise SpecError(
-            f"{where}: transposed: got {turned!r}, must be true or false, and true of a hidden, "
-            "residual or latent matrix alone"
+            f"{where}: transposed: got {turned!r}, must be true or false, and true of a hidden or "
+            "residual matrix alone, or of a latent one"
         )
     if turned:
         sides = {key: transposed(shape) for key, shape in sides.items()}
