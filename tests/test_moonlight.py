@@ -318,6 +318,16 @@ def test_a_fixed_side_has_a_rule() -> None:
     assert max(decays) == pytest.approx(min(decays))
 
 
+@pytest.mark.parametrize("part", ["down", "features"])
+def test_a_parametrization_has_no_rule_by_its_sides(part: str) -> None:
+    """Its factor (out, 1) would look like an input layer, or like a fixed side."""
+    normed = f"        nn.utils.parametrizations.weight_norm(self.{part})\n"
+    text = TWO_SIDES.replace("        self.readout", normed + "        self.readout")
+    config = ModelConfig(name="normed.py", text=text, kwargs={"vocab_size": 32})
+    with pytest.raises(ModelError, match=rf"{part}.*belongs to a torch parametrization"):
+        _tags_of_model(config, 64, 16)
+
+
 def load_of(result: Result) -> float:
     """Mean load of the busiest expert over the mean load, in the second half of a run."""
     rows = result.curve[len(result.curve) // 2 :]

@@ -116,7 +116,8 @@ def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
                 f"dimension alone, for {'a readout' if readout else 'an embedding'}"
             )
         return Role.TIED if shared else Role.READOUT if readout else Role.EMBEDDING
-    is_latent = all(getattr(owner, "latent", False) is True for owner in owners)
+    is_plain = not any(map(is_parametrized, owners))  # a side of weight_norm's factors is fixed too
+    is_latent = is_plain and all(getattr(owner, "latent", False) is True for owner in owners)
     if (is_latent or grows[-2:] == [True, True]) and not any(grows[:-2]):
         ends_branch = {bool(getattr(owner, "residual_output", False)) for owner in owners}
         if len(ends_branch) > 1:
@@ -127,7 +128,8 @@ def _role(name: str, parameter: Tensor, owners: list[nn.Module]) -> Role:
         if ends_branch == {True}:
             return Role.RESIDUAL
         return Role.HIDDEN if all(grows[-2:]) else Role.LATENT
-    if grows == [True, False] and all(isinstance(owner, nn.Linear) for owner in owners):
+    is_linear = is_plain and all(isinstance(owner, nn.Linear) for owner in owners)
+    if is_linear and grows == [True, False]:
         return Role.INPUT
     raise ModelError(_unclear(name, parameter, grows, owners))
 
