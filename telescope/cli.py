@@ -536,9 +536,10 @@ def launch(
     finished = _open(sweep, results)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as on Ctrl-C: a batch system's end
     from telescope.sweep import launching
+    from telescope.sweep.launch_asked import Launch
     from telescope.target.record import Manner
 
-    asked = launching.Launch(
+    asked = Launch(
         width=width,
         steps=steps,
         seed=seed,

@@ -19,7 +19,7 @@ from telescope.answer.finished import Finished, open_result
 from telescope.errors import RefusedError, ResumeError, SpecError
 from telescope.records import Trial
 from telescope.sweep import launching
-from telescope.sweep.launching import Launch
+from telescope.sweep.launch_asked import Launch, check_proven
 from telescope.sweep.run import Options, run
 from telescope.target.folder import RunFolder
 from telescope.target.ranks import Ranks
@@ -94,12 +94,12 @@ def test_an_answer_that_is_not_to_be_relied_on_is_refused(place: Path) -> None:
     opened = finished(place)
     fail: Any = SimpleNamespace(verdict="FAIL", problems=("the optimum drifts",))
     with pytest.raises(RefusedError, match="certificate FAIL: the optimum drifts; --unproven"):
-        launching.check_proven(opened, fail, Launch())
-    launching.check_proven(opened, fail, Launch(unproven=True))
-    launching.check_proven(opened, SimpleNamespace(verdict="WARN", problems=()), Launch())
+        check_proven(opened, fail, Launch())
+    check_proven(opened, fail, Launch(unproven=True))
+    check_proven(opened, SimpleNamespace(verdict="WARN", problems=()), Launch())
     ladder: Any = SimpleNamespace(is_finished=False)
     with pytest.raises(RefusedError, match="has not finished; go on with `telescope run`"):
-        launching.check_proven(replace(opened, ladder=ladder), None, Launch())
+        check_proven(replace(opened, ladder=ladder), None, Launch())
 
 
 def test_more_ranks_than_sequences_are_refused(place: Path) -> None:

@@ -78,7 +78,7 @@ def run_progress(console: Console, title: str) -> Iterator[Callable[[Mapping[str
         if status:
             status.update(line)
             return
-        is_far = said["step"] - shown_step >= said["steps"] / LINES
+        is_far = bool(said["steps"]) and said["step"] - shown_step >= said["steps"] / LINES
         is_long_ago = said["step"] > shown_step and time.monotonic() - shown_at > LINE_SECONDS
         if is_far or is_long_ago:
             shown_step, shown_at = said["step"], time.monotonic()

@@ -558,11 +558,14 @@ def print_result(console: Console, result: Mapping[str, Any], folder: Path) -> N
     if result["diverged"]:
         _print_item(console, "diverged", result["reason"], "red")
     else:
-        loss = f"held-out loss {result['loss']:.4f} after {result['steps']} steps"
+        after = f" after {result['steps']} steps" if result["steps"] else ""
+        loss = f"held-out loss {result['loss']:.4f}{after}"
         _print_item(console, "target", f"width {result['width']}: {loss}")
     speed = _number(result["tokens_per_second"], ",.0f", " tokens/s")
     mfu = f", MFU {result['mfu']:.1%}" if result["mfu"] else ""
-    ranks = "1 rank" if result["ranks"] == 1 else f"{result['ranks']} ranks"
-    took = f"{describe_seconds(result['seconds'])} on {ranks} of {result['device']}"
-    _print_item(console, "time", f"{took}: {speed}{mfu}")
+    took = describe_seconds(result["seconds"])
+    if result["ranks"]:
+        ranks = "1 rank" if result["ranks"] == 1 else f"{result['ranks']} ranks"
+        took += f" on {ranks} of {result['device']}: {speed}{mfu}"
+    _print_item(console, "time", took)
     console.print(f"{'results':{LABEL}} {folder} (curve.csv, checkpoints/)", soft_wrap=True)

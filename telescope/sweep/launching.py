@@ -3,72 +3,27 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from telescope.answer.finished import Finished
 from telescope.config import TrialConfig
 from telescope.data.corpus import check_vocabulary, load_corpus
-from telescope.errors import RefusedError, ResumeError, SpecError
+from telescope.errors import ResumeError, SpecError
 from telescope.records import Trial
+from telescope.sweep import launching_foreign
 from telescope.sweep.counting import check_corpus, required_tables, target_train
+from telescope.sweep.launch_asked import Launch, check_proven, run_folder, versions
 from telescope.sweep.machine import check_device, check_usable
-from telescope.target.folder import TARGETS, RunFolder
-from telescope.target.record import Manner, TargetRun
+from telescope.target.folder import RunFolder
+from telescope.target.ranks import Ranks
+from telescope.target.record import TargetRun
 from telescope.target.train import read_run
 from telescope.train.flops import step_cost
 from telescope.train.loop import resolve_device
-
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-PACKAGES = ("telescope", "torch", "mup", "ray", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """The target run that is asked for; what is None or 0 is the sweep's own."""
-
-    width: int | None = None
-    steps: int | None = None
-    seed: int = 0
-    run: str | None = None
-    """Name of the run's folder; by default from width and steps."""
-    workers: int | None = None
-    cpus_per_worker: int | None = None
-    gpus_per_worker: float | None = None
-    ray_address: str | None = None
-    precision: Literal["fp32", "bf16"] | None = None
-    compile: bool | None = None
-    clip: float = 0.0
-    unproven: bool = False
-    """Launch although the certificate says FAIL, or the sweep has not finished."""
-    manner: Manner = field(default_factory=Manner)
-
-    @property
-    def name(self) -> str:
-        """The run's name without the width, which `named` adds."""
-        return "" if self.steps is None else f"-steps-{self.steps}"
-
-
-def run_name(finished: Finished, asked: Launch) -> str:
-    """Return the name of the run's folder.
-
-    Raises:
-        SpecError: the name asked for is no plain name.
-    """
-    if asked.run is None:
-        return f"width-{asked.width or finished.spec.target.width}{asked.name}"
-    if not RUN_NAME.fullmatch(asked.run):
-        raise SpecError(
-            f"--run: got {asked.run!r}, must be letters, digits, '.', '_' and '-', no path"
-        )
-    return asked.run
 
 
 def prepare(finished: Finished, asked: Launch) -> RunFolder:
@@ -79,7 +34,9 @@ def prepare(finished: Finished, asked: Launch) -> RunFolder:
         ResumeError: the folder holds another run.
         SpecError, ModelError, DataError: as `run`.
     """
-    folder = RunFolder(finished.folder.path / TARGETS / run_name(finished, asked))
+    if finished.spec.trainer:
+        return launching_foreign.prepare(finished, asked)
+    folder = run_folder(finished, asked)
     run = target_run(finished, asked)
     if folder.read_run() is None:
         folder.write_run(run.as_dict())
@@ -125,25 +82,8 @@ def target_run(finished: Finished, asked: Launch) -> TargetRun:
         flops={key: getattr(cost, key) for key in ("model", "attention", "optimizer")},
         parameters=cost.parameters,
         groups=settings.groups or (),
-        versions=_versions(),
+        versions=versions(),
     )
-
-
-def check_proven(finished: Finished, certificate: Any, asked: Launch) -> None:
-    """Refuse to train the large run with an answer that is not to be relied on.
-
-    Raises:
-        RefusedError: the certificate says FAIL, or the sweep has not finished.
-    """
-    if asked.unproven:
-        return
-    name, problem = finished.spec.name, ""
-    if not finished.ladder.is_finished:
-        problem = "the sweep has not finished; go on with `telescope run`"
-    elif certificate and certificate.verdict == "FAIL":
-        problem = f"certificate FAIL: {'; '.join(certificate.problems)}"
-    if problem:
-        raise RefusedError(f"{name}: {problem}; --unproven launches all the same")
 
 
 def launch(
@@ -165,11 +105,11 @@ def launch(
     """
     if result := folder.read_result():
         return result
+    if finished.spec.trainer:
+        return launching_foreign.launch(folder, finished, asked, show)
     ranks, gpus = ranks_of(finished, asked)
     from telescope.target.launcher import Place
     from telescope.target.launcher import launch as launch_ranks
-    from telescope.target.ranks import Ranks
-    from telescope.target.train import read_run
 
     batch_size = read_run(folder).config.train.batch_size
     Ranks(0, ranks).rows(batch_size)  # refuses too many before any starts
@@ -199,11 +139,3 @@ def ranks_of(finished: Finished, asked: Launch) -> tuple[int, float]:
     has_gpus = torch.device(resolve_device(device)).type == "cuda"
     gpus = float(has_gpus) if asked.gpus_per_worker is None else asked.gpus_per_worker
     return asked.workers or (torch.cuda.device_count() if gpus else 1), gpus
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

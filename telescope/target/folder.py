@@ -201,7 +201,8 @@ def describe_run(summary: Mapping[str, Any]) -> str:
     line = f"target {summary['run']}: {summary['state']}"
     loss = "" if summary["loss"] is None else f", loss {summary['loss']:.4f}"
     if summary["state"] == "finished":
-        return f"{line}{loss} (held-out) after {summary['step']} steps"
+        after = f" after {summary['step']} steps" if summary["step"] else ""
+        return f"{line}{loss} (held-out){after}"
     if summary["state"] == "diverged":
         return f"{line} at step {summary['step']} of {summary['steps']}"
     if summary["step"] is None:
@@ -214,7 +215,7 @@ def describe_run(summary: Mapping[str, Any]) -> str:
 
 def describe_progress(status: Mapping[str, Any]) -> str:
     """Describe step, loss, speed and time left; what is not known is left out."""
-    text = f"step {status['step']} of {status['steps']}"
+    text = f"step {status['step']}" + (f" of {status['steps']}" if status["steps"] else "")
     if status["loss"] is not None:
         text += f", loss {status['loss']:.4f}"
     if status.get("tokens_per_second"):
