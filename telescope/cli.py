@@ -138,6 +138,10 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Time a few real steps at every width first.")
     ] = False,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Say also what the target run needs on so many devices."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a sweep will cost: trials, parameters, FLOPs, time, share of the target run."""
@@ -145,7 +149,7 @@ def plan(
     _make_tokens(loaded)
     from telescope.sweep.planning import make_plan
 
-    plan, warning = make_plan(loaded, probe=probe)
+    plan, warning = make_plan(loaded, probe=probe, devices=devices)
     if as_json:
         _print_json({**plan, "refused": warning})
         return

@@ -104,6 +104,8 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
     about = "" if seconds["estimate"] is None else "about "
     time = f"{about}{describe_seconds(seconds['estimate'])} ({seconds['basis']})"
     _print_item(console, "time", time)
+    if devices := plan.get("devices"):
+        _print_devices(console, devices)
     for key, seconds in (plan.get("arithmetic") or {}).items():
         _print_item(console, "probe", f"{key}, ms per step: {_in_both(seconds)}")
     if note := plan.get("data", {}).get("note"):
@@ -112,6 +114,26 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         _print_item(console, "note", note, "yellow")
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
+
+
+def _print_devices(console: Console, devices: Mapping[str, Any]) -> None:
+    """Print the memory of a device of the target run, and the run's time."""
+    size = {key: f"{value / 1e9:.3g} GB" for key, value in devices["bytes"].items() if value}
+    number, precision = devices["number"], devices["precision"]
+    casts = f", {size['casts']} of bf16 copies" if precision == "bf16" else ""
+    recomputed = size.get("per_sequence_recomputed")
+    twice = f", {recomputed} with --activation-checkpointing" if recomputed else ""
+    held = (
+        f"{size['parameters']} of parameters, {size['gradients']} of gradients, "
+        f"{size['optimizer_state']} of optimizer state{casts}; and {size['per_sequence']} for "
+        f"each sequence of a micro-batch{twice}"
+    )
+    _print_item(console, "devices", f"each of {number} in {precision}: {held}")
+    divided = sum(devices["bytes"][key] for key in ("parameters", "gradients")) / number
+    if number > 1:
+        _print_item(console, "", f"with --shard {divided / 1e9:.3g} GB of the first two")
+    time = describe_seconds(devices["seconds"])
+    _print_item(console, "", f"the target run takes {time} ({devices['basis']})")
 
 
 def _in_both(seconds: Mapping[str, Mapping[int, float]]) -> str:
