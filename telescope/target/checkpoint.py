@@ -165,7 +165,7 @@ class Checkpoints:
         state = {"schema": 1, "step": step, "ranks": self._ranks.size, "position": dict(position)}
         write_json(place / STATE_FILE, state)
         if self._path(step).exists():  # damaged, or it would have been restored
-            shutil.rmtree(self._path(step))
+            self._remove(step)
         place.rename(self._path(step))
         sync_folder(self._folder)
         self._remove_old()
@@ -174,7 +174,14 @@ class Checkpoints:
         """Remove all but the last checkpoints, and those that are kept for good."""
         for step in self._steps()[:-KEPT]:
             if not (self._keep_every and step % self._keep_every == 0):
-                shutil.rmtree(self._path(step), ignore_errors=True)
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Remove a checkpoint: it disappears at once, before its files do."""
+        gone = self._folder / f".gone-{step}{UNFINISHED}"
+        shutil.rmtree(gone, ignore_errors=True)
+        self._path(step).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _steps(self) -> list[int]:
         """Return the steps of the checkpoints, rising."""
