@@ -80,8 +80,9 @@ class CurveRows:
 def curve_point(said: Mapping[str, Any]) -> CurvePoint | None:
     """Return one row of a curve; None if a line has no step or no loss.
 
-    >>> curve_point({"step": 10, "loss": 2.5, "val_loss": 2.6, "lr": 0.1})
-    CurvePoint(step=10, train_loss=2.5, held_out_loss=2.6)
+    >>> row = curve_point({"step": 10, "loss": 2.5, "val_loss": 2.6, "lr": 0.1})
+    >>> row.step, row.train_loss, row.held_out_loss
+    (10, 2.5, 2.6)
     """
     step = _step(said)
     train, held_out = (_first(said, keys) for keys in (LOSS_KEYS, HELD_OUT_KEYS))
