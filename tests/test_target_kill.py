@@ -49,7 +49,7 @@ def whole_checkpoints(folder: Path) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("points", [10, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [4, pytest.param(None, marks=pytest.mark.slow)])
 def test_killed_between_two_writes(
     points: int | None,
     corpus_file: Path,
@@ -117,7 +117,8 @@ def output(tmp_path: Path) -> Iterator[IO[str]]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("kills_driver", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills_driver", [False, True])
 def test_on_ray_a_killed_rank_a_killed_driver_and_ctrl_c(
     kills_driver: bool, corpus_file: Path, tmp_path: Path, output: IO[str]
 ) -> None:
