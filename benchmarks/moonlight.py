@@ -286,7 +286,7 @@ def draw_update_rms(
     panel.set(xscale="log", xlabel="update RMS", ylabel="held-out loss")
     panel.set_xticks(UPDATE_RMS, [f"{size:g}" for size in UPDATE_RMS])
     panel.minorticks_off()
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.95))
 
 
 def speed(rounds: int) -> None:
