@@ -39,7 +39,7 @@ from telescope.train.muon import Muon
 
 FOLDER = Path(__file__).parent.parent / "results" / "reference" / "moonlight"
 LR, WEIGHT_DECAY = 0.064, 0.1
-"""What the sweep chose at width 64, rounded."""
+"""The answer of the sweep at width 64, rounded."""
 ADAMW_LRS = (0.004, 0.008, 0.016, 0.032, 0.064)
 UPDATE_RMS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """The paper's."""
@@ -211,7 +211,7 @@ def means(rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, float, float], t
 
 
 def along(rows: Sequence[Mapping[str, str]], column: str) -> dict[bool, dict[int, list[float]]]:
-    """Whether weight decay is on → step → the values of a column, a seed each."""
+    """Group a column: weight decay on or off → step → its values, a seed each."""
     found: dict[bool, dict[int, list[float]]] = {False: {}, True: {}}
     for row in rows:
         if row[column]:
