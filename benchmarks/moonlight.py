@@ -61,7 +61,8 @@ def prepared(run: Run) -> Setup:
 
     A Muon step is `p ← p · (1 − lr · weight_decay) − lr · F · √max(out, in) · O`, with F = 0.2 as
     the program has it. Another F is lr · F / 0.2 in Muon's groups, and weight_decay · 0.2 / F, so
-    that the decay of a step stays. AdamW's groups stay as they are.
+    that the decay of a step stays. AdamW's groups stay as they are. F is the update's RMS at base
+    width; at another one the sweep's rule, `mup`, divides it by √(width / base width).
     """
     name = run["optimizer"]
     spec = load_spec(f"train.steps={run['steps']}", f"optimizer.name={name}", "compute.device=cpu")
