@@ -232,7 +232,7 @@ def report() -> None:
     for step in [s for i, s in enumerate(steps) if i in (0, 1, 2) or i % 4 == 0]:
         cells = [f"{statistics.fmean(t[on][step]):.4g}" for t in tables for on in (False, True)]
         print(f"| {step} | {' | '.join(cells)} |")
-    print("\n| optimizer | lr | update RMS | held-out loss | ± half the range |")
+    print("\n| optimizer | lr | F | held-out loss | ± half the range |")
     print("|---|---|---|---|---|")
     for (optimizer, lr, size), (mean, half) in means(short).items():
         size_shown = f"{size:g}" if optimizer == "muon" else ""
@@ -284,7 +284,7 @@ def draw_update_rms(
         panel.errorbar(sizes, values, halves, marker="o", ms=3, label=f"Muon, lr {lr:g}")
     adamw = [value for key, value in losses.items() if key[0] == "adamw"]
     panel.axhline(min(adamw)[0], color="black", ls=":", label="AdamW, its best lr")
-    panel.set(xscale="log", xlabel="update RMS", ylabel="held-out loss")
+    panel.set(xscale="log", xlabel="update RMS at base width", ylabel="held-out loss")
     panel.set_xticks(UPDATE_RMS, [f"{size:g}" for size in UPDATE_RMS])
     panel.minorticks_off()
     panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.95))
