@@ -128,6 +128,16 @@ def gpt_config(**kwargs: Any) -> ModelConfig:
     return ModelConfig(name="gpt.py", text=GPT.read_text(), kwargs={**defaults, **kwargs})
 
 
+def with_dropout() -> ModelConfig:
+    """The bundled model with dropout, so that the random state matters."""
+    before = "return x_BTD + self.mlp(self.mlp_norm(x_BTD))"
+    drops = "nn.functional.dropout(self.mlp(self.mlp_norm(x_BTD)), 0.2, self.training)"
+    text = GPT.read_text().replace(before, f"return x_BTD + {drops}")
+    assert drops in text
+    kwargs = {"vocab_size": 256, "depth": 1, "head_dim": 8}
+    return ModelConfig(name="dropout.py", text=text, kwargs=kwargs)
+
+
 def trial_config(
     corpus: Path,
     *,

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT, quiet, trial_config
+from conftest import quiet, trial_config, with_dropout
 from faults import answers, finish, spec_of, start
 
 from telescope import Spec
-from telescope.config import ModelConfig, OptimizerConfig, TrialConfig
+from telescope.config import OptimizerConfig, TrialConfig
 from telescope.records import Point, Result, Trial
 from telescope.sweep.run import Options, run
 from telescope.train import checkpoint, loop
@@ -29,16 +29,6 @@ TRIAL = Trial(32, Point.of(lr=0.02, weight_decay=0.1), 3)
 
 class Killed(BaseException):
     """Ends a trial in this process as a kill would: nothing of it is cleaned up."""
-
-
-def with_dropout() -> ModelConfig:
-    """The bundled model with dropout, so that the random state matters."""
-    before = "return x_BTD + self.mlp(self.mlp_norm(x_BTD))"
-    drops = "nn.functional.dropout(self.mlp(self.mlp_norm(x_BTD)), 0.2, self.training)"
-    text = GPT.read_text().replace(before, f"return x_BTD + {drops}")
-    assert drops in text
-    kwargs = {"vocab_size": 256, "depth": 1, "head_dim": 8}
-    return ModelConfig(name="dropout.py", text=text, kwargs=kwargs)
 
 
 def config_in(folder: Path, corpus: Path, **parts: Any) -> TrialConfig:

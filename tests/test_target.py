@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import GPT
+from conftest import with_dropout
 from safetensors import safe_open
 from targets import STEPS, TRIAL, curve, made, model_of, result_of, tiny_run, trained
 
-from telescope.config import ModelConfig, OptimizerConfig
+from telescope.config import OptimizerConfig
 from telescope.errors import ModelError, ResumeError, SpecError, StoreError
 from telescope.records import Status
 from telescope.target import checkpoint, layers, train
@@ -32,16 +32,6 @@ from telescope.train.loop import TelescopeTrainer, token_loss
 
 class Killed(BaseException):
     """Ends a run in this process as a kill would: nothing of it is cleaned up."""
-
-
-def with_dropout() -> ModelConfig:
-    """The bundled model with dropout, so that the random state matters."""
-    before = "return x_BTD + self.mlp(self.mlp_norm(x_BTD))"
-    drops = "nn.functional.dropout(self.mlp(self.mlp_norm(x_BTD)), 0.2, self.training)"
-    text = GPT.read_text().replace(before, f"return x_BTD + {drops}")
-    assert drops in text
-    kwargs = {"vocab_size": 256, "depth": 1, "head_dim": 8}
-    return ModelConfig(name="dropout.py", text=text, kwargs=kwargs)
 
 
 def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch, start: Callable[[], Any]) -> None:

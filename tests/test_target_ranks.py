@@ -154,7 +154,7 @@ def compare_with_torchs(rank: int, meeting: str, report: str) -> None:
     """Train a model by random gradients with torch's ZeRO and with ours, in a process per rank."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     config = OptimizerConfig(ns_dtype="fp32")
-    pair = [
+    *pair, start = [
         build_model(
             gpt_config(depth=2),
             width=32,
@@ -164,7 +164,7 @@ def compare_with_torchs(rank: int, meeting: str, report: str) -> None:
             rule="mup",
             device="cpu",
         )
-        for _ in range(2)
+        for _ in range(3)
     ]
     groups = parameter_groups(pair[0].tags, TRIAL.point, config)
     ours = ShardedOptimizers(pair[0].module, groups, config, Ranks.of_group("cpu"))
@@ -179,15 +179,6 @@ def compare_with_torchs(rank: int, meeting: str, report: str) -> None:
             optimizer.step()
     named = zip(pair[0].module.named_parameters(), pair[1].module.parameters(), strict=True)
     worst = max(float((a - b).abs().max() / b.abs().max()) for (_, a), b in named)
-    start = build_model(
-        gpt_config(depth=2),
-        width=32,
-        base_width=16,
-        seed=1,
-        optimizer="muon",
-        rule="mup",
-        device="cpu",
-    )
     pairs = zip(pair[0].module.parameters(), start.module.parameters(), strict=True)
     moved = min(float((mine - its).norm()) for mine, its in pairs)
     Path(f"{report}-{rank}").write_text(f"{worst} {moved}")
