@@ -30,6 +30,9 @@ initialisation, by the same factor at every width; it is 1 if it is not an axis.
 ADAMW_AXES = TRAINER_AXES[:-1]
 """The axes that have an effect when AdamW trains everything."""
 
+MUON_ONLY = frozenset(("adamw_lr_ratio", "momentum", "nesterov", "ns", "ns_steps", "ns_dtype"))
+"""Keys of [optimizer] that AdamW does not have."""
+
 CARE_KEYS = ("checkpoint_every", "timeout")
 """Keys of [train] that change no loss and are not part of the fingerprint."""
 
@@ -182,9 +185,8 @@ class OptimizerConfig:
         """Check ranges, and that no key is set that this optimizer would ignore."""
         if self.name == "adamw":
             require(self.rule in ADAMW_RULES, "rule", self.rule, f"one of {ADAMW_RULES} for adamw")
-            muon_only = ("adamw_lr_ratio", "momentum", "nesterov", "ns", "ns_steps", "ns_dtype")
             for item in fields(self):
-                if item.name in muon_only:
+                if item.name in MUON_ONLY:
                     value = getattr(self, item.name)
                     require(value == item.default, item.name, value, "left out for adamw")
         require_factor("adamw_lr_ratio", self.adamw_lr_ratio)

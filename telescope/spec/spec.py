@@ -56,6 +56,7 @@ from telescope.spec.tables import (
     TargetTable,
     TrainerTable,
 )
+from telescope.spec.variants import PLAIN, replaced, table_in
 
 COLUMNS = ("width", "seed", "loss", "status", "reason", "flops", "seconds")
 """Names that an axis cannot have: `trials.csv` has columns of these names."""
@@ -63,6 +64,8 @@ STRICT_KEYS = {"command", "function", "environment", "steps"}
 """Keys of [trainer] that must be equal for losses to be comparable."""
 OWN_TABLES = ("model", "train", "data")
 """The tables of the built-in trainer, which a foreign trainer does not use."""
+NO_PART = {"variants"}
+"""Tables that name comparisons of sweeps: no part of one, nor of its results folder."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -82,8 +85,11 @@ class Spec(Table):
     cost: CostTable | None = None
     compute: ComputeTable = ComputeTable()
     budget: BudgetTable = BudgetTable()
+    variants: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
+    """Name → the keys that it replaces; see `every_variant`."""
 
     _model_source: tuple[str, str] | None = pydantic.PrivateAttr(default=None)
+    _variants: dict[str, Spec] = pydantic.PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, sweep: str | Path, overrides: Iterable[str] = ()) -> Spec:
@@ -129,6 +135,31 @@ class Spec(Table):
         """
         folder = folder or Path.cwd()
         data = as_plain(data)
+        faults: list[str] = []
+        try:
+            spec = cls._of(data, folder, model_source)
+        except SpecError as error:
+            faults += error.faults
+        variants = _variant_tables(data)
+        made: dict[str, Spec] = {}
+        for name, tables in variants.items():
+            own = None if "file" in table_in(data, "variants", name, "model") else model_source
+            try:
+                made[name] = cls._of(tables, folder, own)
+            except SpecError as error:
+                new = (fault for fault in error.faults if fault not in faults)
+                faults += [f"variants.{name}.{fault}" for fault in new]
+        if faults:
+            raise SpecError(*faults)
+        spec._variants = made
+        _require_different(spec)
+        return spec
+
+    @classmethod
+    def _of(
+        cls, data: Mapping[str, Any], folder: Path, model_source: tuple[str, str] | None
+    ) -> Spec:
+        """Validate a dict of plain values, all but what its variants say; see `from_dict`."""
         # From JSON, because pydantic's strict mode then takes lists for tuples.
         try:
             text = json.dumps(_with_vocabulary(_with_paths(data, folder)), default=str)
@@ -141,6 +172,16 @@ class Spec(Table):
         if spec.model:
             spec._model_source = model_source or read_model_file(spec.model.file, folder)
         return spec
+
+    @property
+    def every_variant(self) -> dict[str, Spec]:
+        """Name → spec: this one without its variants, named "plain", then each variant.
+
+        A variant is a spec of its own, whose name is this one's and its own: ``quickstart-code``.
+        """
+        plain = self.model_copy(update={"variants": {}})
+        plain._variants = {}
+        return {PLAIN: plain, **self._variants}
 
     @property
     def model_source(self) -> tuple[str, str] | None:
@@ -180,6 +221,13 @@ class Spec(Table):
         require(plain, "name", self.name, "letters, digits, '.', '_' and '-', no path, at most 100")
         last = self.ladder.widths[-1]
         require(self.target.width >= last, "target.width", self.target.width, f"at least {last}")
+        for variant, changes in self.variants.items():
+            plain = NAME_PATTERN.fullmatch(variant) is not None and variant != PLAIN
+            allowed = f"a name of letters, digits, '.', '_' and '-', not {PLAIN!r}"
+            require(plain, f"variants.{variant}", variant, allowed)
+            for key in {"name", "variants"} & changes.keys():
+                its_own = f"left out: the variant is named {self.name}-{variant}"
+                require(False, f"variants.{variant}.{key}", changes[key], its_own)
         self._check_axes()
         self._check_by_width()
         if self.trainer:
@@ -361,10 +409,10 @@ class Spec(Table):
         return ModelConfig(name=name, text=text, kwargs=kwargs)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the resolved spec as JSON values, with defaults filled in."""
+        """Return the resolved spec as JSON values, with defaults filled in, without `NO_PART`."""
         # A written default would count as stated when it is read again, `rule` above all.
         unused = {"optimizer", *OWN_TABLES} if self.trainer else {"optimizer"}
-        mute = unused - self.model_fields_set if self.model is None else None
+        mute = {*NO_PART, *(unused - self.model_fields_set if self.model is None else ())}
         return self.model_dump(mode="json", exclude_none=True, exclude=mute)
 
     def strict_fields(self, corpus_digest: str) -> dict[str, Any]:
@@ -399,6 +447,40 @@ class Spec(Table):
 def fingerprint(fields: Mapping[str, Any]) -> str:
     """Return the SHA-256 of `strict_fields`, 16 hex digits."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _variant_tables(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return name → tables of the variants, those without a fault of their own."""
+    plain = {key: value for key, value in data.items() if key != "variants"}
+    given = data.get("name")
+    stem = given if isinstance(given, str) and NAME_PATTERN.fullmatch(given) else "sweep"
+    return {
+        name: {**replaced(plain, changes), "name": f"{stem}-{name}"}
+        for name, changes in table_in(data, "variants").items()
+        if NAME_PATTERN.fullmatch(str(name)) and isinstance(changes, dict)
+    }
+
+
+def _require_different(spec: Spec) -> None:
+    """Check that no variant is the same as the spec or as another variant.
+
+    Raises:
+        SpecError: naming each such pair.
+    """
+    seen: list[tuple[str, Any]] = []
+    faults = []
+    for name, variant in spec.every_variant.items():
+        content = ({**variant.as_dict(), "name": ""}, variant.model_source)
+        alike = next((other for other, its in seen if its == content), None)
+        if alike:
+            other = "the spec itself" if alike == PLAIN else f"variants.{alike}"
+            faults.append(
+                f"variants.{name}: got the same as {other}, must be another value for one key of "
+                "the spec or more, such as data.source"
+            )
+        seen.append((name, content))
+    if faults:
+        raise SpecError(*faults)
 
 
 def _require_widths(
