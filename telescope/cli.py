@@ -71,7 +71,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RESULTS = Path("results")
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-FITTING = ("audit", "compare", "launch", "plan", "report", "run", "show", "transfer")
+FITTING = ("audit", "compare", "frontier", "launch", "plan", "report", "run", "show", "transfer")
 """Commands that may fit a ladder."""
 WATCH_SECONDS = 0.5
 """Pause between two readings of a heartbeat."""
@@ -631,6 +631,64 @@ def audit(
     else:
         print_audit(console, found, finished.folder.path / FOLDER)
     if found.verdict == "broken":
+        raise typer.Exit(1)
+
+
+@app.command()
+def frontier(
+    spec: SpecArgument,
+    results: ResultsOption = RESULTS,
+    name: NameOption = None,
+    workers: WorkersOption = None,
+    dispatcher: DispatcherOption = "ray",
+    ray_address: AddressOption = None,
+    overrides: SetOption = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it will cost; train nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the JSON to a file.")
+    ] = None,
+) -> None:
+    """Compare Muon with AdamW over batch sizes: tokens to a loss, critical batches, devices."""
+    _check_dispatcher(dispatcher)
+    loaded = _load(spec, overrides, name)
+    _make_tokens(loaded)
+    from telescope.report.frontier import print_frontier, print_frontier_plan
+    from telescope.sweep import frontier as comparing
+    from telescope.sweep.run import Options
+
+    console = _console()
+    if plan:
+        planned = comparing.make_plan(loaded, workers)
+        if as_json:
+            _print_json(planned)
+        else:
+            print_frontier_plan(console, planned)
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from telescope.report.live import QuietScreen, make_screen
+
+    options = Options(results, workers, dispatcher, ray_address)
+    try:
+        with reader_needed():
+            found = comparing.run_frontier(
+                loaded,
+                options,
+                lambda: QuietScreen() if as_json else make_screen(console),
+                lambda line: _say(line, err=as_json),
+            )
+    except KeyboardInterrupt:  # see `run`
+        _say(f"{loaded.name}: interrupted; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    if out:
+        _write_json(out, found)
+    if as_json:
+        _print_json(found)
+    else:
+        print_frontier(console, found)
+    if found["stuck"]:
         raise typer.Exit(1)
 
 

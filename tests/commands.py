@@ -35,6 +35,7 @@ STABLE_OPTIONS = {
     "transfer": {"--width", "--steps", "--json", "--out", "--format", "--approximate"},
     "launch": {"--width", "--steps", "--workers", "--gpus-per-worker", "--ray-address", "--run"},
     "audit": {"--trials", "--results", "--workers", "--dispatcher", "--ray-address", "--json"},
+    "frontier": {"--results", "--name", "--workers", "--set", "--plan", "--json", "--out"},
     "ls": {"--results", "--json"},
     "compare": {"--results", "--json"},
     "report": {"--out", "--open"},

@@ -9,6 +9,7 @@ PUBLIC = ["api", "tune", "cli"]
 ROOMS = {
     # room, bottom up: the other rooms that it may import, besides the ground
     "ladder": set[str](),
+    "frontier": {"ladder"},
     "rules": set[str](),
     "data": set[str](),
     "spec": {"data"},
@@ -22,7 +23,17 @@ ROOMS = {
     "store": {"data", "spec"},
     "target": {"rules", "data", "train", "export", "dispatch"},
     "answer": {"ladder", "rules", "spec", "train", "transfer", "store", "target"},
-    "report": {"ladder", "spec", "check", "transfer", "store", "target", "answer"},
-    "sweep": {"ladder", "rules", "data", "spec", "train", "check", "transfer", "dispatch"}
+    "report": {"ladder", "frontier", "spec", "check", "transfer", "store", "target", "answer"},
+    "sweep": {
+        "ladder",
+        "frontier",
+        "rules",
+        "data",
+        "spec",
+        "train",
+        "check",
+        "transfer",
+        "dispatch",
+    }
     | {"packs", "foreign", "store", "target", "answer", "report"},
 }

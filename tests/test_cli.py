@@ -236,7 +236,7 @@ def test_init_writes_a_spec_that_plans(tmp_path: Path) -> None:
         (["run", "--wrkers", "2", "tiny.toml"], 2, "--workers); see telescope run --help"),
         (["show", "tinny"], 2, "did you mean tiny?"),
         (["plan", "tinny.toml"], 2, "did you mean tiny.toml?"),
-        (["plan", "tiny.toml", "--set", "steps=7"], 2, "or train.steps or trainer.steps?"),
+        (["plan", "tiny.toml", "--set", "steps=7"], 2, "or train.steps or trainer.steps"),
         (["plan", "tiny.toml", "--set", "axes.lr=0.1"], 2, "for one value: axes.lr.value = 0.1"),
         (
             ["plan", "tiny.toml", "--set", "axes.weight_deacy.value=1"],

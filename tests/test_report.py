@@ -16,7 +16,7 @@ from telescope.ladder.ladder import Ladder
 from telescope.records import Axis, LadderSpec, Result, Status
 from telescope.report.figures import loss_figure
 from telescope.report.live import LiveScreen, PlainScreen, Progress, Screen, make_screen
-from telescope.report.terminal import _print_table, print_sweeps
+from telescope.report.terminal import print_sweeps, print_table
 
 SPEC = LadderSpec(
     (Axis("lr", 0.01, 1.0, 5), Axis("weight_decay", 0.1, 0.1, 1)), (32, 64), policy="paper"
@@ -135,7 +135,7 @@ def test_no_number_breaks_and_the_least_important_column_goes_first(width: int) 
         "why": ["a sentence of many words that may be broken where it has a space", "short"],
     }
     console = Console(file=io.StringIO(), width=width, no_color=True, record=True)
-    _print_table(console, columns, expendable=("count", "shape"))
+    print_table(console, columns, expendable=("count", "shape"))
     text = console.export_text()
     assert all(len(line) <= width for line in text.splitlines())
     for whole in ("0.100794", "0.0141229", "embedding", "4096×11008", "0.292423"):

@@ -41,7 +41,7 @@ ANSWER = "answer"
 SENTENCE = 24
 
 
-def _print_table(
+def print_table(
     console: Console,
     columns: Mapping[str, Sequence[str]],
     *,
@@ -97,21 +97,21 @@ def print_plan(console: Console, plan: Mapping[str, Any], warning: str | None) -
         warning: the reason that `run` would refuse it, or None.
     """
     columns = _stage_columns(plan["stages"])
-    _print_table(console, columns, expendable=("of which optimizer", "tokens"))
+    print_table(console, columns, expendable=("of which optimizer", "tokens"))
     target, seconds = plan["target"], plan["seconds"]
-    _print_item(console, "target", f"width {target['width']}, {_target_facts(target)}")
+    print_item(console, "target", f"width {target['width']}, {_target_facts(target)}")
     _print_planned_cost(console, plan)
     about = "" if seconds["estimate"] is None else "about "
     time = f"{about}{describe_seconds(seconds['estimate'])} ({seconds['basis']})"
-    _print_item(console, "time", time)
+    print_item(console, "time", time)
     if devices := plan.get("devices"):
         _print_devices(console, devices)
     for key, seconds in (plan.get("arithmetic") or {}).items():
-        _print_item(console, "probe", f"{key}, ms per step: {_in_both(seconds)}")
+        print_item(console, "probe", f"{key}, ms per step: {_in_both(seconds)}")
     if note := plan.get("data", {}).get("note"):
-        _print_item(console, "data", note, "yellow")
+        print_item(console, "data", note, "yellow")
     for note in plan.get("notes", ()):
-        _print_item(console, "note", note, "yellow")
+        print_item(console, "note", note, "yellow")
     if warning:
         console.print(f"`run` would refuse: {warning}", style="yellow")
 
@@ -128,12 +128,12 @@ def _print_devices(console: Console, devices: Mapping[str, Any]) -> None:
         f"{size['optimizer_state']} of optimizer state{casts}; and {size['per_sequence']} for "
         f"each sequence of a micro-batch{twice}"
     )
-    _print_item(console, "devices", f"each of {number} in {precision}: {held}")
+    print_item(console, "devices", f"each of {number} in {precision}: {held}")
     divided = sum(devices["bytes"][key] for key in ("parameters", "gradients")) / number
     if number > 1:
-        _print_item(console, "", f"with --shard {divided / 1e9:.3g} GB of the first two")
+        print_item(console, "", f"with --shard {divided / 1e9:.3g} GB of the first two")
     time = describe_seconds(devices["seconds"])
-    _print_item(console, "", f"the target run takes {time} ({devices['basis']})")
+    print_item(console, "", f"the target run takes {time} ({devices['basis']})")
 
 
 def _in_both(seconds: Mapping[str, Mapping[int, float]]) -> str:
@@ -184,10 +184,10 @@ def _print_planned_cost(console: Console, plan: Mapping[str, Any]) -> None:
     adaptive = plan["policy"] == "adaptive"
     flops = _number(plan["sweep_flops"], unit=" FLOPs: ") if plan["sweep_flops"] else ""
     expected = " expected" if adaptive else ""
-    _print_item(console, "cost", f"{flops}{plan['sweep_over_target']:.2f} target runs{expected}")
+    print_item(console, "cost", f"{flops}{plan['sweep_over_target']:.2f} target runs{expected}")
     if adaptive:
         low, high = plan["range"]["best"], plan["range"]["worst"]
-        _print_item(
+        print_item(
             console,
             "",
             f"{low:.2f} at best, {high:.2f} at worst; what is expected is the middle of three "
@@ -217,7 +217,7 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
         "verdict": [_verdict_on(check, name) for name in shown],
     }
     inner = [f"width {width}" for width in check.widths[1:-1]]
-    _print_table(
+    print_table(
         console,
         columns,
         expendable=("step", *inner, f"width {check.widths[0]}", f"width {check.widths[-1]}"),
@@ -227,7 +227,7 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
         console.print(
             f"the steepest of each kind of {len(check.slopes)} quantities; --json has all"
         )
-    _print_item(
+    print_item(
         console,
         "slope",
         "of log2 size against log2 width ± its standard error, after the surest step; FAIL where "
@@ -241,7 +241,7 @@ def print_check(console: Console, check: CoordCheck, title: str) -> None:
         )
 
     if check.blind_spot:
-        _print_item(console, "warning", check.blind_spot)
+        print_item(console, "warning", check.blind_spot)
 
 
 def _slope_of(check: CoordCheck, name: str) -> str:
@@ -279,21 +279,21 @@ def print_answer(console: Console, finished: Finished, settings: Transfer | None
         "why": [choice.reason for choice in choices],
     }
     fixed = [axis.name for axis in finished.spec.ladder_spec.axes if axis.is_fixed]
-    _print_table(console, columns, expendable=(*fixed, "trials"))
+    print_table(console, columns, expendable=(*fixed, "trials"))
     if settings and settings.groups is not None:
         console.print(f"for torch.optim at width {settings.width}:")
         _print_groups(console, settings.groups, settings.starts)
     facts = show_as_json(finished)
     for skipped in finished.ladder.skipped:
-        _print_item(console, "skipped", f"width {skipped.width}: {skipped.reason}")
-    _print_item(console, "answer", _answer(finished, facts))
+        print_item(console, "skipped", f"width {skipped.width}: {skipped.reason}")
+    print_item(console, "answer", _answer(finished, facts))
     if finished.certificate:
         print_certificate(console, finished.certificate, finished.spec, confirming(finished))
     for judgement in finished.judgements:
-        _print_item(console, "judged", describe_judgement(judgement))
+        print_item(console, "judged", describe_judgement(judgement))
     cost = facts["cost"]
     flops = _number(cost["flops"], unit=" FLOPs, ") if cost["flops"] is not None else ""
-    _print_item(
+    print_item(
         console,
         "cost",
         f"{flops}{cost['over_target']:.2f} target runs{_planned(cost['planned'])}; "
@@ -354,22 +354,22 @@ def print_certificate(
         confirm: the command that would confirm the answer, from `confirming`.
     """
     style = STYLES[certificate.verdict]
-    _print_item(console, "verdict", describe_certificate(certificate, spec.ladder.tolerance), style)
+    print_item(console, "verdict", describe_certificate(certificate, spec.ladder.tolerance), style)
     if certificate.verdict == "FAIL":
-        _print_item(console, "advice", certificate.advice)
+        print_item(console, "advice", certificate.advice)
     for problem in certificate.problems:
-        _print_item(console, "against" if certificate.verdict == "FAIL" else "to confirm", problem)
+        print_item(console, "against" if certificate.verdict == "FAIL" else "to confirm", problem)
     if confirm:
         console.print(f"{'':{LABEL}} {confirm}", soft_wrap=True)
     for axis, interval in certificate.intervals.items():
         if interval:
-            _print_item(console, "90 %", f"{axis} between {interval[0]:.4g} and {interval[1]:.4g}")
+            print_item(console, "90 %", f"{axis} between {interval[0]:.4g} and {interval[1]:.4g}")
         elif spec.axes[axis].value is not None:
-            _print_item(console, "not tuned", f"{axis} is fixed at {spec.axes[axis].value:.4g}")
+            print_item(console, "not tuned", f"{axis} is fixed at {spec.axes[axis].value:.4g}")
     if loss := describe_loss(certificate):
-        _print_item(console, "loss", loss)
+        print_item(console, "loss", loss)
     for text in certificate.evidence:
-        _print_item(console, "evidence", text)
+        print_item(console, "evidence", text)
 
 
 LABEL = 10
@@ -378,7 +378,7 @@ GLUE = "\ue000"
 """Keeps a number and its per cent on one line; rich would break at a no-break space."""
 
 
-def _print_item(console: Console, label: str, text: str, style: str | None = None) -> None:
+def print_item(console: Console, label: str, text: str, style: str | None = None) -> None:
     """Print a labelled line, with its continuation indented under the text."""
     whole = Text(text.replace(" %", f"{GLUE}%"))
     first, *rest = whole.wrap(console, max(console.width - LABEL - 1, SENTENCE))
@@ -450,14 +450,14 @@ def print_audit(console: Console, audit: Audit, folder: Path) -> None:
         "trials": [str(audit.answered), *(str(row.trials) for row in rows)],
         "loss above the answer's": ["0", *(row.costs for row in rows)],
     }
-    _print_table(console, columns)
-    _print_item(console, "audit", audit.sentence, AUDIT_STYLES.get(audit.verdict))
+    print_table(console, columns)
+    print_item(console, "audit", audit.sentence, AUDIT_STYLES.get(audit.verdict))
     if audit.loss is not None:
         seeds = ", ".join(map(str, audit.seeds))
         noise = "" if audit.noise is None else f"; noise {percent(audit.noise)} of a paired trial"
-        _print_item(console, "measured", f"seeds {seeds}: the answer has {audit.loss:.4f}{noise}")
+        print_item(console, "measured", f"seeds {seeds}: the answer has {audit.loss:.4f}{noise}")
     if failed := audit.counts.get(Status.FAILED):
-        _print_item(console, "failed", f"{failed} trials; the same command tries them again", "red")
+        print_item(console, "failed", f"{failed} trials; the same command tries them again", "red")
     console.print(f"results    {folder} (trials.csv, curves/)", soft_wrap=True)
 
 
@@ -472,9 +472,9 @@ def print_transfer(console: Console, settings: Transfer, spec: Spec) -> None:
         _print_groups(console, settings.groups, settings.starts)
         notes = {g["note"]: g["role"] for g in settings.groups if g["optimizer"] is None}
         for note, role in notes.items():
-            _print_item(console, role, note)
+            print_item(console, role, note)
     else:
-        _print_item(
+        print_item(
             console,
             "groups",
             "none, as the shapes of the parameters are not known. Give the values above to the "
@@ -482,13 +482,13 @@ def print_transfer(console: Console, settings: Transfer, spec: Spec) -> None:
             "with --shapes FILE, and get what torch.optim takes",
         )
     for note in settings.notes:
-        _print_item(console, "note", note)
+        print_item(console, "note", note)
     if settings.certificate is None:
-        _print_item(console, "note", "not proven: no certificate")
+        print_item(console, "note", "not proven: no certificate")
     else:
         print_certificate(console, settings.certificate, spec)
         for assumption in settings.certificate.assumptions:
-            _print_item(console, "assumed", assumption)
+            print_item(console, "assumed", assumption)
     if settings.groups is not None:
         console.print("`--json` has the names and all keyword arguments")
 
@@ -507,7 +507,7 @@ def _print_groups(
         "init std": list(starts),
         "output ×": [f"{group['multiplier']:.4g}" for group in groups],
     }
-    _print_table(console, columns, expendable=("count", "output ×", "init std"))
+    print_table(console, columns, expendable=("count", "output ×", "init std"))
 
 
 def print_sweeps(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -521,7 +521,7 @@ def print_sweeps(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         "cost": [_number(row["over_target"], ".2f", " target runs") for row in rows],
         "age": ["–" if age is None else describe_seconds(max(age, 0.0)) for age in ages],
     }
-    _print_table(console, columns, expendable=("cost", "age", "state", "verdict"))
+    print_table(console, columns, expendable=("cost", "age", "state", "verdict"))
     for row in rows:
         if row["problem"]:
             console.print(f"{row['name']}: {row['problem']}", style="red", soft_wrap=True)
@@ -559,12 +559,12 @@ def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
         "cost": [_number(row["over_target"], ".2f") for row in rows],
     }
     narrow = [f"loss at {width}" for width in widths[:-1]]
-    _print_table(console, columns, expendable=("cost", "expected excess", *narrow, "verdict"))
+    print_table(console, columns, expendable=("cost", "expected excess", *narrow, "verdict"))
     for key, values in comparison["differing"].items():
         shown = ", ".join(f"{name} {v}" for name, v in zip(labels, values, strict=True))
-        _print_item(console, "differs", f"{key}: {shown}")
+        print_item(console, "differs", f"{key}: {shown}")
     if not comparison["data_seen"]:
-        _print_item(
+        print_item(
             console, "note", "whether other trainers measure on the same data is not known here"
         )
 
@@ -578,16 +578,16 @@ def print_result(console: Console, result: Mapping[str, Any], folder: Path) -> N
         folder: the run's.
     """
     if result["diverged"]:
-        _print_item(console, "diverged", result["reason"], "red")
+        print_item(console, "diverged", result["reason"], "red")
     else:
         after = f" after {result['steps']} steps" if result["steps"] else ""
         loss = f"held-out loss {result['loss']:.4f}{after}"
-        _print_item(console, "target", f"width {result['width']}: {loss}")
+        print_item(console, "target", f"width {result['width']}: {loss}")
     speed = _number(result["tokens_per_second"], ",.0f", " tokens/s")
     mfu = f", MFU {result['mfu']:.1%}" if result["mfu"] else ""
     took = describe_seconds(result["seconds"])
     if result["ranks"]:
         ranks = "1 rank" if result["ranks"] == 1 else f"{result['ranks']} ranks"
         took += f" on {ranks} of {result['device']}: {speed}{mfu}"
-    _print_item(console, "time", took)
+    print_item(console, "time", took)
     console.print(f"{'results':{LABEL}} {folder} (curve.csv, checkpoints/)", soft_wrap=True)

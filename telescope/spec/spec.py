@@ -44,6 +44,8 @@ from telescope.spec.catalog import (
     read_model_file,
     read_toml,
 )
+from telescope.spec.frontier import DevicesTable, FrontierTable
+from telescope.spec.optimizers import OptimizerTable
 from telescope.spec.placeholders import OWN, names_in
 from telescope.spec.tables import (
     AxisTable,
@@ -64,7 +66,7 @@ STRICT_KEYS = {"command", "function", "environment", "steps"}
 """Keys of [trainer] that must be equal for losses to be comparable."""
 OWN_TABLES = ("model", "train", "data")
 """The tables of the built-in trainer, which a foreign trainer does not use."""
-NO_PART = {"variants"}
+NO_PART = {"variants", "frontier"}
 """Tables that name comparisons of sweeps: no part of one, nor of its results folder."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -87,6 +89,7 @@ class Spec(Table):
     budget: BudgetTable = BudgetTable()
     variants: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
     """Name → the keys that it replaces; see `every_variant`."""
+    frontier: FrontierTable | None = None
 
     _model_source: tuple[str, str] | None = pydantic.PrivateAttr(default=None)
     _variants: dict[str, Spec] = pydantic.PrivateAttr(default_factory=dict)
@@ -629,10 +632,9 @@ def _allowed(problem: Any, key: str) -> str:
 def _unknown_key(location: Sequence[str]) -> str:
     """Return the message for an unknown key, with the known keys and the nearest one."""
     *tables, key = location
-    owner = AxisTable if tables[:1] == ["axes"] else Spec
-    owner = _TABLES.get(tables[0], owner) if tables else owner
-    if tables[:2] == ["data", "sources"]:
-        owner = _TABLES["data.sources"]
+    owner = AxisTable if "axes" in tables[-2:-1] else Spec
+    owner = _TABLES.get(tables[0], owner) if tables and owner is Spec else owner
+    owner = _TABLES.get(".".join(tables[:2]), owner) if owner is not AxisTable else owner
     known = [f.name for f in fields(owner)] if is_dataclass(owner) else list(owner.model_fields)
     elsewhere = [f"{table}.{key}" for table, keys in _keys().items() if key in keys]
     if elsewhere and not tables:
@@ -662,4 +664,8 @@ _TABLES: dict[str, Any] = {
     "cost": CostTable,
     "compute": ComputeTable,
     "budget": BudgetTable,
+    "frontier": FrontierTable,
+    "frontier.muon": OptimizerTable,
+    "frontier.adamw": OptimizerTable,
+    "frontier.devices": DevicesTable,
 }

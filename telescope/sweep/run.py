@@ -57,8 +57,31 @@ class Options:
     """Take an edited trainer for the one that made the results so far."""
 
 
-def run(spec: Spec, options: Options, make_screen: Callable[[], Screen]) -> Finished:
+@dataclass
+class Lent:
+    """A Ray that serves several sweeps in turn, opened for the first that needs one."""
+
+    owner: Path
+    """A folder of all of them, that one run at a time holds."""
+    stack: ExitStack
+    """Closes it."""
+    session: Session | None = None
+
+
+def run(
+    spec: Spec,
+    options: Options,
+    make_screen: Callable[[], Screen],
+    *,
+    lent: Lent | None = None,
+) -> Finished:
     """Run a sweep, or go on with it, until it has its answer or is stuck.
+
+    Args:
+        spec: the sweep.
+        options: the manner of the run.
+        make_screen: shows what happens.
+        lent: a Ray shared with other sweeps, whose trials need the same; left out, its own.
 
     Returns:
         The sweep as it was left, its ladder finished or stuck.
@@ -94,7 +117,7 @@ def run(spec: Spec, options: Options, make_screen: Callable[[], Screen]) -> Fini
         ExitStack() as stack,
     ):
         late = _Late(start, stack)
-        with dispatcher(late, sweep, folder, options, at_once, screen) as dispatch:
+        with dispatcher(late, sweep, folder, options, at_once, screen, lent=lent) as dispatch:
             if dispatch:
                 dispatch(late, sweep.make_trainer(folder))
         _draw(late.recorder, spec)
@@ -346,6 +369,8 @@ def dispatcher(
     options: Options,
     at_once: Mapping[int, int],
     screen: Screen,
+    *,
+    lent: Lent | None = None,
 ) -> Iterator[Callable[[TrialSource, Trainer], None] | None]:
     """Yield the function that has trials trained; None, without importing Ray, if there are none.
 
@@ -359,6 +384,7 @@ def dispatcher(
         options: the manner of the run.
         at_once: width → workers.
         screen: shows what happens.
+        lent: a Ray shared with other sweeps.
     """
     address = options.ray_address
     starts_ahead = options.dispatcher != "inline" and not address and not source.is_due
@@ -374,17 +400,21 @@ def dispatcher(
         yield partial(run_inline, timeout=sweep.timeout, packs=packs)
         return
     with ExitStack() as stack:
-        with screen.phase("connecting to Ray" if address else "starting Ray"):
-            session = stack.enter_context(_ray(sweep.spec, folder, address, at_once))
-            from telescope.dispatch.ray.tune import run_ray
+        lent = lent or Lent(folder.path, stack)
+        if lent.session is None:
+            with screen.phase("connecting to Ray" if address else "starting Ray"):
+                started = _ray(sweep.spec, lent.owner, address, at_once)
+                lent.session = lent.stack.enter_context(started)
+        from telescope.dispatch.ray.tune import run_ray
+
         if not source.is_due:  # the trials wait for this thread once the verdict is there
             importlib.import_module("telescope.store.store")
         logs = folder.logs if sweep.worker_prints else None
-        yield partial(run_ray, session=session, timeout=sweep.timeout, packs=packs, logs=logs)
+        yield partial(run_ray, session=lent.session, timeout=sweep.timeout, packs=packs, logs=logs)
 
 
 def _ray(
-    spec: Spec, folder: Folder, address: str | None, at_once: Mapping[int, int]
+    spec: Spec, owner: Path, address: str | None, at_once: Mapping[int, int]
 ) -> AbstractContextManager[Session]:
     """A Ray with room for so many trials at once."""
     from telescope.dispatch.ray.tune import Size, opened
@@ -397,7 +427,7 @@ def _ray(
     return opened(
         sizes[spec.base_width],
         sizes if spec.compute.is_by_width else None,
-        owner=str(folder.path.resolve()),
+        owner=str(owner.resolve()),
         address=address,
         takes_any_gpu=bool(address) and takes_any_gpu(spec),
     )

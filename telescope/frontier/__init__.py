@@ -1,0 +1,1 @@
+"""Compares optimizers over batch sizes: tokens to a loss, critical batches, devices; pure."""
