@@ -64,6 +64,9 @@ WorkersOption = Annotated[
 DispatcherOption = Annotated[
     str, typer.Option(help="ray, or inline: one trial after the other in this process.")
 ]
+StorageOption = Annotated[
+    str | None, typer.Option(help="An Optuna RDB URL; left out, SQLite beside the results.")
+]
 AddressOption = Annotated[
     str | None, typer.Option(help="A running Ray cluster; left out, local Ray is started.")
 ]
@@ -244,11 +247,15 @@ def run(
     results: ResultsOption = RESULTS,
     name: NameOption = None,
     workers: WorkersOption = None,
-    dispatcher: DispatcherOption = "ray",
+    dispatcher: Annotated[
+        str,
+        typer.Option(
+            help="ray; workers, which join by `telescope worker`; or inline: one trial after the "
+            "other in this process."
+        ),
+    ] = "ray",
     ray_address: AddressOption = None,
-    storage: Annotated[
-        str | None, typer.Option(help="An Optuna RDB URL; left out, SQLite beside the results.")
-    ] = None,
+    storage: StorageOption = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -265,7 +272,7 @@ def run(
     overrides: SetOption = None,
 ) -> None:
     """Run a telescoping sweep, or go on with it where it stopped."""
-    _check_dispatcher(dispatcher)
+    _check_dispatcher(dispatcher, ("ray", "inline", "workers"))
     loaded, results = _load_or_kept(spec, overrides, name, results)
     console = _console()
     if console.is_terminal:
@@ -290,6 +297,34 @@ def run(
         _say(f"telescope: {loaded.name}: stuck: {stuck}", err=True)
         raise typer.Exit(1)
     print_answer(console, finished, finished.transfer())
+
+
+@app.command()
+def worker(
+    sweep: Annotated[
+        str, typer.Argument(metavar="SWEEP", help="The name of a sweep that runs, or soon will.")
+    ],
+    storage: StorageOption = None,
+    results: ResultsOption = RESULTS,
+    wait: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", help="Longest wait for a driver or a database that is away."
+        ),
+    ] = 600.0,
+) -> None:
+    """Join a sweep that runs with --dispatcher workers, and train its trials until it ends.
+
+    On SIGTERM or Ctrl-C the trial in training is given back at once.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from telescope.sweep.joining import join
+
+    try:
+        join(sweep, storage, results, patience=wait, note=_say)
+    except KeyboardInterrupt:
+        _say(f"{sweep}: interrupted; what was not delivered is on offer again", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -603,7 +638,7 @@ def audit(
 
     Exit code 1 where that is more than the certificate said.
     """
-    _check_dispatcher(dispatcher)
+    _check_dispatcher(dispatcher, ("ray", "inline"))
     finished = _open(sweep, results)
     _make_tokens(finished.spec)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -805,10 +840,11 @@ def _load_or_kept(
     return kept, folder.resolve().parent if folder == Path(spec) else folder.parent
 
 
-def _check_dispatcher(name: str) -> None:
+def _check_dispatcher(name: str, known: Sequence[str]) -> None:
     """Refuse a dispatcher that there is not."""
-    if name not in ("ray", "inline"):
-        raise SpecError(f"--dispatcher: got {name!r}, must be 'ray' or 'inline'")
+    if name not in known:
+        *others, last = map(repr, known)
+        raise SpecError(f"--dispatcher: got {name!r}, must be {', '.join(others)} or {last}")
 
 
 def _corpus_of(sources: list[str], field: str, overrides: list[str] | None) -> DataConfig:

@@ -116,6 +116,41 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+NETWORK_FILE_SYSTEMS = {
+    *("afs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4", "panfs", "pvfs2", "smb3"),
+    *("fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "fuse.s3fs", "fuse.sshfs"),
+    *("glusterfs", "orangefs", "smbfs", "wekafs"),
+}
+"""Types of file systems that several machines share, as Linux names them."""
+
+
+def network_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
+    """Return the type of the network file system on which a path lies; None for others.
+
+    Args:
+        path: a file or folder, which need not exist yet.
+        mounts: the system's table of what is mounted where; without it, nothing is known.
+    """
+    path, best, found = path.resolve(), -1, ""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, where, kind, *_ = line.split(" ")
+        folder = Path(where.replace("\\040", " "))  # the table spells a space so
+        if path.is_relative_to(folder) and len(folder.parts) >= best:  # of two, the later is on top
+            best, found = len(folder.parts), kind
+    return found if found in NETWORK_FILE_SYSTEMS else None
+
+
+def this_machine() -> str:
+    """Return a name that all processes on this machine's kernel share, and no others."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return socket.gethostname()
+
+
 def this_process() -> str:
     """Name this process for whoever finds a file locked."""
     return f"process {os.getpid()} on {socket.gethostname()}"

@@ -381,6 +381,10 @@ class TrialSource(Protocol):
         """Note that a worker has returned trials untrained, which does not count as a failure."""
         return
 
+    def on_workers(self, number: int) -> None:
+        """Note the number of workers, where they come and go."""
+        return
+
     @property
     def is_due(self) -> bool:
         """True once the source can be asked; until then workers may start and wait."""

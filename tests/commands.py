@@ -30,6 +30,7 @@ STABLE_OPTIONS = {
         "--set",
         "--no-check",
     },
+    "worker": {"--storage", "--results", "--wait"},
     "status": {"--json", "--watch"},
     "show": {"--json", "--csv"},
     "transfer": {"--width", "--steps", "--json", "--out", "--format", "--approximate"},

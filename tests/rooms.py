@@ -20,7 +20,7 @@ ROOMS = {
     "dispatch": set[str](),
     "packs": {"data", "train", "dispatch"},
     "foreign": {"spec", "dispatch"},
-    "store": {"data", "spec"},
+    "store": {"data", "spec", "dispatch"},
     "target": {"rules", "data", "train", "export", "dispatch"},
     "answer": {"ladder", "rules", "spec", "train", "transfer", "store", "target"},
     "report": {"ladder", "frontier", "spec", "check", "transfer", "store", "target", "answer"},

@@ -25,7 +25,7 @@ LIBRARIES = {
     "ray": {f"dispatch/ray/{part}.py" for part in ("connect", "tune", "worker")}
     | {"target/launcher.py", "tune.py"},
     "optuna": {"store/store.py"},
-    "sqlalchemy": {"store/store.py"},
+    "sqlalchemy": {"store/store.py", "store/board.py", "store/database.py"},
     "pydantic": {f"spec/{part}.py" for part in ("spec", "tables", "optimizers", "frontier")}
     | {"store/memory.py"},
     "pydantic_core": {"store/memory.py"},

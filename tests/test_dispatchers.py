@@ -1,4 +1,4 @@
-"""The promises of a dispatcher, kept by each: inline, and on Ray.
+"""The promises of a dispatcher, kept by each: inline, on Ray, and on workers that join.
 
 A sweep costs Ray some seconds, so there are few, on one Ray: one of trials that end in every way,
 one of packs, one whose trainer cannot work, and one of trials that hang or kill.
@@ -6,6 +6,7 @@ one of packs, one whose trainer cannot work, and one of trials that hang or kill
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,16 +20,18 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import left_over
+from joiners import run_on_workers
 from stages import Recorded
 
 from telescope.dispatch import inline
 from telescope.dispatch.inline import run_inline
+from telescope.dispatch.joining import driver
 from telescope.dispatch.packs import Packs
 from telescope.dispatch.queue import Queue, Trainer
 from telescope.records import Result, Status, Trial
 
 RAY = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
-EACH = ["inline", pytest.param("ray", marks=RAY)]
+EACH = ["inline", pytest.param("ray", marks=RAY), "workers"]
 
 
 class Dispatcher(NamedTuple):
@@ -43,10 +46,18 @@ class Dispatcher(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=EACH)
-def dispatcher(request: pytest.FixtureRequest) -> Iterator[Dispatcher]:
+def dispatcher(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Dispatcher]:
     """Each dispatcher; that of Ray has one Ray for all sweeps of this file."""
     if request.param == "inline":
         yield Dispatcher("inline", run_inline, 1, inline)
+        return
+    if request.param == "workers":
+        folder = tmp_path_factory.mktemp("board")
+        spawn = multiprocessing.get_context("spawn")
+        run = partial(run_on_workers, folder=folder, context=spawn)
+        yield Dispatcher("workers", run, 2, driver)
         return
     ray_tune = pytest.importorskip("telescope.dispatch.ray.tune")
     with ray_tune.opened(ray_tune.Size(2)) as session:
@@ -204,7 +215,7 @@ def test_a_pack_is_told_together_and_gives_back_what_it_has_not_trained(
 ) -> None:
     """The fault of one costs the others nothing: they are trained alone."""
     source, lines = Recorded(6, 6), list[Any]()
-    bad, fatal = source.stages[0][1], source.stages[1][0] if dispatcher.name == "ray" else None
+    bad, fatal = source.stages[0][1], source.stages[1][0] if dispatcher.name != "inline" else None
 
     class Fake:
         def __call__(self, trial: Trial) -> Result:
@@ -276,10 +287,10 @@ def bad_trainer(bad: dict[Trial, str]) -> Trainer:
 def test_what_does_not_come_back_is_no_harm_to_the_others(
     dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trial hangs; on Ray, where it has a process of its own, it may also be fatal to that."""
+    """A trial hangs; where it has a process of its own, it may also be fatal to that."""
     monkeypatch.setattr(dispatcher.module, "Queue", partial(Queue, retries=0))
     source = Recorded(8, 2)
-    fatal = ["exits", "is killed", "hangs in C"] if dispatcher.name == "ray" else []
+    fatal = ["exits", "is killed", "hangs in C"] if dispatcher.name != "inline" else []
     bad = dict(zip(source.stages[0], [*fatal, "hangs"], strict=False))
     start = time.monotonic()
     dispatcher.run(source, bad_trainer(bad), timeout=1.5)
@@ -303,8 +314,8 @@ def test_a_source_that_asks_for_nothing_ends_at_once(dispatcher: Dispatcher) -> 
 
 
 SCRIPT = """
-import sys, time
-from contextlib import nullcontext
+import multiprocessing, sys, time
+from pathlib import Path
 from telescope.records import Point, Result, Status, Trial, TrialSource
 
 class Source(TrialSource):
@@ -325,6 +336,10 @@ def run():
     if sys.argv[1] == "inline":
         from telescope.dispatch.inline import run_inline
         run_inline(Source(), train)
+    elif sys.argv[1] == "workers":
+        from joiners import run_on_workers
+        folder, context = Path(sys.argv[0]).parent, multiprocessing.get_context("fork")
+        run_on_workers(Source(), train, folder=folder, context=context)
     else:
         from telescope.dispatch.ray.tune import Size, opened, run_ray
         with opened(Size(2)) as session:

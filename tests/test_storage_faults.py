@@ -25,7 +25,7 @@ from telescope import Spec
 from telescope.answer.finished import open_result
 from telescope.errors import ResumeError, StoreError, TelescopeError
 from telescope.records import Result, Trial
-from telescope.store import store
+from telescope.store import database, store
 from telescope.sweep.run import Options, run
 from telescope.train import loop
 
@@ -147,7 +147,7 @@ def test_a_database_that_is_deleted_in_mid_run(place: Path, at_fourth: Any) -> N
 def test_a_locked_database(
     place: Path, expected: dict[str, Any], at_fourth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr(database, "LOCK_TIMEOUT", 0.05)
     locks: list[sqlite3.Connection] = []
 
     def lock() -> None:

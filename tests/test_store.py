@@ -11,7 +11,8 @@ import pytest
 
 from telescope.errors import ResumeError
 from telescope.records import Axis, Point, Result, Status, Trial
-from telescope.store.store import Store, sqlite_url, without_password
+from telescope.store.database import sqlite_url, without_password
+from telescope.store.store import Store
 
 AXES = (Axis("lr", 0.01, 1.0, 7), Axis("weight_decay", 0.0, 0.0, 1), Axis("warmup", 0.1, 0.4, 3))
 

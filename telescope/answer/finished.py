@@ -67,7 +67,8 @@ class Kept:
         return self.folder.path / DATABASE_FILE
 
     def _opened(self) -> Store:
-        from telescope.store.store import Store, check_exists, sqlite_url
+        from telescope.store.database import sqlite_url
+        from telescope.store.store import Store, check_exists
 
         if self._store is None:
             url = self.url or sqlite_url(self.folder.path)

@@ -1,6 +1,6 @@
 """The queue of trials: it decides a free worker's next order, and which failures are retried.
 
-Both dispatchers, inline and Ray, use the same `Queue`, so they retry alike.
+All dispatchers use the same `Queue`, so they retry alike.
 """
 
 from __future__ import annotations
@@ -94,15 +94,50 @@ class Queue:
 
     def take(self) -> Order | None:
         """Return the next order for one worker; None if every trial asked for is in flight."""
+        if order := self.offer():
+            self.start(order)
+        return order
+
+    def offer(self, *, retries: bool = True) -> Order | None:
+        """Return the next order for a worker that is yet to take it, which `start` notes.
+
+        Args:
+            retries: with the trials that have failed before.
+        """
         free = self._free(self._begin().ask()) if self.is_due else []
         for trial in free:
+            if trial in self._failures and not retries:
+                continue
             if order := self._order(trial, free):
-                if order.look:
-                    self._looked_at.add(trial.width)
-                else:
-                    self._hand_out(order.trials)
+                self.adopt(order)
                 return order
         return None
+
+    def start(self, order: Order) -> None:
+        """Tell the source that a worker has taken an order."""
+        for trial in order.trials if not order.look else ():
+            self._source.on_start(trial)
+
+    def give_back(self, order: Order) -> None:
+        """Tell the source that a worker has returned an order, which stays on offer."""
+        if not order.look:
+            self._source.on_release(order.trials)
+
+    def adopt(self, order: Order) -> None:
+        """Take an order for handed out, as one that a worker has from an earlier driver."""
+        if order.look:
+            self._looked_at.add(order.trials[0].width)
+        else:
+            self._in_flight.update(order.trials)
+
+    def asks_for(self, trial: Trial) -> bool:
+        """Tell whether a trial's result is still wanted."""
+        return trial in self._begin().ask()
+
+    def resize(self, workers: int) -> None:
+        """Take the number of workers that there are now, and tell the source."""
+        self._workers = workers
+        self._begin().on_workers(workers)
 
     def _free(self, asked: Sequence[Trial]) -> list[Trial]:
         """Return the trials of this queue that no worker has; failed ones come last."""
@@ -130,11 +165,6 @@ class Queue:
             return Order(tuple(new[:number]), look=True)
         self._packs.form(new, number)
         return Order(self._packs.find(trial, free))
-
-    def _hand_out(self, trials: Sequence[Trial]) -> None:
-        for trial in trials:
-            self._in_flight.add(trial)
-            self._source.on_start(trial)
 
     def settle(self, order: Order, done: Done | Limit) -> None:
         """Take a worker's results, told all at once, or the finding of its probe."""

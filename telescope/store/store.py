@@ -23,16 +23,19 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from telescope.errors import ResumeError, StoreError
 from telescope.records import Axis, Point, Result, Status, Trial
-from telescope.store.folder import DATABASE_FILE
+from telescope.store.database import (
+    engine_options,
+    is_file,
+    opening_advice,
+    reason_of,
+    without_password,
+)
 
 STATES = {
     Status.COMPLETE: TrialState.COMPLETE,
     Status.DIVERGED: TrialState.PRUNED,
     Status.FAILED: TrialState.FAIL,
 }
-LOCK_TIMEOUT = 10.0
-"""Seconds to wait for another process, a dashboard say, to let go of an SQLite file; Optuna tries
-five times to add a trial, so that a result waits for about five times as long."""
 SQLITE_HEADER = 100
 """Least size of an SQLite file, bytes; SQLite takes a shorter one for a new, empty database."""
 CONNECTION_PATIENCE = 60.0
@@ -55,14 +58,14 @@ class Store:
     def __init__(self, url: str, sweep: str, axes: tuple[Axis, ...], fingerprint: str) -> None:
         """Open the storage; create its tables if it is new."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)  # we raise or retry what it warns of
-        self._is_file = url.startswith("sqlite")
+        self._is_file = is_file(url)
         self._name = without_password(url)
         try:
-            self._storage = RDBStorage(url, engine_kwargs=_engine_options(self._is_file))
+            self._storage = RDBStorage(url, engine_kwargs=engine_options(url))
         except Exception as error:
             raise ResumeError(
-                f"--storage {self._name}: cannot be opened: {_reason(error)}; "
-                f"{_opening_advice(error)}"
+                f"--storage {self._name}: cannot be opened: {reason_of(error)}; "
+                f"{opening_advice(error)}"
             ) from error
         self._sweep = sweep
         self._axes = axes
@@ -161,7 +164,7 @@ class Store:
             raise self._error("holds what telescope did not write", message) from error
 
     def _error(self, problem: str, error: Exception | str) -> StoreError:
-        reason = error if isinstance(error, str) else _reason(error)
+        reason = error if isinstance(error, str) else reason_of(error)
         return StoreError(
             f"{self._name}: {problem}: {reason}; results stored before are kept: mend it, or put "
             "back a copy, and the same command goes on"
@@ -233,12 +236,6 @@ def _as_result(trial: FrozenTrial, axes: tuple[Axis, ...]) -> Result:
     )
 
 
-def sqlite_url(folder: Path) -> str:
-    """Return the URL of the SQLite file in a results folder."""
-    path = str((folder / DATABASE_FILE).absolute())
-    return sqlalchemy.URL.create("sqlite", database=path).render_as_string()
-
-
 def check_exists(url: str) -> None:
     """Check that an existing sweep's SQLite file exists; opening it would create an empty one.
 
@@ -257,38 +254,3 @@ def check_exists(url: str) -> None:
             f"{path}: the sweep's results are missing; put the file back, or remove the whole "
             "results folder to start anew"
         )
-
-
-def _engine_options(is_file: bool) -> dict[str, Any]:
-    """Return SQLAlchemy's options: a lock's timeout for a file, a ping before use for a server."""
-    if is_file:
-        return {"connect_args": {"timeout": LOCK_TIMEOUT}}
-    return {"pool_pre_ping": True}
-
-
-def _reason(error: BaseException) -> str:
-    """Return the database's own message on one line, without SQLAlchemy's and Optuna's wrapping."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(getattr(error, "orig", None) or error)
-    return " ".join(text.partition("(Background")[0].split())[:300]
-
-
-def _opening_advice(error: BaseException) -> str:
-    if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
-        return "for PostgreSQL install telescope with its extra: pip install 'telescope[postgres]'"
-    return "give an Optuna RDB URL such as sqlite:////folder/trials.db"
-
-
-def without_password(url: str) -> str:
-    """Return a storage URL without its password, fit to be shown and stored."""
-    try:
-        full = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        return url  # not a URL, so without a password
-    # `set(password=None)` would ignore the None and leave the password in.
-    query = {key: value for key, value in full.query.items() if "pass" not in key.lower()}
-    bare = sqlalchemy.URL.create(
-        full.drivername, full.username, None, full.host, full.port, full.database, query
-    )
-    return bare.render_as_string(hide_password=False)

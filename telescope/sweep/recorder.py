@@ -71,7 +71,12 @@ class Recorder(TrialSource):
         self.screen.update(self.beat("running"))
 
     def tell(self, *results: Result) -> None:
-        """Keep results, then let the ladder decide; of a pack all are kept, or none."""
+        """Keep results, then let the ladder decide; of a pack all are kept, or none.
+
+        A trial that was stored before this run is not stored twice: a worker's delivery may
+        outlive the driver that has stored it.
+        """
+        results = tuple(result for result in results if result.trial not in self._stored)
         for result in results:
             if result.curve:
                 self.folder.write_curve(result)
@@ -109,6 +114,10 @@ class Recorder(TrialSource):
         self.ladder = replay(self.ladder.spec, self.known, given=given, memory=self.ladder.memory)
         record = {**self.folder.read_spec(), "given": given_record(self.ladder)}
         self.folder.write_spec(record, None)
+
+    def on_workers(self, number: int) -> None:
+        """Note the number of workers, for the time left."""
+        self.workers = dict.fromkeys(self.workers, max(1, number))
 
     def on_release(self, trials: Sequence[Trial]) -> None:
         """Note that a worker has given trials back."""

@@ -56,6 +56,11 @@ class Options:
     accept_trainer: bool = False
     """Take an edited trainer for the one that made the results so far."""
 
+    @property
+    def is_cluster(self) -> bool:
+        """True if the trials run on other machines than this, as far as is known here."""
+        return self.ray_address is not None or self.dispatcher == "workers"
+
 
 @dataclass
 class Lent:
@@ -94,16 +99,18 @@ def run(
             is no trainer to accept.
         KeyboardInterrupt: as it came; what finished is kept.
     """
-    is_cluster = options.ray_address is not None
+    is_cluster = options.is_cluster
     if options.accept_trainer and not spec.trainer:
         raise SpecError(
             "--accept-trainer: is for the script or function of [trainer]; this spec has none"
         )
+    if options.dispatcher == "workers" and options.ray_address:
+        raise SpecError("--ray-address: is for --dispatcher ray; workers join by the database")
     sweep = prepare(spec)
     sweep.check_inputs(is_cluster=is_cluster)
     if refusal := sweep.over_budget:
         raise RefusedError(f"{spec.name}: {refusal}")
-    at_once = workers(spec, options.workers, is_cluster=is_cluster)
+    at_once = _at_once(spec, options)
     if not is_cluster:
         check_this_machine(spec)
         check_compiler(spec)
@@ -122,6 +129,14 @@ def run(
                 dispatch(late, sweep.make_trainer(folder))
         _draw(late.recorder, spec)
         return _finished(late.recorder, sweep)
+
+
+def _at_once(spec: Spec, options: Options) -> dict[int, int]:
+    """Width → trials at once; of workers that join, those that are promised, or 1."""
+    if options.dispatcher != "workers":
+        return workers(spec, options.workers, is_cluster=options.is_cluster)
+    promised = options.workers or spec.compute.workers
+    return dict.fromkeys(spec.ladder.widths, 1 if promised == "auto" else promised)
 
 
 def _finished(recorder: Recorder, sweep: Runnable) -> Finished:
@@ -387,6 +402,10 @@ def dispatcher(
         lent: a Ray shared with other sweeps.
     """
     address = options.ray_address
+    if options.dispatcher == "workers":
+        with _joining(source, sweep, folder, options, at_once, screen) as dispatch:
+            yield dispatch
+        return
     starts_ahead = options.dispatcher != "inline" and not address and not source.is_due
     if not starts_ahead and not source.ask():
         yield None
@@ -411,6 +430,45 @@ def dispatcher(
             importlib.import_module("telescope.store.store")
         logs = folder.logs if sweep.worker_prints else None
         yield partial(run_ray, session=lent.session, timeout=sweep.timeout, packs=packs, logs=logs)
+
+
+@contextmanager
+def _joining(
+    source: Noting,
+    sweep: Trainable,
+    folder: Folder,
+    options: Options,
+    at_once: Mapping[int, int],
+    screen: Screen,
+) -> Iterator[Callable[[TrialSource, Trainer], None]]:
+    """Yield the function that has trials trained by workers that join; see `dispatcher`.
+
+    It is called where there is nothing to train too: workers of an earlier run may be waiting.
+    """
+    from telescope.dispatch.joining.driver import run_joining
+    from telescope.store.board import Driver
+    from telescope.store.database import sqlite_url, without_password
+    from telescope.sweep.announcing import announcement
+
+    source.ask()  # begins the sweep: its folder says where the database is
+    kept: str | None = folder.read_spec()["storage"]
+    url = options.storage or kept or sqlite_url(folder.path)
+    packs = Packs(sweep.pack_size(is_cluster=True), lines=folder.packs(), note=source.note_pack)
+    if source.ask():
+        screen.note(
+            f"{sweep.spec.name}: workers join with: telescope worker {sweep.spec.name} --storage "
+            f"{without_password(url)}"
+        )
+    with closing(Driver(url, sweep.spec.name)) as board:
+        joined = partial(
+            run_joining,
+            board=board,
+            record=announcement(sweep, folder),
+            packs=packs,
+            workers=max(at_once.values()),
+            note=screen.note,
+        )
+        yield lambda source, _trainer: joined(source)
 
 
 def _ray(
@@ -449,7 +507,7 @@ def _spec_record(sweep: Runnable, storage: str | None) -> dict[str, Any]:
 
 
 def _without_password(url: str) -> str:
-    from telescope.store.store import without_password  # imports the database's libraries
+    from telescope.store.database import without_password  # imports the database's libraries
 
     return without_password(url)
 

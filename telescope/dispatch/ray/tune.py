@@ -33,10 +33,11 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from telescope.dispatch.packs import Packs
+from telescope.dispatch.process import log_tail
 from telescope.dispatch.queue import Order, Queue, Trainer, clean
 from telescope.dispatch.ray.gate import Gate
 from telescope.dispatch.ray.session import reap
-from telescope.dispatch.ray.worker import Worker, log_tail
+from telescope.dispatch.ray.worker import Worker
 from telescope.errors import SpecError
 from telescope.records import TrialSource
 
@@ -153,7 +154,7 @@ def run_ray(
         trainer: pickled once; each worker process keeps one copy for all its trials.
         session: the Ray from `opened`, which also documents the exceptions.
         timeout: seconds after which a trial counts as hung; 0: never. The process of a trial that
-            cannot be interrupted is ended `worker.HANG_GRACE` later.
+            cannot be interrupted is ended `process.HANG_GRACE` later.
         packs: the division of trials into packs; by default none.
         logs: folder for each trial's output as ``TRIAL.log``; by default it is not kept.
 
