@@ -687,7 +687,7 @@ def frontier(
     ] = None,
 ) -> None:
     """Compare Muon with AdamW over batch sizes: tokens to a loss, critical batches, devices."""
-    _check_dispatcher(dispatcher)
+    _check_dispatcher(dispatcher, ("ray", "inline"))
     loaded = _load(spec, overrides, name)
     _make_tokens(loaded)
     from telescope.report.frontier import print_frontier, print_frontier_plan
