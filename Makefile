@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # What is imported first is compiled then, and for all processes after: tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-slow test-formats types pytest docs clean
+.PHONY: quickstart test test-slow test-formats types pytest docs dist clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/telescope run quickstart
@@ -38,6 +38,11 @@ test-formats: $(VENV)/installed-test
 # The site, in build/site/index.html. A link or a name that leads nowhere is an error.
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
+
+# What is published, in dist/: the wheel is built from the sdist.
+dist: $(VENV)/installed-test
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --constraint constraints.txt --editable .

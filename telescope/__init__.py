@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from telescope.transfer.apply import apply as apply
     from telescope.transfer.shapes import Shapes
 
+__version__ = "0.1.0"
+"""The version: the only place that states it."""
+
 _PUBLIC = {
     "Choice": "telescope.records",
     "Ladder": "telescope.api",

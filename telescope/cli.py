@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import telescope
 from telescope.errors import RefusedError, SpecError, TelescopeError
 from telescope.files import is_private, stand_in
 from telescope.streams import open_streams, reader_needed, use_utf8_names
@@ -82,9 +83,7 @@ WATCH_SECONDS = 0.5
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        _say(f"telescope {version('telescope')}")
+        _say(f"telescope {telescope.__version__}")
         raise typer.Exit
 
 

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import STABLE_OPTIONS, from_json, telescope
 from conftest import as_toml, tiny_spec
+
+from telescope import __version__
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +319,7 @@ def test_compare_says_what_differs_and_refuses_other_data(place: Path) -> None:
 
 
 def test_the_version_is_the_packages(tmp_path: Path) -> None:
-    assert telescope("--version", cwd=tmp_path).stdout == f"telescope {version('telescope')}\n"
+    assert telescope("--version", cwd=tmp_path).stdout == f"telescope {__version__}\n"
 
 
 def test_watching_ends_with_the_sweep(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

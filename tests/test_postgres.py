@@ -81,7 +81,7 @@ def binaries() -> Path | None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    pytest.importorskip("psycopg", reason="needs the extra: pip install 'telescope[postgres]'")
+    pytest.importorskip("psycopg", reason="needs the extra: pip install 'telescope-mup[postgres]'")
     programs = binaries()
     if programs is None:
         pytest.skip("needs PostgreSQL: apt-get install postgresql")

@@ -43,7 +43,7 @@ def reason_of(error: BaseException) -> str:
 def opening_advice(error: BaseException) -> str:
     """Return what to do about a storage that cannot be opened."""
     if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
-        return "for PostgreSQL install telescope with its extra: pip install 'telescope[postgres]'"
+        return "for PostgreSQL install the extra too: pip install 'telescope-mup[postgres]'"
     return "give an Optuna RDB URL such as sqlite:////folder/trials.db"
 
 

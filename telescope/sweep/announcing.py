@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 from telescope.dispatch.joining.board import LEASE
@@ -21,6 +20,7 @@ from telescope.store.folder import Folder
 from telescope.sweep.machine import check_compiler, check_this_machine
 from telescope.sweep.prepare import prepare
 from telescope.sweep.runnable import Trainable
+from telescope.sweep.versions import versions
 
 OWN_PACKAGES = ("telescope", "torch", "mup", "numpy")
 """Packages whose versions change losses of the built-in trainer."""
@@ -54,7 +54,8 @@ def announcement(sweep: Trainable, folder: Folder, *, lease: float = LEASE) -> s
 def _versions(spec: Spec) -> dict[str, str]:
     """Return package → version, without what tells builds of one version apart, such as +cpu."""
     names = OWN_PACKAGES if spec.trainer is None else OWN_PACKAGES[:1]
-    return {name: version(name).partition("+")[0] for name in names}
+    found = versions()
+    return {name: found[name].partition("+")[0] for name in names}
 
 
 def packer_here(record: Mapping[str, Any], folder: Folder) -> Packer:

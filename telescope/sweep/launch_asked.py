@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from telescope.answer.finished import Finished
@@ -15,7 +12,6 @@ from telescope.target.folder import TARGETS, RunFolder
 from telescope.target.record import Manner
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-PACKAGES = ("telescope", "torch", "mup", "ray", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +65,3 @@ def check_proven(finished: Finished, certificate: Any, asked: Launch) -> None:
         problem = f"certificate FAIL: {'; '.join(certificate.problems)}"
     if problem:
         raise RefusedError(f"{name}: {problem}; --unproven launches all the same")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what trains, for `run.json`."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

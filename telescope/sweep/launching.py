@@ -16,8 +16,9 @@ from telescope.errors import ResumeError, SpecError
 from telescope.records import Trial
 from telescope.sweep import launching_foreign
 from telescope.sweep.counting import check_corpus, required_tables, target_train
-from telescope.sweep.launch_asked import Launch, check_proven, run_folder, versions
+from telescope.sweep.launch_asked import Launch, check_proven, run_folder
 from telescope.sweep.machine import check_device, check_usable
+from telescope.sweep.versions import versions
 from telescope.target.folder import RunFolder
 from telescope.target.ranks import Ranks
 from telescope.target.record import TargetRun

@@ -22,7 +22,8 @@ from telescope.records import Result, Status, Trial
 from telescope.spec.placeholders import names_in
 from telescope.store.folder import Folder
 from telescope.sweep.foreign import Foreign
-from telescope.sweep.launch_asked import Launch, check_proven, run_folder, versions
+from telescope.sweep.launch_asked import Launch, check_proven, run_folder
+from telescope.sweep.versions import versions
 from telescope.target.folder import RunFolder
 from telescope.target.record import SCHEMA
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,11 +33,10 @@ from telescope.sweep.machine import (
 from telescope.sweep.prepare import prepare
 from telescope.sweep.recorder import Recorder, ended, given_record
 from telescope.sweep.runnable import Outside, Runnable, Trainable
+from telescope.sweep.versions import versions
 
 if TYPE_CHECKING:
     from telescope.dispatch.ray.tune import Session
-
-PACKAGES = ("telescope", "torch", "mup", "optuna", "ray", "numpy")
 
 
 @dataclass(frozen=True)
@@ -501,8 +498,7 @@ def _spec_record(sweep: Runnable, storage: str | None) -> dict[str, Any]:
         "target_flops": sweep.target_flops,
         "costs": {str(width): cost for width, cost in sweep.cost_per_trial.items()},
         "planned": sweep.planned,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
