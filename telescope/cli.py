@@ -71,6 +71,14 @@ StorageOption = Annotated[
 AddressOption = Annotated[
     str | None, typer.Option(help="A running Ray cluster; left out, local Ray is started.")
 ]
+LogOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="TRACKER",
+        help="tensorboard, wandb, mlflow or trackio; overrides log.to. Repeatable.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RESULTS = Path("results")
@@ -268,10 +276,12 @@ def run(
             help="Say that an edited trainer trains as before: finished trials still count.",
         ),
     ] = False,
+    log: LogOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Run a telescoping sweep, or go on with it where it stopped."""
     _check_dispatcher(dispatcher, ("ray", "inline", "workers"))
+    overrides = [*(overrides or ()), *([f"log.to={json.dumps(log)}"] if log else ())]
     loaded, results = _load_or_kept(spec, overrides, name, results)
     console = _console()
     if console.is_terminal:
@@ -565,6 +575,7 @@ def launch(
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Write the run's folder, for torchrun; train nothing.")
     ] = False,
+    log: LogOption = None,
     results: ResultsOption = RESULTS,
     as_json: JsonOption = False,
 ) -> None:
@@ -598,6 +609,9 @@ def launch(
             shard=shard,
         ),
     )
+    from telescope.sweep.tracking import logged_target, trackers
+
+    to = trackers(finished.spec, log)
     folder = launching.prepare(finished, asked)
     if prepare:
         _say(f"wrote {folder.path}; next: torchrun -m telescope.target {folder.path}")
@@ -607,7 +621,8 @@ def launch(
     console, title = _console(), f"{finished.spec.name}/{folder.path.name}"
     with run_progress(console if not as_json else _console(err=True), title) as progress:
         try:
-            result = launching.launch(folder, finished, asked, progress)
+            with logged_target(finished, to, folder, lambda line: _say(line, err=True)):
+                result = launching.launch(folder, finished, asked, progress)
         except KeyboardInterrupt:
             _say(f"{title}: interrupted; the same command goes on where it stopped", err=True)
             raise typer.Exit(130) from None

@@ -392,6 +392,8 @@ class TrialConfig:
     """Width → floating-point operations of one step, as planned by the driver."""
     checkpoint_folder: str | None = None
     """Folder of the trials' checkpoints; every worker that can read it can resume any trial."""
+    row_folder: str | None = None
+    """Folder of the curves of running trials; a worker that sees no such folder writes none."""
 
     def as_dict(self) -> dict[str, Any]:
         """The form that JSON takes, without the machine: device, threads and folders."""

@@ -22,6 +22,7 @@ ROOMS = {
     "foreign": {"spec", "dispatch"},
     "store": {"data", "spec", "dispatch"},
     "target": {"rules", "data", "train", "export", "dispatch"},
+    "log": {"dispatch", "foreign", "store"},
     "answer": {"ladder", "rules", "spec", "train", "transfer", "store", "target"},
     "report": {"ladder", "frontier", "spec", "check", "transfer", "store", "target", "answer"},
     "sweep": {
@@ -35,5 +36,5 @@ ROOMS = {
         "transfer",
         "dispatch",
     }
-    | {"packs", "foreign", "store", "target", "answer", "report"},
+    | {"packs", "foreign", "store", "target", "answer", "report", "log"},
 }

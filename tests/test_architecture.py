@@ -37,6 +37,10 @@ LIBRARIES = {
     | {"export/hf_model.py", "target/export.py"},
     "tokenizers": {"data/tokenizer.py"},
     "pyarrow": {"data/sources.py"},
+    "tensorboardX": {"log/to_tensorboard.py"},
+    "wandb": {"log/to_wandb.py"},
+    "mlflow": {"log/to_mlflow.py"},
+    "trackio": {"log/to_trackio.py"},
 }
 QUESTION_WORDS = {"What", "Whether", "How", "Where", "Why", "Which"}
 """First words of sentences that describe by a question; a verb or a noun says it plainly."""

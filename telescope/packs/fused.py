@@ -37,6 +37,7 @@ from telescope.train.loop import (
     token_loss,
 )
 from telescope.train.optim import schedule
+from telescope.train.rows import Rows, rows_of
 
 AGREEMENT = 0.05
 """Largest relative difference of loss or gradients between a stacked and a single model: far above
@@ -57,6 +58,7 @@ class Member:
     train: TrainConfig
     checkpoints: Checkpoints | None
     position: Position
+    rows: Rows
 
 
 def train_pack(config: TrialConfig, trials: Sequence[Trial]) -> Iterator[Result]:
@@ -124,7 +126,8 @@ class Pack:
             self.stack = stack_of(setup, size)
         self.stack.load(len(self.members), *parts)
         position.seconds += time.perf_counter() - start
-        self.members.append(Member(trial, setup.batches, setup.train, checkpoints, position))
+        rows = rows_of(self._config, trial)
+        self.members.append(Member(trial, setup.batches, setup.train, checkpoints, position, rows))
 
     def step(self) -> list[Result]:
         """Take every trial's next step; return the results of trials known to have ended."""
@@ -200,6 +203,7 @@ class Pack:
                 for loss in own
             )
             reasons.append(next(filter(None, notes), ""))
+            member.rows.update(member.position.curve)
         return reasons
 
     @torch.no_grad()

@@ -53,6 +53,7 @@ from telescope.spec.tables import (
     ComputeTable,
     CostTable,
     LadderTable,
+    LogTable,
     ModelTable,
     Table,
     TargetTable,
@@ -90,6 +91,7 @@ class Spec(Table):
     variants: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
     """Name → the keys that it replaces; see `every_variant`."""
     frontier: FrontierTable | None = None
+    log: LogTable = LogTable()
 
     _model_source: tuple[str, str] | None = pydantic.PrivateAttr(default=None)
     _variants: dict[str, Spec] = pydantic.PrivateAttr(default_factory=dict)
@@ -416,6 +418,8 @@ class Spec(Table):
         # A written default would count as stated when it is read again, `rule` above all.
         unused = {"optimizer", *OWN_TABLES} if self.trainer else {"optimizer"}
         mute = {*NO_PART, *(unused - self.model_fields_set if self.model is None else ())}
+        if not self.log.to:  # versions without the table read the record too
+            mute.add("log")
         return self.model_dump(mode="json", exclude_none=True, exclude=mute)
 
     def strict_fields(self, corpus_digest: str) -> dict[str, Any]:
@@ -668,4 +672,5 @@ _TABLES: dict[str, Any] = {
     "frontier.muon": OptimizerTable,
     "frontier.adamw": OptimizerTable,
     "frontier.devices": DevicesTable,
+    "log": LogTable,
 }

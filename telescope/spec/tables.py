@@ -205,6 +205,19 @@ class BudgetTable(Table):
     adaptive policy stops there."""
 
 
+class LogTable(Table):
+    """Table ``[log]``: experiment trackers; not part of the fingerprint."""
+
+    to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that get a run per trial while it trains, and the answer at the end."""
+
+    @pydantic.model_validator(mode="after")
+    @all_faults()
+    def _check(self) -> Self:
+        require(len(set(self.to)) == len(self.to), "to", list(self.to), "trackers, each once")
+        return self
+
+
 class ModelTable(pydantic.BaseModel):
     """Table ``[model]``: a file, and keyword arguments of its `build`."""
 

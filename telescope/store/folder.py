@@ -13,6 +13,9 @@ It uses only the standard library, because `status` and `ls` read it and must st
         logs/          the output of each trial of a foreign trainer
         trials/        a folder per trial, where a foreign trainer asks for it
         checkpoints/   checkpoints of running trials, where the spec asks for them
+        rows/          rows of running trials' curves, where the spec names trackers
+        trackers/      log and ledger of each tracker
+        tensorboard/   TensorBoard's event files
         loss.png       optimum against width, and excess loss per width with the fit
         report.html    the page that `telescope report` writes
         coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure
@@ -125,6 +128,11 @@ class Folder:
     def logs(self) -> Path:
         """The folder with the output of a foreign trainer's trials."""
         return self.path / "logs"
+
+    @property
+    def rows(self) -> Path:
+        """The folder with the rows of running trials; there only while trackers follow them."""
+        return self.path / "rows"
 
     @property
     def trial_folders(self) -> Path:

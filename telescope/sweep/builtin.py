@@ -147,8 +147,9 @@ class BuiltIn(Trainable):
         """The trainer of muP models, alone and in packs, with its checkpoints in the folder."""
         from telescope.packs.trainer import PackedTrainer
 
-        kept = str(results.checkpoints.absolute())
-        return PackedTrainer(replace(self.trial_config, checkpoint_folder=kept))
+        kept, rows = str(results.checkpoints.absolute()), str(results.rows.absolute())
+        config = replace(self.trial_config, checkpoint_folder=kept, row_folder=rows)
+        return PackedTrainer(config)
 
     @property
     def timeout(self) -> float:

@@ -21,6 +21,7 @@ from telescope.ladder.ladder import Ladder, replay
 from telescope.records import Result, Status, Trial, TrialSource
 from telescope.report.live import Progress, Screen
 from telescope.store.folder import Folder
+from telescope.sweep.tracking import SweepLog
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Recorder(TrialSource):
     started: float = field(default_factory=time.monotonic)
     unpacked: set[str] = field(default_factory=set)
     """Reasons for packs smaller than asked for that have been shown already."""
+    log: SweepLog | None = None
+    """The trackers, if there may be any."""
     costs: tuple[float, float] | None = None
     """The least and the most that the plan says all trials can cost, in the ladder's unit."""
 
@@ -68,6 +71,8 @@ class Recorder(TrialSource):
     def on_start(self, trial: Trial) -> None:
         """Note that a worker has taken a trial."""
         self.running.add(trial)
+        if self.log:
+            self.log.started(trial)
         self.screen.update(self.beat("running"))
 
     def tell(self, *results: Result) -> None:
@@ -92,6 +97,8 @@ class Recorder(TrialSource):
     def _tell(self, result: Result) -> None:
         """Let the ladder decide, and show what it does."""
         self.running.discard(result.trial)
+        if self.log:
+            self.log.ended(result)
         self.known.append(result)
         self._note_seconds(result)
         if not self.ladder.counts(result.trial):

@@ -33,6 +33,7 @@ from telescope.sweep.machine import (
 from telescope.sweep.prepare import prepare
 from telescope.sweep.recorder import Recorder, ended, given_record
 from telescope.sweep.runnable import Outside, Runnable, Trainable
+from telescope.sweep.tracking import SweepLog, trackers
 from telescope.sweep.versions import versions
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def run(
         )
     if options.dispatcher == "workers" and options.ray_address:
         raise SpecError("--ray-address: is for --dispatcher ray; workers join by the database")
+    trackers(spec)
     sweep = prepare(spec)
     sweep.check_inputs(is_cluster=is_cluster)
     if refusal := sweep.over_budget:
@@ -124,8 +126,16 @@ def run(
         with dispatcher(late, sweep, folder, options, at_once, screen, lent=lent) as dispatch:
             if dispatch:
                 dispatch(late, sweep.make_trainer(folder))
-        _draw(late.recorder, spec)
-        return _finished(late.recorder, sweep)
+        return _answer(late.recorder, sweep)
+
+
+def _answer(recorder: Recorder, sweep: Runnable) -> Finished:
+    """Draw the figures, and give the answer to the trackers too."""
+    _draw(recorder, sweep.spec)
+    finished = _finished(recorder, sweep)
+    if recorder.log:
+        recorder.log.summarise(finished)
+    return finished
 
 
 def _at_once(spec: Spec, options: Options) -> dict[int, int]:
@@ -164,6 +174,7 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
         RefusedError, ResumeError, StoreError: as `run`.
     """
     assert spec.cost is not None
+    trackers(spec)
     told, folder = Outside(spec, spec.cost), Folder(results / spec.name)
     if refusal := told.over_budget:
         raise RefusedError(f"{spec.name}: {refusal}")
@@ -175,7 +186,7 @@ def recorded(spec: Spec, results: Path) -> Iterator[Recorder]:
         start.recording() as recorder,
     ):
         yield recorder
-        _draw(recorder, spec)
+        _answer(recorder, told)
 
 
 def _draw(recorder: Recorder, spec: Spec) -> None:
@@ -280,6 +291,7 @@ class _Opening:
         write_verdict = self.verdict.settle()
         with closing(self.kept) as store:
             recorder = self._replayed(store, write_verdict)
+            recorder.log = log = self._log(recorder.known)
             try:
                 if self.sweep.prints_steps:
                     self.screen.watch(recorder.latest)
@@ -288,9 +300,16 @@ class _Opening:
             except BaseException:
                 with suppress(OSError):  # a full disk, say, which is being reported already
                     recorder.leave("interrupted")
+                log.close(is_interrupted=True)
                 raise
             ended = "finished" if recorder.ladder.is_finished else "interrupted"
             recorder.leave("stuck" if recorder.ladder.stuck else ended)
+            log.close()
+
+    def _log(self, known: Sequence[Result]) -> SweepLog:
+        """Start the trackers, which get what is stored if they have not got it yet."""
+        screen = self.screen
+        return SweepLog(self.sweep.spec, self.folder, known, say=screen.note, wait=screen.phase)
 
     def _replayed(self, store: Kept, write_verdict: Callable[[], object]) -> Recorder:
         """The ladder with all that is stored, and the folder as the sweep's."""

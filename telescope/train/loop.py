@@ -22,6 +22,7 @@ from telescope.rules.scaling import Tag
 from telescope.train.checkpoint import Position, checkpoints_of
 from telescope.train.model import blamed_on, build_model
 from telescope.train.optim import build_optimizers, schedule, set_lr
+from telescope.train.rows import rows_of
 
 DIVERGED_ABOVE = 2.0
 """Multiple of the first batch loss above which a trial has diverged. Assumption: a zero readout
@@ -66,6 +67,7 @@ def train(config: TrialConfig, trial: Trial) -> Result:
     parts = (setup.model, setup.optimizers, setup.device)
     position = checkpoints.restore(*parts) if checkpoints else Position()
     start -= position.seconds
+    rows = rows_of(config, trial)
     steps, read_every, reason = setup.train.steps, reads_every(setup.device), ""
     unread: list[Tensor] = []
     for step in range(position.step, steps):
@@ -79,6 +81,7 @@ def train(config: TrialConfig, trial: Trial) -> Result:
         if is_row and not reason:
             row = replace(position.curve[-1], diagnostics=diagnostics_of(config, setup.model))
             position.curve[-1] = row
+        rows.update(position.curve)
         if reason:
             break
         # The last step needs no checkpoint.
