@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # What is imported first is compiled then, and for all processes after: tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-slow test-formats types pytest docs dist clean
+.PHONY: quickstart test test-slow test-formats test-trackers types pytest docs dist clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/telescope run quickstart
@@ -34,6 +34,11 @@ test-slow: $(VENV)/installed-test
 # reason: pip install optax jax transformers accelerate deepspeed torchtitan megatron-core "lm-eval[hf]"
 test-formats: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m formats tests/test_formats.py
+
+# Trackers' own libraries, offline. Those that are not installed are skipped, with the reason:
+# pip install wandb mlflow-skinny trackio
+test-trackers: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m trackers tests/test_trackers.py
 
 # The site, in build/site/index.html. A link or a name that leads nowhere is an error.
 docs: $(VENV)/installed-docs

@@ -25,6 +25,7 @@ from telescope.spec.tables import (
     BudgetTable,
     ComputeTable,
     LadderTable,
+    LogTable,
     ModelTable,
     TargetTable,
 )
@@ -329,6 +330,7 @@ def test_the_starter_explains_every_key() -> None:
         "data": {field.name for field in fields(DataConfig)},
         "compute": set(ComputeTable.model_fields),
         "budget": set(BudgetTable.model_fields),
+        "log": set(LogTable.model_fields),
     }
     expected = {f"{table}.{key}" for table, keys in tables.items() for key in keys} | {"name"}
     assert expected <= seen
