@@ -23,8 +23,7 @@ from commands import output, telescope
 from conftest import ROOT, as_toml, attempt, tiny_spec
 from foreign_specs import foreign_spec
 from rich.console import Console
-from test_launch import OWN_WARNING
-from test_launch_foreign import COMMAND, TRAINER
+from tracked import AXES, PAPER, SPOILT, read_events, run_logged
 
 from telescope import Spec
 from telescope.errors import SpecError
@@ -39,13 +38,6 @@ from telescope.report.live import PlainScreen
 from telescope.store.folder import Folder
 from telescope.sweep.prepare import prepare
 from telescope.sweep.run import Options, run
-
-PAPER = {"policy": "paper"}
-AXES = {"lr": {"low": 0.01, "high": 1.0, "points": 3}}
-SPOILT = """
-if lr < 0.02:
-    print(json.dumps({"status": "diverged", "reason": "too slow"})); sys.exit()
-"""
 
 
 @pytest.fixture
@@ -68,28 +60,17 @@ def calls(file: Path, call: str = "") -> list[dict[str, Any]]:
     return [one for one in found if call in ("", one["call"])]
 
 
-class Lines:
-    """A stream that keeps what is printed."""
+OWN_WARNING = "ignore:.use_.* is deprecated"
+"""Of Ray, about its own defaults."""
+COMMAND = ["{python}", "train.py", "{width}", "{lr}", "{weight_decay}", "{steps}"]
 
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        return
-
-
-def run_logged(place: Path, **tables: Any) -> tuple[Any, str]:
-    """Run a bowl with the stand-in as its tracker; return the sweep and what was printed."""
-    few = {"log": {"to": ["wandb"]}, "ladder": PAPER, "axes": AXES}
-    spec = Spec.from_dict(bowl_spec(place, **{**few, **tables}))
-    printed = Lines()
-    screen = PlainScreen(Console(file=printed, width=200))  # type: ignore[arg-type]
-    options = Options(place / "results", dispatcher="inline")
-    return run(spec, options, lambda: screen), printed.text
+TRAINER = """
+import json, sys
+width, lr, decay, steps = sys.argv[1:]
+for step in range(int(steps)):
+    print(json.dumps({"step": step + 1, "train_loss": 3 - step / int(steps)}), flush=True)
+print(json.dumps({"loss": 1 + abs(float(lr) - 0.04) + 1 / int(width), "step": int(steps)}))
+"""
 
 
 def is_running(place: Path) -> bool:
@@ -609,30 +590,6 @@ def test_the_ledger_outlives_kills_and_stays_small(tmp_path: Path) -> None:
 
 
 # TensorBoard, and the target run.
-
-
-def read_events(folder: Path) -> dict[str, Any]:
-    """Run's folder → tag → [(step, value)], or a text, read by TensorBoard itself."""
-    reason = "reads event files back; pip install tensorboard"
-    events = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason=reason
-    )
-    found: dict[str, Any] = {}
-    for place in {path.parent for path in folder.rglob("events.*")}:
-        read = events.EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0})
-        read.Reload()
-        tags: dict[str, Any] = {
-            tag: [(event.step, event.value) for event in read.Scalars(tag)]
-            for tag in read.Tags()["scalars"]
-        }
-        for tag in read.Tags()["tensors"]:
-            (*_, last) = read.Tensors(tag)
-            text = last.tensor_proto.string_val[0].decode()
-            tags[tag.removesuffix("/text_summary")] = text
-        tags["images"] = read.Tags()["images"]
-        tags["plugins"] = set(read.summary_metadata)
-        found[place.relative_to(folder).as_posix()] = tags
-    return found
 
 
 def test_tensorboard_reads_every_curve_the_losses_and_the_answer(tmp_path: Path) -> None:

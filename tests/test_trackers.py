@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from bowls import BOWL, bowl_spec
 from rich.console import Console
-from test_log import AXES, PAPER, SPOILT, read_events, run_logged
+from tracked import AXES, PAPER, SPOILT, read_events, run_logged
 
 from telescope import Spec
 from telescope.log import sending
