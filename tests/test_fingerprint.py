@@ -62,6 +62,7 @@ MAY_DIFFER = {
     "compute.device": "where trials run: it may round otherwise",
     "compute.flop_rate": "what a plan says of time",
     "budget.max_over_target": "when to stop",
+    "log.to": "who is told of the trials",
 }
 BESIDE_A_TRAINER = {
     # table or field of a sweep that another program trains: the reason, as above
@@ -113,6 +114,7 @@ SHARED: dict[str, Any] = {
     "compute.device": "cpu",
     "compute.flop_rate": 1e9,
     "budget.max_over_target": 50.0,
+    "log.to": ["wandb"],
 }
 OWN: dict[str, Any] = {
     # field of a sweep of telescope's own trainer: another value
