@@ -652,11 +652,11 @@ def test_a_target_run_of_ours_is_logged_with_its_speed(
     assert telescope(*run_it, cwd=tmp_path).returncode == 0
     output(tmp_path, "launch", "tiny", "--unproven")
     ids = {call["name"]: call["run"] for call in calls(fake, "init")}
-    rows = [call for call in calls(fake, "log") if call["run"] == ids["width-64-steps-6"]]
+    rows = [call for call in calls(fake, "log") if call["run"] == ids["width-64"]]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert {"train_loss", "tokens_per_second", "lr"} <= rows[0]["data"].keys()
     ends = {call["run"]: call for call in calls(fake, "finish")}
-    assert ends[ids["width-64-steps-6"]]["summary"]["loss"] == rows[-1]["data"]["held_out_loss"]
+    assert ends[ids["width-64"]]["summary"]["loss"] == rows[-1]["data"]["held_out_loss"]
 
 
 @pytest.mark.ray
