@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
@@ -37,11 +36,11 @@ def packer_of(trainer: bytes, timeout: float, pack: PackSize) -> Packer:
 def serve(url: str, sweep: str, logs: str, lease: float, trainer: Any) -> None:
     """One worker, from the announcement of its sweep to the sweep's end."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    worker.SIGNAL_GRACE = 0.05
+    worker.SIGNAL_GRACE, worker.START_METHOD = 0.05, "fork"
     with suppress(KeyboardInterrupt), closing(Worker(url, sweep, this_worker())) as board:
         while board.sweep() is None:
             time.sleep(0.02)
-        trainee = Trainee(trainer, Path(logs), multiprocessing.get_context("fork"))
+        trainee = Trainee(trainer, Path(logs))
         Joined(sweep, board, trainee, lease=lease, patience=60).work()
 
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from telescope.dispatch.joining.board import LEASE
 from telescope.dispatch.packing import Packer
 from telescope.dispatch.process import ended_if_hung
 from telescope.errors import SpecError
@@ -26,7 +25,7 @@ OWN_PACKAGES = ("telescope", "torch", "mup", "numpy")
 """Packages whose versions change losses of the built-in trainer."""
 
 
-def announcement(sweep: Trainable, folder: Folder, *, lease: float = LEASE) -> str:
+def announcement(sweep: Trainable, folder: Folder, *, lease: float) -> str:
     """Return the JSON from which workers train a sweep's trials.
 
     Args:

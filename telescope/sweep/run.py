@@ -461,6 +461,7 @@ def _joining(
 
     It is called where there is nothing to train too: workers of an earlier run may be waiting.
     """
+    from telescope.dispatch.joining import board as joining
     from telescope.dispatch.joining.driver import run_joining
     from telescope.store.board import Driver
     from telescope.store.database import sqlite_url, without_password
@@ -479,9 +480,10 @@ def _joining(
         joined = partial(
             run_joining,
             board=board,
-            record=announcement(sweep, folder),
+            record=announcement(sweep, folder, lease=joining.LEASE),
             packs=packs,
             workers=max(at_once.values()),
+            lease=joining.LEASE,
             note=screen.note,
         )
         yield lambda source, _trainer: joined(source)

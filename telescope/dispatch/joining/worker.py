@@ -41,6 +41,8 @@ SIGNAL_GRACE = 0.5
 a job, and what it ends is given back, not failed."""
 END_SECONDS = 0.5
 """Seconds for an idle process to end by itself, before it is killed."""
+START_METHOD = "spawn"
+"""multiprocessing's; the process that trains must not inherit the database's connection."""
 Prepare = Callable[[], Packer]
 """Makes what trains, in the process that trains; picklable."""
 
@@ -51,13 +53,12 @@ class Trainee:
     Args:
         prepare: makes what trains.
         logs: folder for each trial's output as ``TRIAL.log``.
-        context: the start method; another process must not inherit the database's connection.
     """
 
-    def __init__(self, prepare: Prepare, logs: Path, context: Any = None) -> None:
+    def __init__(self, prepare: Prepare, logs: Path) -> None:
         """Start no process yet."""
         self._prepare, self._logs = prepare, logs
-        self._context = context or multiprocessing.get_context("spawn")
+        self._context: Any = multiprocessing.get_context(START_METHOD)
         self._process: Any = None
         self._connection: Connection | None = None
 
