@@ -28,6 +28,7 @@ from telescope import Spec
 from telescope.dispatch.joining import board as joining
 from telescope.dispatch.joining import driver, worker
 from telescope.dispatch.queue import Queue
+from telescope.errors import TelescopeError
 from telescope.files import write_atomic
 from telescope.records import CurvePoint, Result, Status, Trial
 from telescope.store.database import sqlite_url
@@ -37,6 +38,8 @@ from telescope.train import loop
 
 LEASE = 2.0
 NAME = "tiny"
+REFUSED = "refused.txt"
+"""The file with the error that has ended a worker."""
 
 
 def drive(place: Path, storage: str | None) -> None:
@@ -55,12 +58,12 @@ def drive(place: Path, storage: str | None) -> None:
         run(Spec.from_dict(spec_of(place)), options, quiet)
 
 
-def serve(place: Path, storage: str | None) -> None:
-    """One `telescope worker`, with a fast trainer."""
+def serve(place: Path, storage: str | None, seconds: float = 0.05) -> None:
+    """One `telescope worker`, with a trainer that takes some seconds."""
 
     def fast(config: Any, trial: Trial) -> Result:
         log_start(place, trial)
-        time.sleep(0.05)
+        time.sleep(seconds)
         curve = (CurvePoint(2, 3.25, None), CurvePoint(4, 3.0, formula(trial)))
         return Result(trial, Status.COMPLETE, loss=formula(trial), flops=1.5e9, curve=curve)
 
@@ -72,7 +75,10 @@ def serve(place: Path, storage: str | None) -> None:
         suppress(KeyboardInterrupt),
     ):
         url = storage or sqlite_url(place / "results" / NAME)
-        join(NAME, url, place / "results", patience=120, note=lambda line: None)
+        try:
+            join(NAME, url, place / "results", patience=120, note=lambda line: None)
+        except TelescopeError as error:
+            (place / REFUSED).write_text(str(error))
 
 
 @dataclass
@@ -131,7 +137,8 @@ class Sight:
 
     def stored(self, connection: sqlalchemy.Connection) -> list[str]:
         """The stored trials, without this program's code."""
-        if not sqlalchemy.inspect(connection).has_table("trial_user_attributes"):
+        tables = sqlalchemy.inspect(connection).get_table_names()
+        if not {"trial_user_attributes", "trial_params"} <= set(tables):  # they are being made
             return []
         query = sqlalchemy.text(
             "SELECT a.trial_id, a.value_json, p.param_name, p.param_value "
@@ -181,6 +188,12 @@ class Cast:
         finish(process)
         self.workers[number] = start(serve, *self._arguments)
         return "worker"
+
+    def revive(self) -> None:
+        """Replace workers that have given up: what trained was killed again and again."""
+        for number, process in enumerate(self.workers):
+            if process.exitcode is not None:
+                self.workers[number] = start(serve, *self._arguments)
 
     def end(self) -> None:
         """End what is left."""
@@ -232,6 +245,7 @@ def kill_at_random(
                 if cast.driver.exitcode is not None:
                     assert cast.driver.exitcode == 0, cast.driver.exitcode
                     break
+                cast.revive()
                 victim = cast.kill(moments)
                 sight.look(tally)
                 tally.kills += 1

@@ -126,6 +126,9 @@ class _Board:
 class Driver(_Board, DriverBoard):
     """The driver's side."""
 
+    _token = ""
+    """What tells this driver from others; empty until it begins."""
+
     def begin(self, record: str) -> list[Row]:
         """See `DriverBoard.begin`; creates the tables if needed."""
         self._token = secrets.token_hex(16)
@@ -359,6 +362,15 @@ class Worker(_Board, WorkerBoard):
         self._do(work, patience=LEAVE_SECONDS)
 
 
+def check_shareable(url: str) -> None:
+    """Check that workers can share a storage, as far as its URL says; nothing is opened.
+
+    Raises:
+        SpecError: they cannot.
+    """
+    _engine(url).dispose()
+
+
 def _engine(url: str) -> Engine:
     """Return SQLAlchemy's engine, whose transactions on SQLite lock the file at once.
 
@@ -369,7 +381,8 @@ def _engine(url: str) -> Engine:
     try:
         parsed, options = sqlalchemy.make_url(url), engine_options(url)
         kind = parsed.get_backend_name()
-        if kind == "postgresql" and "connect_timeout" not in parsed.query:
+        is_libpq = parsed.get_driver_name().startswith("psycopg")
+        if is_libpq and "connect_timeout" not in parsed.query:
             waits = {"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": 30_000}
             options |= {"connect_args": waits}
         engine = sqlalchemy.create_engine(url, **options)
@@ -379,9 +392,9 @@ def _engine(url: str) -> Engine:
         ) from error
     if kind == "postgresql":
         return engine
-    if kind != "sqlite" or not parsed.database or parsed.database == ":memory:":
+    if kind != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise SpecError(f"--storage {name}: must be PostgreSQL, or an SQLite file, for workers")
-    if shared := network_file_system(Path(parsed.database)):
+    if shared := network_file_system(Path(str(parsed.database))):
         raise SpecError(
             f"--storage {name}: is on a network file system ({shared}), whose locks SQLite cannot "
             "rely on: two workers could take one trial; use PostgreSQL, or, with all workers on "

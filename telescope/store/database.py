@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def without_password(url: str) -> str:
     """Return a storage URL without its password, fit to be shown and stored."""
     try:
         full = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        return url  # not a URL, so without a password
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # no URL, but somebody meant one
+        return re.sub(r"(//[^:/@]*):[^@]*@", r"\1@", url)
     # `set(password=None)` would ignore the None and leave the password in.
     query = {key: value for key, value in full.query.items() if "pass" not in key.lower()}
     bare = sqlalchemy.URL.create(

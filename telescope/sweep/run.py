@@ -102,9 +102,10 @@ def run(
         raise SpecError(
             "--accept-trainer: is for the script or function of [trainer]; this spec has none"
         )
-    if options.dispatcher == "workers" and options.ray_address:
-        raise SpecError("--ray-address: is for --dispatcher ray; workers join by the database")
     trackers(spec)
+    folder = Folder(options.results / spec.name)
+    if options.dispatcher == "workers":
+        _check_joining(options, folder)
     sweep = prepare(spec)
     sweep.check_inputs(is_cluster=is_cluster)
     if refusal := sweep.over_budget:
@@ -114,7 +115,6 @@ def run(
         check_this_machine(spec)
         check_compiler(spec)
     check_numbered_device(spec)
-    folder = Folder(options.results / spec.name)
     with (
         told_what_to_mend(folder),
         folder.held(),
@@ -448,6 +448,26 @@ def dispatcher(
         yield partial(run_ray, session=lent.session, timeout=sweep.timeout, packs=packs, logs=logs)
 
 
+def _check_joining(options: Options, folder: Folder) -> None:
+    """Check early that workers can join.
+
+    Raises:
+        SpecError: an option is of another dispatcher, or workers cannot share the storage.
+    """
+    from telescope.store.board import check_shareable
+
+    if options.ray_address:
+        raise SpecError("--ray-address: is for --dispatcher ray; workers join by the database")
+    check_shareable(_shared_storage(options, folder))
+
+
+def _shared_storage(options: Options, folder: Folder) -> str:
+    """Return the URL of the database by which workers join."""
+    from telescope.store.database import sqlite_url
+
+    return _chosen_storage(folder, options.storage) or sqlite_url(folder.path)
+
+
 @contextmanager
 def _joining(
     source: Noting,
@@ -464,12 +484,10 @@ def _joining(
     from telescope.dispatch.joining import board as joining
     from telescope.dispatch.joining.driver import run_joining
     from telescope.store.board import Driver
-    from telescope.store.database import sqlite_url, without_password
+    from telescope.store.database import without_password
     from telescope.sweep.announcing import announcement
 
-    source.ask()  # begins the sweep: its folder says where the database is
-    kept: str | None = folder.read_spec()["storage"]
-    url = options.storage or kept or sqlite_url(folder.path)
+    url = _shared_storage(options, folder)
     packs = Packs(sweep.pack_size(is_cluster=True), lines=folder.packs(), note=source.note_pack)
     if source.ask():
         screen.note(

@@ -39,6 +39,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 SIGNAL_GRACE = 0.5
 """Seconds for which a failure waits for a signal: a batch system sends SIGTERM to all processes of
 a job, and what it ends is given back, not failed."""
+START_TRIES = 3
+"""Tries to start the process that trains, which may be killed for its memory as it begins."""
 END_SECONDS = 0.5
 """Seconds for an idle process to end by itself, before it is killed."""
 START_METHOD = "spawn"
@@ -70,6 +72,20 @@ class Trainee:
         """
         if self._process is not None and self._process.is_alive():
             return
+        for _ in range(START_TRIES):
+            said = self._begin(beat, every)
+            if isinstance(said, TelescopeError):
+                raise said
+            if said is not None:
+                return
+        code = self._process.exitcode
+        raise LostError(
+            f"the process that trains has ended {START_TRIES} times before its first trial "
+            f"({_end(code)})"
+        )
+
+    def _begin(self, beat: Callable[[], None], every: float) -> Any:
+        """Start the process; return its first word, or None if it has died."""
         ours, theirs = self._context.Pipe()
         self._process = self._context.Process(
             target=_train_orders, args=(theirs, self._prepare, str(self._logs)), daemon=False
@@ -77,12 +93,7 @@ class Trainee:
         self._process.start()
         theirs.close()
         self._connection = ours
-        said = self._hear(beat, every)
-        if said is None:
-            code = self._process.exitcode
-            raise LostError(f"the process that trains ended before its first trial ({_end(code)})")
-        if isinstance(said, TelescopeError):
-            raise said
+        return self._hear(beat, every)
 
     def carry_out(self, order: Order, beat: Callable[[], None], every: float) -> Done | Limit | str:
         """Have an order carried out; show the beat meanwhile.
