@@ -106,6 +106,14 @@ def memory_folder(otherwise: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def numbered(folder: Path) -> Iterator[Path]:
+    """Make one empty folder after the other."""
+    for number in itertools.count():
+        place = folder / f"place-{number}"
+        place.mkdir()
+        yield place
+
+
 @cache
 def server() -> Any:
     """Start the server that forks processes: everything imported, one thread, no sweep run yet."""

@@ -37,9 +37,13 @@ from telescope.sweep.run import Options, run
 from telescope.train import loop
 
 LEASE = 2.0
-NAME = "tiny"
 REFUSED = "refused.txt"
 """The file with the error that has ended a worker."""
+
+
+def name_of(place: Path, storage: str | None) -> str:
+    """The sweep's name: another one for each place, where a server holds them all."""
+    return "tiny" if storage is None else f"{place.parent.name}-{place.name}"
 
 
 def drive(place: Path, storage: str | None) -> None:
@@ -55,7 +59,8 @@ def drive(place: Path, storage: str | None) -> None:
         patch.object(driver, "Queue", partial(Queue, retries=1000)),
         patch("telescope.report.figures.write_loss_figure", scribble),
     ):
-        run(Spec.from_dict(spec_of(place)), options, quiet)
+        spec = spec_of(place, name=name_of(place, storage))
+        run(Spec.from_dict(spec), options, quiet)
 
 
 def serve(place: Path, storage: str | None, seconds: float = 0.05) -> None:
@@ -74,9 +79,9 @@ def serve(place: Path, storage: str | None, seconds: float = 0.05) -> None:
         patch.object(worker, "START_METHOD", "fork"),
         suppress(KeyboardInterrupt),
     ):
-        url = storage or sqlite_url(place / "results" / NAME)
+        name, results = name_of(place, storage), place / "results"
         try:
-            join(NAME, url, place / "results", patience=120, note=lambda line: None)
+            join(name, storage, results, patience=120, note=lambda line: None)
         except TelescopeError as error:
             (place / REFUSED).write_text(str(error))
 
@@ -104,7 +109,9 @@ class Kills:
 class Sight:
     """Looks at one sweep's database and starts while it runs."""
 
-    def __init__(self, place: Path, url: str) -> None:
+    def __init__(self, place: Path, storage: str | None) -> None:
+        self._name = name_of(place, storage)
+        url = storage or sqlite_url(place / "results" / self._name)
         self._log, self._engine = place / STARTS, sqlalchemy.create_engine(url)
         self._known, self._starts = set[str](), 0
 
@@ -132,7 +139,7 @@ class Sight:
         query = sqlalchemy.text(
             "SELECT content FROM telescope_orders WHERE state = 'done' AND sweep = :name"
         )
-        orders = connection.scalars(query, {"name": NAME})
+        orders = connection.scalars(query, {"name": self._name})
         return {str(Trial.from_dict(t)) for order in orders for t in json.loads(order)["trials"]}
 
     def stored(self, connection: sqlalchemy.Connection) -> list[str]:
@@ -143,11 +150,14 @@ class Sight:
         query = sqlalchemy.text(
             "SELECT a.trial_id, a.value_json, p.param_name, p.param_value "
             "FROM trial_user_attributes a JOIN trial_params p ON p.trial_id = a.trial_id "
-            "WHERE a.key = 'run'"
+            "JOIN trials t ON t.trial_id = a.trial_id JOIN studies s ON s.study_id = t.study_id "
+            "WHERE a.key = 'run' AND s.study_name LIKE :studies"
         )
         params: dict[int, dict[str, float]] = {}
         runs: dict[int, dict[str, Any]] = {}
-        for number, run_facts, name, value in connection.execute(query):
+        for number, run_facts, name, value in connection.execute(
+            query, {"studies": f"{self._name}/%"}
+        ):
             params.setdefault(number, {})[name] = value
             runs[number] = json.loads(run_facts)
         names = [
@@ -233,10 +243,9 @@ def kill_at_random(
     moments, tally, done = random.Random(seed), Kills(), []
     while tally.kills < kills:
         place = next(places)
-        url = storage or sqlite_url(place / "results" / NAME)
         tally.sweeps += 1
         with ExitStack() as stack:
-            sight = stack.enter_context(closing(Sight(place, url)))
+            sight = stack.enter_context(closing(Sight(place, storage)))
             cast = Cast(place, storage, workers)
             stack.callback(cast.end)
             patience = seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -16,7 +15,17 @@ from typing import Any
 import pytest
 from boards import Boards, order_of
 from commands import telescope
-from faults import STARTS, answers, finish, memory_folder, run_fast, spec_of, start, stored
+from faults import (
+    STARTS,
+    answers,
+    finish,
+    memory_folder,
+    numbered,
+    run_fast,
+    spec_of,
+    start,
+    stored,
+)
 from kills import REFUSED, drive, kill_at_random, serve
 from stages import Recorded
 
@@ -45,14 +54,8 @@ from telescope.sweep.prepare import prepare
 
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[Iterator[Path]]:
-    def fresh(folder: Path) -> Iterator[Path]:
-        for number in itertools.count():
-            place = folder / f"place-{number}"
-            place.mkdir()
-            yield place
-
     with memory_folder(tmp_path) as folder:
-        yield fresh(folder)
+        yield numbered(folder)
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])

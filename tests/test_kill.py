@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from faults import (
     kill_at_random,
     kill_between_writes,
     memory_folder,
+    numbered,
     run_fast,
     start,
     stored,
@@ -31,14 +31,8 @@ ONE_STAGE = {
 
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[Iterator[Path]]:
-    def fresh(folder: Path) -> Iterator[Path]:
-        for number in itertools.count():
-            place = folder / f"place-{number}"
-            place.mkdir()
-            yield place
-
     with memory_folder(tmp_path) as folder:
-        yield fresh(folder)
+        yield numbered(folder)
 
 
 def undisturbed(place: Path, tables: dict[str, Any]) -> dict[str, Any]:

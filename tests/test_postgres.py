@@ -1,5 +1,7 @@
 """A sweep on a PostgreSQL server of its own: same answer, connection lost and back, no password.
 
+Workers that join by it are killed at random, and the server with them.
+
 The server runs in a temporary folder, on a port of loopback, as an unprivileged user.
 """
 
@@ -10,13 +12,27 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from boards import Boards
+from commands import telescope
 from conftest import quiet
-from faults import answers, formula, run_fast, spec_of
+from faults import (
+    STARTS,
+    answers,
+    finish,
+    formula,
+    memory_folder,
+    numbered,
+    run_fast,
+    spec_of,
+    start,
+)
+from kills import drive, kill_at_random, name_of, serve
 
 from telescope import Spec
 from telescope.answer.finished import open_result
@@ -201,3 +217,58 @@ def test_a_wrong_password_is_a_line_without_it(
     assert "not-the-secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (place / "results" / "wrong").exists()
+
+
+def test_the_board_of_workers_keeps_its_contract(server: Server, place: Path) -> None:
+    contract = (
+        Boards.no_order_is_taken_twice,
+        Boards.first_delivery_counts,
+        Boards.late_failure_is_refused,
+        Boards.given_back_keeps_its_place,
+        Boards.driver_comes_back,
+    )
+    for number, keep in enumerate(contract):
+        with Boards(server.url(), f"board-{number}") as boards:
+            keep(boards)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
+def test_workers_that_join_are_killed_at_random_moments(
+    server: Server, place: Path, kills: int, record_property: Callable[[str, object], None]
+) -> None:
+    elsewhere = place / "sqlite"
+    elsewhere.mkdir()
+    run_fast(elsewhere, {})
+    expected = comparable(elsewhere, "tiny")
+    with memory_folder(place) as folder:
+        tally, done = kill_at_random(numbered(folder), kills, seed=2, storage=server.url())
+        for path in done:
+            assert comparable(path, name_of(path, server.url())) == expected
+    assert not tally.lost
+    assert not tally.twice
+    record_property(
+        "kill -9 of driver, worker or trainer, workers that join by PostgreSQL", str(tally)
+    )
+
+
+def test_a_server_that_is_lost_and_back_loses_no_training(server: Server, place: Path) -> None:
+    driver, worker = start(drive, place, server.url()), start(serve, place, server.url(), 2.0)
+    deadline = time.monotonic() + 60
+    while not (place / STARTS).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    server.kill()
+    time.sleep(0.5)
+    server.start()
+    others = [start(serve, place, server.url()) for _ in range(2)]
+    for process in (driver, worker, *others):
+        assert finish(process) == 0
+    starts = (place / STARTS).read_text().splitlines()
+    assert len(starts) == len(set(starts)) == 9, "none was trained twice"
+
+
+def test_a_workers_wrong_password_is_a_line_without_it(server: Server, tmp_path: Path) -> None:
+    done = telescope("worker", "x", "--storage", server.url("not-the-secret"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "password authentication failed" in done.stderr
+    assert "not-the-secret" not in done.stderr
+    assert done.stderr.count("\n") == 1
