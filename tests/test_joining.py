@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from boards import Boards, order_of
 from commands import telescope
@@ -26,7 +27,7 @@ from faults import (
     start,
     stored,
 )
-from kills import REFUSED, drive, kill_at_random, serve
+from kills import REFUSED, children, drive, kill_at_random, serve
 from stages import Recorded
 
 from telescope import Spec
@@ -229,12 +230,17 @@ def test_texts_on_the_board_lose_nothing() -> None:
             assert back.results[0].curve == curve
 
 
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_worker_that_gets_sigterm_gives_its_trial_back_at_once(places: Iterator[Path]) -> None:
     place, whole = next(places), next(places)
     driver, worker = start(drive, place, None), start(serve, place, None, 600)
-    deadline = time.monotonic() + 60
-    while not (place / STARTS).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: (place / STARTS).exists())
     began = time.monotonic()
     assert worker.pid
     os.kill(worker.pid, signal.SIGTERM)
@@ -262,15 +268,36 @@ def test_a_worker_that_gets_sigterm_gives_its_trial_back_at_once(places: Iterato
     assert stored(place) == before
 
 
+def test_a_worker_that_is_paused_for_longer_than_its_lease_delivers_nothing_twice(
+    places: Iterator[Path],
+) -> None:
+    place, whole = next(places), next(places)
+    driver, paused = start(drive, place, None), start(serve, place, None, 0.5)
+    wait_for(lambda: (place / STARTS).exists())
+    stopped = [psutil.Process(paused.pid), *children(paused)]
+    for process in stopped:
+        process.suspend()
+    other = start(serve, place, None)
+    try:
+        wait_for(lambda: len((place / STARTS).read_text().splitlines()) == 10)
+    finally:
+        for process in stopped:
+            process.resume()
+    assert [finish(one) for one in (driver, other, paused)] == [0, 0, 0]
+    starts = Counter((place / STARTS).read_text().splitlines())
+    assert sorted(starts.values()) == [1] * 8 + [2], "the one that was paused"
+    run_fast(whole, {})
+    assert answers(place) == answers(whole)
+    stored(place)  # fails if one is stored twice
+
+
 def test_a_worker_of_another_corpus_is_refused_before_its_first_trial(
     places: Iterator[Path],
 ) -> None:
     place = next(places)
     driver = start(drive, place, None)
-    deadline = time.monotonic() + 60
     folder = Folder(place / "results" / "tiny")
-    while not folder.exists and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: folder.exists)
     (place / "corpus.txt").write_text("another text, which is no fox and no dog\n" * 200)
     assert finish(start(serve, place, None)) == 0
     driver.terminate()

@@ -209,20 +209,23 @@ class Driver(_Board, DriverBoard):
         )
         return str(self._do(lambda connection: connection.scalar(query)))
 
-    def lose(self, keys: Iterable[str], workers: Iterable[str]) -> None:
+    def lose(self, keys: Iterable[str], workers: Iterable[str]) -> set[str]:
         """See `DriverBoard.lose`."""
-        lost = (
+        taken = (
             ORDERS.c.sweep == self._sweep,
             ORDERS.c.key.in_(list(keys)),
             ORDERS.c.state == "taken",  # not those that have just been delivered
         )
         gone = (WORKERS.c.sweep == self._sweep, WORKERS.c.name.in_(list(workers)))
 
-        def work(connection: Connection) -> None:
-            connection.execute(ORDERS.update().where(*lost).values(state="lost"))
+        def work(connection: Connection) -> set[str]:
+            query = sqlalchemy.select(ORDERS.c.key).where(*taken).with_for_update()
+            lost = set(connection.scalars(query))
+            connection.execute(ORDERS.update().where(*taken).values(state="lost"))
             connection.execute(WORKERS.delete().where(*gone))
+            return lost
 
-        self._do(work)
+        return self._do(work)
 
     def remove(self, keys: Iterable[str]) -> None:
         """See `DriverBoard.remove`."""
@@ -255,7 +258,7 @@ class Worker(_Board, WorkerBoard):
     def __init__(self, url: str, sweep: str, worker: str, *, patience: float = PATIENCE) -> None:
         """Prepare the connection; nothing is opened yet."""
         super().__init__(url, sweep, patience=patience)
-        self._worker = worker
+        self._worker, self._has_tables = worker, False
         self._is_file, self._file = is_file(url), Path(self._engine.url.database or "")
 
     def sweep(self) -> Announced | None:
@@ -264,7 +267,8 @@ class Worker(_Board, WorkerBoard):
             return None
 
         def work(connection: Connection) -> Announced | None:
-            if not sqlalchemy.inspect(connection).has_table(SWEEPS.name):
+            self._has_tables = self._has_tables or _has_tables(connection)
+            if not self._has_tables:
                 return None
             columns = (SWEEPS.c.record, SWEEPS.c.state, SWEEPS.c.beat)
             query = sqlalchemy.select(*columns).where(SWEEPS.c.name == self._sweep)
@@ -353,13 +357,19 @@ class Worker(_Board, WorkerBoard):
         mine = (ORDERS.c.sweep == self._sweep, ORDERS.c.worker == self._worker)
 
         def work(connection: Connection) -> None:
-            if not sqlalchemy.inspect(connection).has_table(ORDERS.name):
+            if not _has_tables(connection):
                 return
             taken = ORDERS.update().where(*mine, ORDERS.c.state == "taken")
             connection.execute(taken.values(state="open"))
             connection.execute(WORKERS.delete().where(*me))
 
         self._do(work, patience=LEAVE_SECONDS)
+
+
+def _has_tables(connection: Connection) -> bool:
+    """Tell whether a driver has made the tables."""
+    there = sqlalchemy.inspect(connection).get_table_names()
+    return _TABLES.tables.keys() <= set(there)
 
 
 def check_shareable(url: str) -> None:

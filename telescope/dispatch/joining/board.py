@@ -97,8 +97,12 @@ class DriverBoard(Protocol):
         """Return what was delivered for an order."""
         ...
 
-    def lose(self, keys: Iterable[str], workers: Iterable[str]) -> None:
-        """Mark orders that are taken as lost, and remove workers."""
+    def lose(self, keys: Iterable[str], workers: Iterable[str]) -> set[str]:
+        """Mark orders as lost, but for those just delivered, and remove workers.
+
+        Returns:
+            The keys of the lost ones.
+        """
         ...
 
     def remove(self, keys: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from telescope.dispatch.joining.board import (
     BEATS,
@@ -26,7 +27,7 @@ from telescope.dispatch.joining.board import (
 from telescope.dispatch.packs import Done, Packs
 from telescope.dispatch.queue import Order, Queue
 from telescope.errors import TelescopeError
-from telescope.records import Status, TrialSource
+from telescope.records import Status, Trial, TrialSource
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 """Seconds between two looks at the board: the first while things happen, the last when idle."""
@@ -88,6 +89,7 @@ class _Driver:
         """Key → order, of all on the board that the queue knows of."""
         self._seen: dict[str, int] = {}
         """Key → lease, of the orders whose start has been told."""
+        self._answered: set[Trial] = set()
         self._watch = Watch(lease * LONGEST_LOOK)
         self._workers: int | None = None
         self._beaten = time.monotonic()
@@ -98,7 +100,8 @@ class _Driver:
         for row in self._board.begin(record):
             order = order_from_text(row.order)
             asked = [trial for trial in order.trials if self._queue.asks_for(trial)]
-            if order.look or (row.state == "lost" and not asked):
+            is_lost_pack = row.state == "lost" and len(order.trials) > 1
+            if order.look or is_lost_pack or (row.state == "lost" and not asked):
                 self._board.remove([row.key])
             elif asked:
                 self._orders[row.key] = order
@@ -156,6 +159,8 @@ class _Driver:
         order = self._orders.pop(row.key, None)
         trials = (order or order_from_text(row.order)).trials
         outcome = outcome_from_text(self._board.outcome(row.key), trials)
+        if isinstance(outcome, Done):
+            outcome = self._without_answered(outcome)
         if order is None:
             self._tell_unasked(outcome)
         elif isinstance(outcome, str):
@@ -164,6 +169,12 @@ class _Driver:
             self._queue.settle(order, outcome)
         self._seen.pop(row.key, None)
         self._board.remove([row.key])
+
+    def _without_answered(self, outcome: Done) -> Done:
+        """Return an outcome without trials of which another order has brought the result."""
+        results = tuple(r for r in outcome.results if r.trial not in self._answered)
+        self._answered.update(r.trial for r in results if r.status is not Status.FAILED)
+        return replace(outcome, results=results)
 
     def _tell_unasked(self, outcome: object) -> None:
         """Tell results that were asked for before the spec changed; they are evidence."""
@@ -179,11 +190,10 @@ class _Driver:
             if self._watch.silent(name) > self._lease
         }
         lost = [row for row in rows if row.state == "taken" and row.worker in silent]
-        if silent:
-            self._board.lose([row.key for row in lost], silent)
+        keys = self._board.lose([row.key for row in lost], silent) if silent else set()
         for row in lost:
             order = self._orders.get(row.key)
-            if order is None:
+            if order is None or row.key not in keys:
                 continue
             self._queue.lose(
                 order, f"worker {row.worker} has not been heard of for {self._lease:g} s"

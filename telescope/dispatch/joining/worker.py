@@ -275,7 +275,7 @@ class Joined:
             time.sleep(SIGNAL_GRACE)
         accepted = self._board.deliver(taken, outcome_as_text(outcome), only_mine=bool(has_failed))
         if not accepted:
-            self._note("another worker has delivered this first, after a pause here; not counted")
+            self._note("not counted: after a pause here, the trial was given to another worker")
         elif isinstance(outcome, Done):
             self.trained += len(outcome.results)
             self._show(outcome)
