@@ -127,7 +127,7 @@ class Driver(_Board, DriverBoard):
     """The driver's side."""
 
     _token = ""
-    """What tells this driver from others; empty until it begins."""
+    """Mark of this driver among others; empty until it begins."""
 
     def begin(self, record: str) -> list[Row]:
         """See `DriverBoard.begin`; creates the tables if needed."""
