@@ -137,10 +137,15 @@ class Sight:
         if not sqlalchemy.inspect(connection).has_table("telescope_orders"):
             return set()
         query = sqlalchemy.text(
-            "SELECT content FROM telescope_orders WHERE state = 'done' AND sweep = :name"
+            "SELECT outcome FROM telescope_orders WHERE state = 'done' AND sweep = :name"
         )
-        orders = connection.scalars(query, {"name": self._name})
-        return {str(Trial.from_dict(t)) for order in orders for t in json.loads(order)["trials"]}
+        # A failure is delivered too, and its trial is rightly tried again.
+        return {
+            str(Trial.from_dict(result))
+            for outcome in connection.scalars(query, {"name": self._name})
+            for result in json.loads(outcome).get("results", ())
+            if result["status"] != Status.FAILED
+        }
 
     def stored(self, connection: sqlalchemy.Connection) -> list[str]:
         """The stored trials, without this program's code."""
