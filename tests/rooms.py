@@ -10,6 +10,7 @@ ROOMS = {
     # room, bottom up: the other rooms that it may import, besides the ground
     "ladder": set[str](),
     "frontier": {"ladder"},
+    "scaling": set[str](),
     "rules": set[str](),
     "data": set[str](),
     "spec": {"data"},
@@ -24,17 +25,8 @@ ROOMS = {
     "target": {"rules", "data", "train", "export", "dispatch"},
     "log": {"dispatch", "foreign", "store"},
     "answer": {"ladder", "rules", "spec", "train", "transfer", "store", "target"},
-    "report": {"ladder", "frontier", "spec", "check", "transfer", "store", "target", "answer"},
-    "sweep": {
-        "ladder",
-        "frontier",
-        "rules",
-        "data",
-        "spec",
-        "train",
-        "check",
-        "transfer",
-        "dispatch",
-    }
-    | {"packs", "foreign", "store", "target", "answer", "report", "log"},
+    "report": {"ladder", "frontier", "scaling", "spec", "check", "transfer", "store", "target"}
+    | {"answer"},
+    "sweep": {"ladder", "frontier", "scaling", "rules", "data", "spec", "train", "check"}
+    | {"transfer", "dispatch", "packs", "foreign", "store", "target", "answer", "report", "log"},
 }

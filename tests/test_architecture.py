@@ -176,10 +176,11 @@ def test_training_needs_torch_numpy_and_mup_alone(room: str) -> None:
         assert at_import <= allowed, path
 
 
-def test_the_ladder_is_pure() -> None:
+@pytest.mark.parametrize("room", ["ladder", "scaling"])
+def test_what_decides_is_pure(room: str) -> None:
     impure = {"os", "time", "random", "pathlib", "io", "socket", "datetime", "subprocess"}
     allowed = {"numpy", "scipy", "telescope"} | set(sys.stdlib_module_names) - impure
-    for path in (PACKAGE / "ladder").rglob("*.py"):
+    for path in (PACKAGE / room).rglob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= allowed, path
 
 
