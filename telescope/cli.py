@@ -83,7 +83,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RESULTS = Path("results")
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-FITTING = ("audit", "compare", "frontier", "launch", "plan", "report", "run", "show", "transfer")
+FITTING = (
+    *("audit", "compare", "frontier", "launch", "plan", "report", "run", "scaling", "show"),
+    "transfer",
+)
 """Commands that may fit a ladder."""
 WATCH_SECONDS = 0.5
 """Pause between two readings of a heartbeat."""
@@ -739,6 +742,63 @@ def frontier(
         print_frontier(console, found)
     if found["stuck"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def scaling(
+    spec: SpecArgument,
+    results: ResultsOption = RESULTS,
+    name: NameOption = None,
+    workers: WorkersOption = None,
+    dispatcher: DispatcherOption = "ray",
+    ray_address: AddressOption = None,
+    overrides: SetOption = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it will cost; train nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the JSON to a file.")
+    ] = None,
+) -> None:
+    """Fit the scaling laws of Muon and AdamW to a family of sizes, and compare their FLOPs."""
+    _check_dispatcher(dispatcher)
+    loaded = _load(spec, overrides, name)
+    for variant in loaded.every_variant.values():
+        _make_tokens(variant)
+    from telescope.report.scaling import print_scaling, print_scaling_plan
+    from telescope.sweep import scaling as family
+    from telescope.sweep.run import Options
+
+    console = _console()
+    if plan:
+        planned = family.make_plan(loaded, workers)
+        if as_json:
+            _print_json(planned)
+        else:
+            print_scaling_plan(console, planned)
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from telescope.report.live import QuietScreen, make_screen
+
+    options = Options(results, workers, dispatcher, ray_address)
+    try:
+        with reader_needed():
+            found = family.run_scaling(
+                loaded,
+                options,
+                lambda: QuietScreen() if as_json else make_screen(console),
+                lambda line: _say(line, err=as_json),
+            )
+    except KeyboardInterrupt:  # see `run`
+        _say(f"{loaded.name}: interrupted; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    if out:
+        _write_json(out, found)
+    if as_json:
+        _print_json(found)
+    else:
+        print_scaling(console, found)
 
 
 @app.command()

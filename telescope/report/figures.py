@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,6 +28,7 @@ from telescope.files import write_atomic
 from telescope.ladder.ladder import Ladder
 from telescope.ladder.portrait import Contours, Dot, Portrait, Track, WidthPortrait
 from telescope.records import CurvePoint, Status, Trial
+from telescope.scaling.laws import PFLOPS_DAY, Law
 
 INK, MUTED, GRID, PAPER, BAD, ACCENT = (
     *("#1c1c21", "#6c6c78", "#dcdce3", "#fdfdfe"),
@@ -53,6 +57,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": MUTED,
     "ytick.labelcolor": INK,
 }
+OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 AXIS_LABELS = {"lr": "learning rate", "weight_decay": "weight decay"}
 HOVER, NEXT = "hover:", "\u241e"
 """Beginning of the id of an artist with a title per point, and the mark between titles."""
@@ -442,6 +447,60 @@ def draw_cost(
     panel.set_ylim(-0.6, 1.65)
     panel.set_xlim(0, 1.12 * highest)
     panel.set_xlabel("target runs")
+
+
+def draw_laws(panel: Axes, found: Mapping[str, Any]) -> None:
+    """Draw the loss of every size against its compute, and each optimizer's law.
+
+    Args:
+        panel: where to.
+        found: an answer of `telescope scaling`.
+    """
+    laws = found["laws"]["separate"]
+    for number, name in enumerate(found["laws"]["optimizers"]):
+        sizes = [size for size in found["sizes"] if size["seeds"]]
+        flops = [size["flops"][name] for size in sizes]
+        losses = [[size["runs"][name]["losses"][str(s)] for s in size["seeds"]] for size in sizes]
+        means = [math.exp(fmean(map(math.log, row))) for row in losses]
+        law = Law(
+            laws["constant"]["value"],
+            laws["factor"][name]["value"],
+            laws["exponent"][name]["value"],
+        )
+        colour, ends = WIDTH_COLOURS[number], (min(flops), max(flops))
+        line = np.geomspace(*ends, 60)
+        panel.plot(line, law.loss(line / PFLOPS_DAY), color=colour, lw=1.4)
+        each = [(x, y) for x, row in zip(flops, losses, strict=True) for y in row]
+        panel.plot(*zip(*each, strict=True), MARKERS[number], color=colour, ms=3, alpha=0.45)
+        title = OPTIMIZERS[name]
+        (dots,) = panel.plot(flops, means, MARKERS[number], color=colour, ms=6, label=title)
+        entitle(
+            dots,
+            [
+                f"{title}, width {size['width']}: loss {loss:.4f} at {x:.3g} FLOPs"
+                for size, loss, x in zip(sizes, means, flops, strict=True)
+            ],
+        )
+    panel.set_xscale("log")
+    panel.set_xlabel("FLOPs of a run, optimizer included")
+    panel.set_ylabel("held-out loss")
+    panel.legend()
+    panel.grid(visible=True)
+
+
+def write_laws_figure(path: Path, found: Mapping[str, Any]) -> None:
+    """Write the laws' figure as a PNG, whole or not at all."""
+    _write(path, laws_figure(found))
+
+
+@styled
+def laws_figure(found: Mapping[str, Any]) -> Figure:
+    """Draw the laws of `telescope scaling`, under its answer."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained", facecolor="white")
+    panel = figure.subplots()
+    draw_laws(panel, found)
+    panel.set_title(textwrap.fill(found["sentence"], 78), loc="left", fontsize=9)
+    return figure
 
 
 CHECK_PANELS = {

@@ -29,6 +29,7 @@ from telescope.report.figures import (
     draw_contours,
     draw_cost,
     draw_excess,
+    draw_laws,
     draw_track,
     draw_training,
     label_of,
@@ -36,6 +37,7 @@ from telescope.report.figures import (
     ranked_trials,
 )
 from telescope.report.live import describe_seconds
+from telescope.report.scaling import laws_table, ratios_table
 from telescope.report.svg import inline
 from telescope.report.toml import as_toml
 from telescope.report.verdict import (
@@ -72,6 +74,8 @@ class Shown:
     """The reason that there is no check to draw; "" if there is one."""
     run_command: str
     """The command that runs or resumes the sweep; "" if another program does."""
+    scaling: Mapping[str, Any] | None = None
+    """The answer of `telescope scaling`, if it was asked."""
 
     @cached_property
     def portrait(self) -> Portrait:
@@ -134,13 +138,18 @@ def render(
     """
     page = Page()
     names = ", ".join(dict.fromkeys(shown.name for shown in sweeps))
+    shown_parts = {
+        name: (title, make)
+        for name, (title, make) in SECTIONS.items()
+        if name != "scaling" or any(shown.scaling for shown in sweeps)
+    }
     sections = [
-        _section(page, name, title, make, sweeps) for name, (title, make) in SECTIONS.items()
+        _section(page, name, title, make, sweeps) for name, (title, make) in shown_parts.items()
     ]
     if len(sweeps) > 1:
         sections.insert(1, _comparison(sweeps, differences, seen=seen))
     links = "".join(
-        f'<li><a href="#{name}">{text(title)}</a></li>' for name, (title, _) in SECTIONS.items()
+        f'<li><a href="#{name}">{text(title)}</a></li>' for name, (title, _) in shown_parts.items()
     )
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -494,6 +503,20 @@ def _cost(page: Page, shown: Shown) -> str:
     return f"{total}{figure}{_folded('by width', by_width)}"
 
 
+def _scaling(page: Page, shown: Shown) -> str:
+    """Render the scaling laws, where `telescope scaling` has an answer."""
+    found = shown.scaling
+    if found is None:
+        return "<p>not asked</p>"
+    notes = "".join(f"<li>{text(note)}</li>" for note in found["laws"]["notes"])
+    figure = page.figure("loss against compute, and the laws", draw_laws, found, size=(5.4, 3.6))
+    return (
+        f"<p>{text(_sentence(found['sentence']))}</p>{_note(SCALING_NOTE)}{figure}"
+        f'<ul class="todo">{notes}</ul>{_scrolling(ratios_table(found))}'
+        f"{_folded('the laws', laws_table(found))}"
+    )
+
+
 def _check(page: Page, shown: Shown) -> str:
     """Render the coordinate check."""
     check = shown.check
@@ -580,6 +603,10 @@ UNFITTED_NOTE = (
 )
 SURFACE_NOTE = "Lines of equal excess, with the trials of that width; the star is the choice."
 TRAINING_NOTE = "The best trial in full colour, its held-out loss as a dot; dashed ones diverged."
+SCALING_NOTE = (
+    "Losses of every size and seed, and each optimizer's law. The FLOP ratio is at the loss of "
+    "AdamW's law at that size, with its 90 % interval; a star marks a law beyond its sizes."
+)
 CHECK_NOTE = (
     "Sizes against the width, as a multiple of the base width's: a right model's lines lie flat, "
     "inside the grey wedge. Those that fail and the steepest are named."
@@ -591,6 +618,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Page, Shown], str]]] = {
     "surface": ("Fitted surface of the widest width", _surface),
     "training": ("Training", _training),
     "cost": ("Cost", _cost),
+    "scaling": ("Scaling law", _scaling),
     "check": ("Coordinate check", _check),
     "settings": ("Settings per parameter group", _settings),
     "reproduce": ("Reproduce", _reproduce),

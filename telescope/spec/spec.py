@@ -47,6 +47,7 @@ from telescope.spec.catalog import (
 from telescope.spec.frontier import DevicesTable, FrontierTable
 from telescope.spec.optimizers import OptimizerTable
 from telescope.spec.placeholders import OWN, names_in
+from telescope.spec.scaling import ScalingTable, SizeTable
 from telescope.spec.tables import (
     AxisTable,
     BudgetTable,
@@ -67,7 +68,7 @@ STRICT_KEYS = {"command", "function", "environment", "steps"}
 """Keys of [trainer] that must be equal for losses to be comparable."""
 OWN_TABLES = ("model", "train", "data")
 """The tables of the built-in trainer, which a foreign trainer does not use."""
-NO_PART = {"variants", "frontier"}
+NO_PART = {"variants", "frontier", "scaling"}
 """Tables that name comparisons of sweeps: no part of one, nor of its results folder."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -92,6 +93,7 @@ class Spec(Table):
     """Name → the keys that it replaces; see `every_variant`."""
     frontier: FrontierTable | None = None
     log: LogTable = LogTable()
+    scaling: ScalingTable | None = None
 
     _model_source: tuple[str, str] | None = pydantic.PrivateAttr(default=None)
     _variants: dict[str, Spec] = pydantic.PrivateAttr(default_factory=dict)
@@ -673,4 +675,8 @@ _TABLES: dict[str, Any] = {
     "frontier.adamw": OptimizerTable,
     "frontier.devices": DevicesTable,
     "log": LogTable,
+    "scaling": ScalingTable,
+    "scaling.sizes": SizeTable,
+    "scaling.muon": OptimizerTable,
+    "scaling.adamw": OptimizerTable,
 }

@@ -8,6 +8,7 @@ It uses only the standard library, because `status` and `ls` read it and must st
         trials.db      every result (Optuna on SQLite), unless --storage names another place
         trials.csv     the same as a table
         curves/        one CSV per trial
+        scaling/       the runs of `telescope scaling`, scaling.json and scaling.png: its answer
         packs.jsonl    the packs (trials trained as one model), if any, and how they were decided
         unstored.json  results of a pack, while they are stored one by one
         logs/          the output of each trial of a foreign trainer

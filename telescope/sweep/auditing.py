@@ -6,15 +6,14 @@ be evidence for its ladder, and change the answer that they audit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from telescope.answer.derive import chosen_point
 from telescope.answer.finished import Finished
 from telescope.errors import RefusedError, SpecError
 from telescope.ladder.audit import Audit, trials_of_audit, verdict_of
 from telescope.report.live import Screen
-from telescope.spec.spec import Spec
-from telescope.sweep.fixed import train_fixed
+from telescope.sweep.fixed import train_fixed, with_target
 from telescope.sweep.prepare import prepare
 from telescope.sweep.run import Options
 
@@ -52,27 +51,7 @@ def audit(
     # The sweep's own steps: nothing else is compared with the certificate.
     answer = chosen_point(ladder, certificate)
     trials = trials_of_audit(ladder.spec, answer, count)
-    sweep = prepare(_with_target(finished.spec))
+    sweep = prepare(with_target(finished.spec))
     known = train_fixed(trials, sweep, finished.folder, FOLDER, options, make_screen)
     bound = certificate.excess_bound if certificate else None
     return verdict_of(ladder.spec, answer, [known[t] for t in trials if t in known], bound)
-
-
-def _with_target(spec: Spec) -> Spec:
-    """Return the spec with the target among the widths that are trained.
-
-    It is not checked again: the target may be far more than twice as wide as the last width.
-    """
-    target, last = spec.target.width, spec.ladder.widths[-1]
-    widths = tuple(dict.fromkeys((*spec.ladder.widths, target)))
-    by_width = {
-        key: {**table, target: table.get(target, table[last])}
-        for key in ("cpus", "gpus")
-        if isinstance(table := getattr(spec.compute, key), Mapping)
-    }
-    return spec.model_copy(
-        update={
-            "ladder": spec.ladder.model_copy(update={"widths": widths}),
-            "compute": spec.compute.model_copy(update=by_width),
-        }
-    )

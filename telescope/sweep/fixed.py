@@ -17,6 +17,7 @@ from telescope.answer.finished import Kept, ladder_memory
 from telescope.records import Axis, Result, Status, Trial, TrialSource
 from telescope.report.frames import write_table
 from telescope.report.live import Progress, Screen
+from telescope.spec.spec import Spec
 from telescope.store.folder import Folder
 from telescope.sweep.comparing import check_comparable
 from telescope.sweep.machine import check_compiler, check_numbered_device, check_this_machine
@@ -76,6 +77,26 @@ def train_fixed(
         folder.tidy([])
         write_table(folder.path / "trials.csv", kept.axes, source.known.values())
         return source.known
+
+
+def with_target(spec: Spec) -> Spec:
+    """Return the spec with the target among the widths that are trained.
+
+    It is not checked again: the target may be far more than twice as wide as the last width.
+    """
+    target, last = spec.target.width, spec.ladder.widths[-1]
+    widths = tuple(dict.fromkeys((*spec.ladder.widths, target)))
+    by_width = {
+        key: {**table, target: table.get(target, table[last])}
+        for key in ("cpus", "gpus")
+        if isinstance(table := getattr(spec.compute, key), Mapping)
+    }
+    return spec.model_copy(
+        update={
+            "ladder": spec.ladder.model_copy(update={"widths": widths}),
+            "compute": spec.compute.model_copy(update=by_width),
+        }
+    )
 
 
 def kept_beside(beside: Folder, name: str, axes: tuple[Axis, ...]) -> Kept:

@@ -11,6 +11,7 @@ from telescope.check.verdict import CoordCheck
 from telescope.errors import SpecError, TelescopeError
 from telescope.files import write_atomic
 from telescope.report.page import Shown, render
+from telescope.report.scaling import read_scaling
 from telescope.spec.catalog import bundled_sweeps
 from telescope.sweep.comparing import differences, is_data_seen
 from telescope.transfer.settings import Transfer
@@ -74,7 +75,9 @@ def _names(sweeps: Sequence[Finished]) -> dict[str, Finished]:
 def _shown(name: str, sweep: Finished) -> Shown:
     settings, no_settings = _settings(sweep)
     check, no_check = _check(sweep)
-    return Shown(name, sweep, settings, no_settings, check, no_check, _run_command(sweep))
+    found = read_scaling(sweep.folder.path)
+    command = _run_command(sweep)
+    return Shown(name, sweep, settings, no_settings, check, no_check, command, found)
 
 
 def _settings(sweep: Finished) -> tuple[Transfer | None, str]:
