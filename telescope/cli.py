@@ -762,7 +762,7 @@ def scaling(
     ] = None,
 ) -> None:
     """Fit the scaling laws of Muon and AdamW to a family of sizes, and compare their FLOPs."""
-    _check_dispatcher(dispatcher)
+    _check_dispatcher(dispatcher, ("ray", "inline"))
     loaded = _load(spec, overrides, name)
     for variant in loaded.every_variant.values():
         _make_tokens(variant)

@@ -37,6 +37,7 @@ STABLE_OPTIONS = {
     "launch": {"--width", "--steps", "--workers", "--gpus-per-worker", "--ray-address", "--run"},
     "audit": {"--trials", "--results", "--workers", "--dispatcher", "--ray-address", "--json"},
     "frontier": {"--results", "--name", "--workers", "--set", "--plan", "--json", "--out"},
+    "scaling": {"--results", "--name", "--workers", "--set", "--plan", "--json", "--out"},
     "ls": {"--results", "--json"},
     "compare": {"--results", "--json"},
     "report": {"--out", "--open"},
