@@ -346,8 +346,8 @@ def test_a_killed_family_goes_on_and_answers_the_same(corpus_file: Path, tmp_pat
         )
         + "]"
     )
-    text = as_toml({key: value for key, value in data.items() if key != "scaling"})
-    (tmp_path / "tiny.toml").write_text(f"{text}\n[scaling]\nseeds = [0, 1]\nsizes = {inline}\n")
+    written = as_toml({key: value for key, value in data.items() if key != "scaling"})
+    (tmp_path / "tiny.toml").write_text(f"{written}\n[scaling]\nseeds = [0, 1]\nsizes = {inline}\n")
     command = [sys.executable, "-m", "telescope", "scaling", "tiny.toml", "--json"]
     command += ["--dispatcher", "inline", "--results", "killed"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=-3)
