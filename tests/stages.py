@@ -40,9 +40,13 @@ class Recorded(Stages):
         self.started: list[Trial] = []
         self.told: list[tuple[Result, ...]] = []
         self.released: list[tuple[Trial, ...]] = []
+        self.joined: list[int] = []
 
     def on_start(self, trial: Trial) -> None:
         self.started.append(trial)
+
+    def on_workers(self, number: int) -> None:
+        self.joined.append(number)
 
     def on_release(self, trials: Sequence[Trial]) -> None:
         self.released.append(tuple(trials))

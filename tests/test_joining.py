@@ -160,6 +160,8 @@ def test_a_worker_that_is_lost_again_and_again_is_a_failure(boards: Boards) -> N
         "failed 3 times; last: worker worker-2 has not been heard of for 0.1 s"
     )
     assert play.states() == [], "what comes now is refused"
+    play.turn_until(lambda: play.source.joined[-1] == 0)
+    assert play.source.joined[0] == 1
 
 
 def test_what_was_delivered_while_no_driver_was_there_is_told(boards: Boards) -> None:
@@ -409,3 +411,29 @@ def test_a_driver_that_stays_away_is_waited_for_so_long(boards: Boards) -> None:
             signal.signal(number, handler)
     assert 0.3 < time.monotonic() - began < 20
     assert driver.look()[1] == {}, "it has left"
+
+
+def test_an_interrupted_worker_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("telescope.sweep.joining.join", interrupt)
+    said = "tiny: interrupted; what was not delivered is on offer again\n"
+    assert said_by("tiny", cwd=tmp_path) == (130, said)
+
+
+def test_workers_join_by_the_database_alone(tmp_path: Path) -> None:
+    place = tmp_path / "sweep.toml"
+    telescope("init", str(place), cwd=tmp_path)
+    options = ("--dispatcher", "workers", "--no-check")
+    for more, expected in (
+        (("--ray-address", "auto"), "--ray-address: is for --dispatcher ray"),
+        (("--storage", "mysql://me:secret@host/db"), "--storage mysql"),
+    ):
+        done = telescope("run", str(place), *options, *more, cwd=tmp_path)
+        assert done.returncode == 2
+        assert expected in done.stderr
+        assert "secret" not in done.stderr
+    done = telescope("audit", "x", "--dispatcher", "workers", cwd=tmp_path)
+    assert done.stderr == ("telescope: --dispatcher: got 'workers', must be 'ray' or 'inline'\n")
+    assert not (tmp_path / "results").exists()

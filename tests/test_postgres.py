@@ -232,7 +232,7 @@ def test_the_board_of_workers_keeps_its_contract(server: Server, place: Path) ->
             keep(boards)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_workers_that_join_are_killed_at_random_moments(
     server: Server, place: Path, kills: int, record_property: Callable[[str, object], None]
 ) -> None:
@@ -252,7 +252,7 @@ def test_workers_that_join_are_killed_at_random_moments(
 
 
 def test_a_server_that_is_lost_and_back_loses_no_training(server: Server, place: Path) -> None:
-    driver, worker = start(drive, place, server.url()), start(serve, place, server.url(), 2.0)
+    driver, worker = start(drive, place, server.url()), start(serve, place, server.url(), 1.0)
     deadline = time.monotonic() + 60
     while not (place / STARTS).exists() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -135,9 +135,8 @@ class Queue:
         return trial in self._begin().ask()
 
     def resize(self, workers: int) -> None:
-        """Take the number of workers that there are now, and tell the source."""
+        """Take another number of workers among which trials are divided from now on."""
         self._workers = workers
-        self._begin().on_workers(workers)
 
     def _free(self, asked: Sequence[Trial]) -> list[Trial]:
         """Return the trials of this queue that no worker has; failed ones come last."""

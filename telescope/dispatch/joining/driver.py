@@ -129,7 +129,7 @@ class _Driver:
         return not self._queue.is_done
 
     def _count(self, alive: set[str]) -> None:
-        """Tell the queue how many workers there are; say when there are none."""
+        """Tell queue and source how many workers there are; say when there are none."""
         if len(alive) == self._workers:
             return
         if not alive:
@@ -138,6 +138,7 @@ class _Driver:
             self._note("the first worker has joined")
         self._workers = len(alive)
         self._queue.resize(max(self._least, len(alive)))
+        self._source.on_workers(len(alive))
 
     def _note_starts(self, rows: list[Row]) -> bool:
         """Tell the source which orders have been taken, or given back, since the last look."""
