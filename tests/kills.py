@@ -7,6 +7,7 @@ worker` runs, but for a trainer that takes a twentieth of a second and writes do
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
@@ -23,11 +24,13 @@ import psutil
 import sqlalchemy
 from conftest import quiet
 from faults import STARTS, finish, formula, log_start, spec_of, start
+from stages import Recorded
 
 from telescope import Spec
 from telescope.dispatch.joining import board as joining
 from telescope.dispatch.joining import driver, worker
-from telescope.dispatch.queue import Queue
+from telescope.dispatch.packing import Packer
+from telescope.dispatch.queue import Order, Queue
 from telescope.errors import TelescopeError
 from telescope.files import write_atomic
 from telescope.records import CurvePoint, Result, Status, Trial
@@ -37,6 +40,7 @@ from telescope.sweep.run import Options, run
 from telescope.train import loop
 
 LEASE = 2.0
+OUTCOME = "outcome.txt"
 REFUSED = "refused.txt"
 """The file with the error that has ended a worker."""
 
@@ -84,6 +88,21 @@ def serve(place: Path, storage: str | None, seconds: float = 0.05) -> None:
             join(name, storage, results, patience=120, note=lambda line: None)
         except TelescopeError as error:
             (place / REFUSED).write_text(str(error))
+
+
+def outlived(place: Path) -> None:
+    """Train a trial whose process ends, and leaves another one behind."""
+    (trial,) = Recorded(1).stages[0]
+
+    def fatal(trial: Trial) -> Result:
+        if os.fork() == 0:
+            time.sleep(20)
+        os._exit(3)
+
+    with patch.object(worker, "START_METHOD", "fork"):
+        trainee = worker.Trainee(lambda: Packer(lambda: fatal), place)
+        outcome = trainee.carry_out(Order((trial,)), lambda: None, 0.1)
+    (place / OUTCOME).write_text(str(outcome))
 
 
 @dataclass

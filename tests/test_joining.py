@@ -27,7 +27,7 @@ from faults import (
     start,
     stored,
 )
-from kills import REFUSED, children, drive, kill_at_random, serve
+from kills import OUTCOME, REFUSED, children, drive, kill_at_random, outlived, serve
 from stages import Recorded
 
 from telescope import Spec
@@ -291,6 +291,12 @@ def test_a_worker_that_is_paused_for_longer_than_its_lease_delivers_nothing_twic
     run_fast(whole, {})
     assert answers(place) == answers(whole)
     stored(place)  # fails if one is stored twice
+
+
+def test_the_death_of_a_trial_is_seen_although_what_it_started_lives(tmp_path: Path) -> None:
+    assert finish(start(outlived, tmp_path), seconds=15) == 0
+    said = (tmp_path / OUTCOME).read_text()
+    assert said == "the process that trained it ended (exit code 3)"
 
 
 def test_a_worker_of_another_corpus_is_refused_before_its_first_trial(

@@ -36,6 +36,8 @@ from telescope.records import Status
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 """Seconds between two looks at an empty board: the first, and after a while."""
+LONGEST_HEARING = 1.0
+"""Seconds between two looks at the process that trains."""
 SIGNAL_GRACE = 0.5
 """Seconds for which a failure waits for a signal: a batch system sends SIGTERM to all processes of
 a job, and what it ends is given back, not failed."""
@@ -114,13 +116,16 @@ class Trainee:
     def _hear(self, beat: Callable[[], None], every: float) -> Any:
         """Wait for the process's next word; None if it has died."""
         assert self._connection is not None
-        while not self._connection.poll(every):
+        # A process that the trial has started may outlive it and hold the connection open.
+        while not self._connection.poll(min(every, LONGEST_HEARING)) and self._process.is_alive():
             beat()
         try:
-            return self._connection.recv()
+            if self._connection.poll():
+                return self._connection.recv()
         except (EOFError, OSError):
-            self.end()
-            return None
+            pass
+        self.end()
+        return None
 
     def end(self, *, at_once: bool = False) -> None:
         """End the process, if there is one; one that is in mid-trial does not end by itself."""
