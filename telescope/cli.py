@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -88,6 +88,11 @@ FITTING = (
     "transfer",
 )
 """Commands that may fit a ladder."""
+SET_BY_SLURM = {
+    *("results", "name", "workers", "dispatcher", "ray_address", "storage", "overrides"),
+    *("cpus_per_worker", "gpus_per_worker", "prepare", "as_json"),
+}
+"""Parameters of run and launch that a script of `slurm` sets."""
 WATCH_SECONDS = 0.5
 """Pause between two readings of a heartbeat."""
 
@@ -802,6 +807,84 @@ def scaling(
 
 
 @app.command()
+def slurm(
+    spec: SpecArgument,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- OPTIONS", help="Options of run, or with --launch of launch."),
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="A Ray cluster in one allocation, no array of workers.")
+    ] = False,
+    launch: Annotated[
+        bool, typer.Option("--launch", help="The target run of a finished sweep, by torchrun.")
+    ] = False,
+    storage: Annotated[
+        str | None, typer.Option(help="The workers' database, an URL without its password.")
+    ] = None,
+    workers: WorkersOption = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Of --ray and --launch.")] = 1,
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    time: Annotated[str | None, typer.Option(help="The limit, as 4:00:00 or 1-12.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of a node, as 64G.")] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(min=1, help="Of a worker, or a node; left out, by the spec.")
+    ] = None,
+    gpus_per_task: Annotated[
+        int | None, typer.Option(min=0, help="Of a worker, or a node; left out, by the spec.")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="Another one of sbatch: --sbatch=--qos=high."),
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LINE", help="A line of bash to begin with: 'module load cuda'."),
+    ] = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    results: ResultsOption = RESULTS,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The script; left out, NAME.sbatch.")
+    ] = None,
+) -> None:
+    """Write a SLURM script: for a sweep, or with --launch for its target run."""
+    if ray and launch:
+        raise SpecError("--ray: is given with --launch, which starts its ranks by torchrun")
+    given = {"partition": partition, "account": account, "time": time, "mem": mem}
+    loaded, results = _load_or_kept(spec, overrides, name, results)
+    options = _parsed("launch" if launch else "run", loaded.name, more or [])
+    from telescope.slurm.script import Asked, script
+    from telescope.sweep import batch
+
+    job = batch.make_job(
+        batch.Batch(
+            kind="launch" if launch else "ray" if ray else "workers",
+            spec=loaded,
+            given=str(Path(spec).resolve()) if Path(spec).exists() else spec,
+            results=results.resolve(),
+            overrides=overrides or (),
+            storage=storage,
+            workers=workers,
+            nodes=nodes,
+            asked=Asked(
+                **given,
+                cpus_per_task=cpus_per_task,
+                gpus_per_task=gpus_per_task,
+                sbatch=sbatch or (),
+                setup=setup or (),
+            ),
+            more=more or (),
+        ),
+        options,
+    )
+    out = out or Path(f"{job.name}.sbatch")
+    _write_new(out, script(job))
+    _say(f"wrote {out}; next: sbatch {shlex.quote(str(out))}")
+
+
+@app.command()
 def report(
     sweeps: Annotated[
         list[str],
@@ -998,6 +1081,30 @@ def _write_text(out: Path, text: str) -> None:
         write_atomic(out, text)
     except OSError as error:
         raise SpecError(f"--out {out}: cannot be written: {error.strerror}") from error
+
+
+def _write_new(out: Path, text: str) -> None:
+    """Write a file that its reader may edit; another one of that name is kept."""
+    if out.is_file() and out.read_text("utf-8", errors="replace") != text:
+        raise SpecError(f"{out}: is there already and is another file; remove it, or use --out")
+    _write_text(out, text)
+
+
+def _parsed(verb: str, argument: str, options: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a verb as its own parser reads them: name → value.
+
+    Raises:
+        SpecError: among them is one that the script sets by itself.
+    """
+    command = cast(Any, typer.main.get_command(app)).commands[verb]
+    context = command.make_context(f"-- of {verb}", [argument, *options])
+    for parameter in command.params:
+        source = context.get_parameter_source(parameter.name)
+        is_given = source is not None and source.name == "COMMANDLINE"
+        if is_given and parameter.name in SET_BY_SLURM:
+            raise SpecError(f"{parameter.opts[0]}: must not be after --; the script says it itself")
+    parsed: dict[str, Any] = context.params
+    return parsed
 
 
 def _foreign_format(format: str | None, as_json: bool, approximate: bool) -> str | None:

@@ -42,6 +42,8 @@ STABLE_OPTIONS = {
     "compare": {"--results", "--json"},
     "report": {"--out", "--open"},
     "export-model": {"--to", "--out", "--step", "--tokenizer", "--results"},
+    "slurm": {"--ray", "--launch", "--storage", "--workers", "--nodes", "--partition", "--account"}
+    | {"--time", "--cpus-per-task", "--gpus-per-task", "--sbatch", "--setup", "--out"},
     "tokenize": {"--vocab-size", "--out", "--shards"},
 }
 

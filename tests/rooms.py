@@ -9,6 +9,7 @@ PUBLIC = ["api", "tune", "cli"]
 ROOMS = {
     # room, bottom up: the other rooms that it may import, besides the ground
     "ladder": set[str](),
+    "slurm": set[str](),
     "frontier": {"ladder"},
     "scaling": set[str](),
     "rules": set[str](),
@@ -28,5 +29,6 @@ ROOMS = {
     "report": {"ladder", "frontier", "scaling", "spec", "check", "transfer", "store", "target"}
     | {"answer"},
     "sweep": {"ladder", "frontier", "scaling", "rules", "data", "spec", "train", "check"}
-    | {"transfer", "dispatch", "packs", "foreign", "store", "target", "answer", "report", "log"},
+    | {"transfer", "dispatch", "packs", "foreign", "store", "target", "answer", "report", "log"}
+    | {"slurm"},
 }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from telescope.answer.finished import Finished
 from telescope.errors import RefusedError, SpecError
+from telescope.spec.spec import Spec
 from telescope.target.folder import TARGETS, RunFolder
 from telescope.target.record import Manner
 
@@ -41,13 +42,22 @@ def run_folder(finished: Finished, asked: Launch) -> RunFolder:
     Raises:
         SpecError: the name asked for is no plain name.
     """
+    return RunFolder(finished.folder.path / TARGETS / run_name(finished.spec, asked))
+
+
+def run_name(spec: Spec, asked: Launch) -> str:
+    """Return the name of the run that is asked for.
+
+    Raises:
+        SpecError: the name asked for is no plain name.
+    """
     steps = f"-steps-{asked.steps}" if asked.steps else ""
-    name = f"width-{asked.width or finished.spec.target.width}{steps}"
+    name = f"width-{asked.width or spec.target.width}{steps}"
     if asked.run is not None:
         name = asked.run
     if not RUN_NAME.fullmatch(name):
         raise SpecError(f"--run: got {name!r}, must be letters, digits, '.', '_' and '-', no path")
-    return RunFolder(finished.folder.path / TARGETS / name)
+    return name
 
 
 def check_proven(finished: Finished, certificate: Any, asked: Launch) -> None:

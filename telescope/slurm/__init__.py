@@ -1,0 +1,1 @@
+"""A SLURM job of a sweep or its target run: a header for each, and bash files for all."""
