@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -160,6 +161,18 @@ def test_a_loss_that_does_not_fall_gives_a_flat_law_and_no_crash() -> None:
     found = analysed(family(lambda _, c: 2.0 + 0.001 * math.log(c), COMPUTE, noise=0.001))
     assert found.separate.exponent["muon"].value < 0.01
     assert all(math.isfinite(ratio.number.value) for ratio in found.ratios)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_losses_that_fall_like_a_stone_give_numbers_and_no_crash(count: int) -> None:
+    """The computes of tiny models lie close together, and what falls between them is mere noise."""
+    computes = np.geomspace(1e-12, 1.1e-12, count)
+    measured = family(lambda _, c: 3.0 * (c / 1e-12) ** -60, computes, noise=0.1)
+    found = analysed(measured)
+    numbers = [*found.ratios, *(laws for laws in (found.shared, found.separate))]
+    assert all(math.isfinite(ratio.number.value) for ratio in found.ratios)
+    assert "nan" not in repr(numbers).lower()
+    json.dumps(found.as_dict(), allow_nan=False)
 
 
 def test_equal_optimizers_are_inside_the_noise() -> None:

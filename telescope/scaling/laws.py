@@ -30,7 +30,9 @@ REFINED = 7
 ROUNDS = 6
 ITERATIONS = 8
 """Steps of Gauss and Newton for each E; the robust weights are renewed in each."""
-LEAST_EXPONENT = 1e-6
+EXPONENTS = (1e-6, 5.0)
+"""Least and largest exponent of a law. Published ones are 0.03 to 0.6; without a limit, losses that
+are mere noise give numbers that no float holds."""
 
 
 @dataclass(frozen=True)
@@ -208,5 +210,5 @@ class _Lines:
                 np.broadcast_to(part.sum(axis=-1, keepdims=True), part.shape)
                 for part in (spread, slope)
             )
-        exponents = np.maximum(-slope / spread, LEAST_EXPONENT)
+        exponents = np.clip(-slope / spread, *EXPONENTS)
         return level + exponents * x, exponents
