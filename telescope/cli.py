@@ -703,6 +703,9 @@ def frontier(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what it will cost; train nothing.")
     ] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="With --plan: time a few real steps of every arm first.")
+    ] = False,
     as_json: JsonOption = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the JSON to a file.")
@@ -712,41 +715,74 @@ def frontier(
     _check_dispatcher(dispatcher, ("ray", "inline"))
     loaded = _load(spec, overrides, name)
     _make_tokens(loaded)
-    from telescope.report.frontier import print_frontier, print_frontier_plan
-    from telescope.sweep import frontier as comparing
-    from telescope.sweep.run import Options
+    from telescope.answer.frontier import FIGURE_FILE, FOLDER, answer_if_finished
+    from telescope.report.frontier import print_frontier, print_frontier_plan, print_variants
+    from telescope.spec.variants import PLAIN
 
     console = _console()
+    if probe and not plan:
+        raise SpecError("--probe: is for --plan, which trains nothing otherwise")
     if plan:
-        planned = comparing.make_plan(loaded, workers)
-        if as_json:
-            _print_json(planned)
-        else:
-            print_frontier_plan(console, planned)
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from telescope.report.live import QuietScreen, make_screen
+        from telescope.sweep.frontier import make_plan
 
-    options = Options(results, workers, dispatcher, ray_address)
+        plans = {
+            variant: make_plan(its, workers, probe=probe)
+            for variant, its in loaded.every_variant.items()
+        }
+        plain = plans.pop(PLAIN)
+        if as_json:
+            _print_json({**plain, "variants": plans} if plans else plain)
+        else:
+            for planned in (plain, *plans.values()):
+                print_frontier_plan(console, planned)
+        return
+    options = {"workers": workers, "dispatcher": dispatcher, "ray_address": ray_address}
+    found = {}
+    for variant, its in loaded.every_variant.items():
+        answer = answer_if_finished(its, results)
+        found[variant] = answer or _run_frontier(its, results, options, console, quiet=as_json)
+        figure = results / its.name / FOLDER / FIGURE_FILE
+        if not figure.is_file():  # somebody has taken it away
+            from telescope.report.frontier_figures import write_frontier_figure
+
+            write_frontier_figure(figure, found[variant])
+    plain = found.pop(PLAIN)
+    said = {**plain, "variants": found} if found else plain
+    if out:
+        _write_json(out, said)
+    if as_json:
+        _print_json(said)
+    else:
+        for answer in (plain, *found.values()):
+            print_frontier(console, answer)
+            figure = results / answer["name"] / FOLDER / FIGURE_FILE
+            console.print(f"figure     {figure}", soft_wrap=True)
+        if found:
+            print_variants(console, {PLAIN: plain, **found})
+    if any(answer["stuck"] for answer in (plain, *found.values())):
+        raise typer.Exit(1)
+
+
+def _run_frontier(
+    spec: Spec, results: Path, options: Mapping[str, Any], console: Any, *, quiet: bool
+) -> dict[str, Any]:
+    """Train what a frontier misses; return its answer."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # see `run`
+    from telescope.report.live import QuietScreen, make_screen
+    from telescope.sweep.frontier import run_frontier
+    from telescope.sweep.run import Options
+
     try:
         with reader_needed():
-            found = comparing.run_frontier(
-                loaded,
-                options,
-                lambda: QuietScreen() if as_json else make_screen(console),
-                lambda line: _say(line, err=as_json),
+            return run_frontier(
+                spec,
+                Options(results, **options),
+                lambda: QuietScreen() if quiet else make_screen(console),
+                lambda line: _say(line, err=quiet),
             )
-    except KeyboardInterrupt:  # see `run`
-        _say(f"{loaded.name}: interrupted; the same command goes on", err=True)
+    except KeyboardInterrupt:
+        _say(f"{spec.name}: interrupted; the same command goes on", err=True)
         raise typer.Exit(130) from None
-    if out:
-        _write_json(out, found)
-    if as_json:
-        _print_json(found)
-    else:
-        print_frontier(console, found)
-    if found["stuck"]:
-        raise typer.Exit(1)
 
 
 @app.command()

@@ -25,7 +25,7 @@ ROOMS = {
     "store": {"data", "spec", "dispatch"},
     "target": {"rules", "data", "train", "export", "dispatch"},
     "log": {"dispatch", "foreign", "store"},
-    "answer": {"ladder", "rules", "spec", "train", "transfer", "store", "target"},
+    "answer": {"ladder", "frontier", "rules", "spec", "train", "transfer", "store", "target"},
     "report": {"ladder", "frontier", "scaling", "spec", "check", "transfer", "store", "target"}
     | {"answer"},
     "sweep": {"ladder", "frontier", "scaling", "rules", "data", "spec", "train", "check"}

@@ -32,7 +32,7 @@ LIBRARIES = {
     "pydantic_core": {"store/memory.py"},
     "typer": {"cli.py"},
     "pandas": {"report/frames.py"},
-    "matplotlib": {"report/figures.py"},
+    "matplotlib": {"report/figures.py", "report/frontier_figures.py"},
     "mup": {"rules/parametrization.py"},
     "safetensors": {"train/checkpoint.py", "target/checkpoint.py"}
     | {"export/hf_model.py", "target/export.py"},

@@ -174,6 +174,7 @@ CHANGES = [
     Change("trainer.timeout", "command", 9.0),
     Change("trainer.steps", "command", 8),
     Change("trainer.steps", "told steps", 8, is_free=False),
+    Change("trainer.arguments", "told a batch", {"batch_size": 9}),
     Change("trainer.shapes", "command", "shapes.json"),
     Change("cost.parameters", "command", BY_WIDTH),
     Change("cost.flops", "by flops", BY_WIDTH),
@@ -262,6 +263,13 @@ def command_base(place: Path, *more: str, cost: str = "parameters") -> dict[str,
     ) | {"cost": {cost: {**BY_WIDTH, "64": 9}}}
 
 
+def told_a_batch(place: Path) -> dict[str, Any]:
+    """A sweep whose command has an argument of its own."""
+    spec = command_base(place, "{batch_size}")
+    spec["trainer"]["arguments"] = {"batch_size": 8}
+    return spec
+
+
 def base(name: str, place: Path) -> dict[str, Any]:
     """A spec of this name, which is valid."""
     text, rows = {"source": "corpus.txt"}, {"source": "rows.jsonl"}
@@ -276,6 +284,7 @@ def base(name: str, place: Path) -> dict[str, Any]:
         "mixed raw": own_base(sources=[tokens, more]),
         "command": command_base(place),
         "told steps": command_base(place, "{steps}"),
+        "told a batch": told_a_batch(place),
         "by flops": command_base(place, cost="flops"),
         "function": command_base(place) | {"trainer": function},
     }

@@ -104,6 +104,17 @@ class Kept:
             self._store = None
 
 
+def kept_beside(beside: Folder, name: str, axes: tuple[Axis, ...]) -> Kept:
+    """Return the results of a folder beside a sweep's, which may not have been made yet.
+
+    Raises:
+        ResumeError: the sweep's record cannot be read.
+    """
+    record, folder = beside.read_spec(), Folder(beside.path / name)
+    memory = ladder_memory(folder)
+    return Kept(folder, None, record["spec"]["name"], axes, record["fingerprint"], memory)
+
+
 def _content(database: Path) -> str | None:
     """A digest of a database file; None where there is none, or somebody is writing to it."""
     beside = (database.with_name(f"{database.name}{end}") for end in ("-journal", "-wal"))

@@ -24,9 +24,9 @@ from telescope.records import Result, Trial
 class FunctionTrainer:
     """Calls a user's function with keywords: width, seed, and every axis by name.
 
-    It also gets ``base_width``, ``steps`` and ``trial_folder`` if its signature names them. It
-    returns a float loss, or a mapping like a command's JSON line, in which ``curve`` may be a list
-    of such lines.
+    It also gets the trainer's `arguments`, and ``base_width``, ``steps`` and ``trial_folder`` if
+    its signature names them. It returns a float loss, or a mapping like a command's JSON line, in
+    which ``curve`` may be a list of such lines.
     """
 
     function: str
@@ -48,7 +48,8 @@ class FunctionTrainer:
         check_unchanged(self.sources)
         function = load_function(self.function, self.directories)
         values = self.place.values(trial)
-        names = accepted(function, {"width", "seed", *trial.point}, set(values) - {"python"})
+        always = {"width", "seed", *trial.point, *self.place.arguments}
+        names = accepted(function, always, set(values) - {"python"})
         if "trial_folder" in names:
             Path(str(values["trial_folder"])).mkdir(parents=True, exist_ok=True)
         with seen_from(self.directories):

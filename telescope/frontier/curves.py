@@ -36,29 +36,35 @@ class Envelope:
     errors: tuple[float, ...]
     """Standard deviation of each loss, from the seeds and from what is not known of the optimum."""
 
-    def tokens_to(self, loss: float, deviations: float = 0.0) -> float:
-        """Return the tokens after which the loss is first reached.
-
-        Args:
-            loss: nats per token.
-            deviations: number of `errors` added to every loss.
-
-        Returns:
-            −∞ if it was reached before the first measurement, ∞ if not by the last.
+    def tokens_to(self, loss: float) -> float:
+        """Return the tokens after which the expected loss is first `loss`; see `draws_to`.
 
         >>> Envelope((100, 200, 400), (4.0, 3.0, 2.0), (0.1, 0.1, 0.1)).tokens_to(3.0)
         200.0
         """
-        levels = np.array(self.losses) + deviations * np.array(self.errors)
-        below = np.flatnonzero(levels <= loss)
-        if not len(below):
-            return math.inf
-        if below[0] == 0:
-            return float(self.tokens[0]) if levels[0] == loss else -math.inf
-        before, after = below[0] - 1, below[0]
-        share = (levels[before] - loss) / (levels[before] - levels[after])
-        first, last = math.log(self.tokens[before]), math.log(self.tokens[after])
-        return float(f"{math.exp(first + share * (last - first)):.10g}")
+        return float(self.draws_to(loss, np.zeros(1))[0])
+
+    def draws_to(self, loss: float, deviations: Array) -> Array:
+        """Return the tokens after which a loss is first reached, between measurements.
+
+        Args:
+            loss: nats per token.
+            deviations: (n,) number of `errors` that are added to every loss.
+
+        Returns:
+            (n,) tokens; −∞ if it was reached before the first measurement, ∞ if not by the last.
+        """
+        levels = np.array(self.losses) + deviations[:, None] * np.array(self.errors)
+        below, logs = levels <= loss, np.log(self.tokens)
+        first, rows = below.argmax(axis=1), np.arange(len(levels))
+        before = np.maximum(first - 1, 0)
+        high, low = levels[rows, before], levels[rows, first]
+        fall = np.where(high > low, high - low, 1.0)
+        share = np.where(high > low, (high - loss) / fall, 1.0)
+        tokens = np.exp(logs[before] + share * (logs[first] - logs[before]))
+        tokens = np.where(levels[:, 0] < loss, -np.inf, tokens)
+        reached: Array = np.where(below.any(axis=1), np.round(tokens, 6), np.inf)
+        return reached
 
 
 def envelope(spec: LadderSpec, results: Iterable[Result], batch_tokens: int) -> Envelope | None:
@@ -76,9 +82,8 @@ def envelope(spec: LadderSpec, results: Iterable[Result], batch_tokens: int) -> 
     levels: list[tuple[int, float, float]] = []
     for step in _steps(kept):
         there = [at for result in kept if (at := _at(result, step)) is not None]
-        if len({r.trial.point for r in there if r.loss is not None}) >= LEAST_LOSSES:
-            loss, error = _level(spec, there)
-            levels.append((step * batch_tokens, loss, error))
+        if found := _level(spec, there):
+            levels.append((step * batch_tokens, *found))
     if not levels:
         return None
     tokens, losses, errors = zip(*levels, strict=True)
@@ -108,10 +113,17 @@ def _at(result: Result, step: int) -> Result | None:
     return replace(result, loss=loss, curve=())
 
 
-def _level(spec: LadderSpec, results: Sequence[Result]) -> tuple[float, float]:
-    """Return the loss at the best setting and its standard deviation, nats per token."""
+def _level(spec: LadderSpec, results: Sequence[Result]) -> tuple[float, float] | None:
+    """Return the loss at the best setting and its standard deviation, nats per token.
+
+    Returns:
+        None where fewer than `LEAST_LOSSES` points have a loss and did not diverge.
+    """
     known = {result.trial: result for result in results}
     state = State(spec, (), (), known, tuple(known))
-    levels, unit = levels_of(Surface(frame_of(state, spec.target), observe(state))), unit_of(state)
+    data = observe(state)
+    if len(np.unique(data.places, axis=0)) < LEAST_LOSSES:
+        return None
+    levels, unit = levels_of(Surface(frame_of(state, spec.target), data)), unit_of(state)
     error = math.sqrt(float(levels.covariance[0, 0]))
     return unit * float(levels.losses[0]), unit * error

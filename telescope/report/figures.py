@@ -148,7 +148,7 @@ def _legend(portrait: Portrait) -> list[Line2D]:
 
 def write_loss_figure(path: Path, ladder: Ladder, title: str) -> None:
     """Write the figure as a PNG, whole or not at all."""
-    _write(path, loss_figure(ladder, title))
+    write_png(path, loss_figure(ladder, title))
 
 
 def draw_track(panel: Axes, portrait: Portrait, axis: str) -> None:
@@ -490,7 +490,7 @@ def draw_laws(panel: Axes, found: Mapping[str, Any]) -> None:
 
 def write_laws_figure(path: Path, found: Mapping[str, Any]) -> None:
     """Write the laws' figure as a PNG, whole or not at all."""
-    _write(path, laws_figure(found))
+    write_png(path, laws_figure(found))
 
 
 @styled
@@ -590,7 +590,7 @@ def of_kind(check: CoordCheck, kind: Kind) -> list[str]:
 
 def write_check_figure(path: Path, check: CoordCheck, title: str) -> None:
     """Write the coordinate check's figure as a PNG, whole or not at all."""
-    _write(path, check_figure(check, title))
+    write_png(path, check_figure(check, title))
 
 
 @styled
@@ -657,7 +657,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [float(f"{tick:.6g}") for tick in found if low <= tick <= high]
 
 
-def _write(path: Path, figure: Figure) -> None:
+def write_png(path: Path, figure: Figure) -> None:
+    """Write a figure, whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     write_atomic(path, image.getvalue())

@@ -36,6 +36,14 @@ from telescope.report.figures import (
     of_kind,
     ranked_trials,
 )
+from telescope.report.frontier import (
+    describe_critical,
+    describe_ratio,
+    describe_tokens,
+    describe_trend,
+    named_losses,
+)
+from telescope.report.frontier_figures import PANELS
 from telescope.report.live import describe_seconds
 from telescope.report.scaling import laws_table, ratios_table
 from telescope.report.svg import inline
@@ -55,6 +63,8 @@ if TYPE_CHECKING:
     from telescope.transfer.settings import Transfer
 
 OWN_PROGRAM = "the program that tells this sweep its losses"
+ASKED_FOR = ("frontier", "scaling")
+"""The parts that a page has only where their command was run; `Shown` names them alike."""
 HIDDEN = "(left out of the report)"
 """Replacement for the values of a trainer's environment, which may be passwords."""
 
@@ -76,6 +86,8 @@ class Shown:
     """The command that runs or resumes the sweep; "" if another program does."""
     scaling: Mapping[str, Any] | None = None
     """The answer of `telescope scaling`, if it was asked."""
+    frontier: Mapping[str, Any] | None = None
+    """The answer of its frontier, the keys of `frontier --json`; None if it has none."""
 
     @cached_property
     def portrait(self) -> Portrait:
@@ -141,7 +153,7 @@ def render(
     shown_parts = {
         name: (title, make)
         for name, (title, make) in SECTIONS.items()
-        if name != "scaling" or any(shown.scaling for shown in sweeps)
+        if name not in ASKED_FOR or any(getattr(shown, name) for shown in sweeps)
     }
     sections = [
         _section(page, name, title, make, sweeps) for name, (title, make) in shown_parts.items()
@@ -611,6 +623,39 @@ CHECK_NOTE = (
     "Sizes against the width, as a multiple of the base width's: a right model's lines lie flat, "
     "inside the grey wedge. Those that fail and the steepest are named."
 )
+
+
+def _frontier(page: Page, shown: Shown) -> str:
+    """Render the comparison of optimizers over batch sizes."""
+    found = shown.frontier
+    if found is None:
+        return "<p>No frontier; `telescope frontier` makes one.</p>"
+    figures = [page.figure(title, draw, found, caption=title) for title, draw in PANELS.items()]
+    said = [describe_critical(one) for one in found["critical"]]
+    said += [describe_trend(one, found["ratios"]) for one in found["trends"]]
+    facts = "".join(f"<li>{text(words)}</li>" for words in said)
+    names, rows, cells, ratios = named_losses(found)
+    tokens = table(
+        ["to loss", "batch", *(f"{name} tokens" for name in names), "ratio"],
+        [
+            [
+                f"{loss:g}",
+                f"{size:,}",
+                *(describe_tokens(cells.get((name, size, loss))) for name in names),
+                describe_ratio(ratios.get((size, loss))),
+            ]
+            for loss, size in rows
+        ],
+    )
+    basis = f"Time on devices: {found['devices']['basis']}."
+    return (
+        f'<p class="verdict">{text(_sentence(found["sentence"]))}</p>'
+        + _panels(figures, shown.portrait)
+        + f"<ul>{facts}</ul>{_note(basis)}"
+        + _folded("tokens to every loss", tokens)
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Page, Shown], str]]] = {
     "answer": ("Answer", _answer),
     "optimum": ("Optimum against width", _optimum),
@@ -618,6 +663,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Page, Shown], str]]] = {
     "surface": ("Fitted surface of the widest width", _surface),
     "training": ("Training", _training),
     "cost": ("Cost", _cost),
+    "frontier": ("Optimizers and batch sizes", _frontier),
     "scaling": ("Scaling law", _scaling),
     "check": ("Coordinate check", _check),
     "settings": ("Settings per parameter group", _settings),

@@ -42,6 +42,8 @@ class FrontierTable(Table):
     curve of equal loss."""
     steps: Count
     """Steps of a run at a huge batch."""
+    sequence_length: Count | None = None
+    """With [trainer] only: tokens of a sequence, which else [train] says."""
     width: Width | None = None
     """Width of all models; by default the ladder's first."""
     evals: Annotated[int, Field(ge=2, le=1000)] = 20

@@ -64,7 +64,7 @@ from telescope.spec.variants import PLAIN, replaced, table_in
 
 COLUMNS = ("width", "seed", "loss", "status", "reason", "flops", "seconds")
 """Names that an axis cannot have: `trials.csv` has columns of these names."""
-STRICT_KEYS = {"command", "function", "environment", "steps"}
+STRICT_KEYS = {"command", "function", "environment", "steps", "arguments"}
 """Keys of [trainer] that must be equal for losses to be comparable."""
 OWN_TABLES = ("model", "train", "data")
 """The tables of the built-in trainer, which a foreign trainer does not use."""
@@ -298,18 +298,24 @@ class Spec(Table):
         require(batch_size is None, "target.batch_size", batch_size, known)
         known = "left out, or trainer.steps given too"
         require(steps is None or trainer.steps is not None, "target.steps", steps, known)
+        for name, value in trainer.arguments.items():
+            is_free = name.isidentifier() and name not in (*COLUMNS, *OWN, *self.axes)
+            known = "under a plain name that neither an axis nor the trial has"
+            require(is_free, f"trainer.arguments.{name}", value, known)
         if trainer.command is not None:
             self._check_placeholders(trainer)
 
     def _check_placeholders(self, trainer: TrainerTable) -> None:
         """Check that every placeholder is known, and that every swept axis is used."""
         own = [name for name in OWN if name != "steps" or trainer.steps is not None]
-        known, used, in_result = [*own, *self.axes], set[str](), set[str]()
+        known, used, in_result = [*own, *self.axes, *trainer.arguments], set[str](), set[str]()
         for key, text in trainer.texts():
             for name in names_in(text):
                 if name not in known:
                     raise SpecError(_unknown_placeholder(f"trainer.{key}", name, known))
                 (in_result if key == "result" else used).add(name)
+        for name, value in trainer.arguments.items():
+            require(name in used, f"trainer.arguments.{name}", value, "used in the command")
         for name in ("width", *self.axes):
             if name not in used:
                 raise SpecError(
@@ -432,6 +438,8 @@ class Spec(Table):
             used = {name for _, text in self.trainer.texts() for name in names_in(text)}
             if self.trainer.command and "steps" not in used:  # a statement, as the rule is
                 keys.pop("steps", None)
+            if not self.trainer.arguments:  # a key that older versions did not have
+                del keys["arguments"]
             own = {f"trainer.{key}": value for key, value in keys.items()}
             return {"ladder.widths[0]": self.base_width, **own}
         model = self.resolved_model

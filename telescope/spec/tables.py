@@ -241,9 +241,9 @@ class TrainerTable(Table):
     """Table ``[trainer]``: another program, or a Python function, that trains the trials.
 
     Command, environment and result may have placeholders: ``{width}``, ``{seed}``, every axis by
-    name, ``{base_width}``, ``{steps}``, ``{trial_folder}`` (the trial's own folder, which is kept,
-    for checkpoints and the like) and ``{python}`` (the interpreter that runs telescope). ``{{`` and
-    ``}}`` are literal braces.
+    name, every name of `arguments`, ``{base_width}``, ``{steps}``, ``{trial_folder}`` (the trial's
+    own folder, which is kept, for checkpoints and the like) and ``{python}`` (the interpreter that
+    runs telescope). ``{{`` and ``}}`` are literal braces.
     """
 
     command: tuple[str, ...] | None = None
@@ -257,6 +257,9 @@ class TrainerTable(Table):
     result: str | None = None
     """Command only: the JSON file with the result, relative to `folder`, a different one for every
     trial; by default a JSON line on stdout."""
+    arguments: dict[str, str | int | float | bool] = {}
+    """Name → value of further placeholders, or keywords of the function, the same for all trials.
+    `frontier` sets `optimizer` and `batch_size`."""
     timeout: float = 0.0
     """Seconds after which a trial that is still running is killed and fails; 0: never."""
     steps: Count | None = None

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from telescope.answer.finished import Kept, ladder_memory
-from telescope.records import Axis, Result, Status, Trial, TrialSource
+from telescope.answer.finished import Kept, kept_beside
+from telescope.records import Result, Status, Trial, TrialSource
 from telescope.report.frames import write_table
 from telescope.report.live import Progress, Screen
 from telescope.spec.spec import Spec
@@ -97,17 +97,6 @@ def with_target(spec: Spec) -> Spec:
             "compute": spec.compute.model_copy(update=by_width),
         }
     )
-
-
-def kept_beside(beside: Folder, name: str, axes: tuple[Axis, ...]) -> Kept:
-    """Return the results of a folder beside a sweep's, which may not have been made yet.
-
-    Raises:
-        ResumeError: the sweep's record cannot be read.
-    """
-    record, folder = beside.read_spec(), Folder(beside.path / name)
-    memory = ladder_memory(folder)
-    return Kept(folder, None, record["spec"]["name"], axes, record["fingerprint"], memory)
 
 
 @dataclass

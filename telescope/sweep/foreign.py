@@ -130,6 +130,7 @@ class Foreign(WithCosts, Trainable):
             base_width=self.spec.base_width,
             trial_folders=str(results.trial_folders.absolute()),
             steps=self.trainer.steps,
+            arguments=self.trainer.arguments,
             prices=Prices(
                 flops=self.cost_per_trial if is_flops else {},
                 parameters={} if is_flops else self.cost_per_trial,
@@ -206,7 +207,8 @@ class Foreign(WithCosts, Trainable):
     def _check_function(self, name: str) -> None:
         forget(self.directories)
         function = load_function(name, self.directories)
-        needed = {"width", *self.spec.axes} | ({"seed"} if self.spec.repeats else set())
+        needed = {"width", *self.spec.axes, *self.trainer.arguments}
+        needed |= {"seed"} if self.spec.repeats else set()
         mute = {"python"} | (set() if self.trainer.steps else {"steps"})
         check_signature(name, function, needed, set(OWN) - mute)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from telescope.answer.finished import Finished, open_result
+from telescope.answer.frontier import FOLDER, read_answer
 from telescope.check.verdict import CoordCheck
 from telescope.errors import SpecError, TelescopeError
 from telescope.files import write_atomic
@@ -76,8 +77,9 @@ def _shown(name: str, sweep: Finished) -> Shown:
     settings, no_settings = _settings(sweep)
     check, no_check = _check(sweep)
     found = read_scaling(sweep.folder.path)
+    frontier = read_answer(sweep.folder.path / FOLDER)
     command = _run_command(sweep)
-    return Shown(name, sweep, settings, no_settings, check, no_check, command, found)
+    return Shown(name, sweep, settings, no_settings, check, no_check, command, found, frontier)
 
 
 def _settings(sweep: Finished) -> tuple[Transfer | None, str]:
