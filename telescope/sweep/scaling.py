@@ -61,7 +61,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Family:
-    """What a spec's [scaling] asks for, as specs."""
+    """A family of runs as the specs that [scaling] asks for."""
 
     spec: Spec
     table: ScalingTable
