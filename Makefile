@@ -31,9 +31,9 @@ test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
 
 # Exports built with the trainers' own packages. Those that are not installed are skipped, with the
-# reason: pip install optax jax transformers accelerate deepspeed torchtitan megatron-core "lm-eval[hf]"
+# reason: pip install optax jax transformers accelerate deepspeed torchtitan megatron-core "lm-eval[hf]" kubernetes-validate
 test-formats: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m formats tests/test_formats.py
+	$(BIN)/python -m pytest -m formats tests/test_formats.py tests/test_containers.py
 
 # Trackers' own libraries, offline. Those that are not installed are skipped, with the reason:
 # pip install wandb mlflow-skinny trackio

@@ -21,7 +21,16 @@ import telescope
 
 COPIED = (
     *("telescope", "models", "sweeps", "tests", "benchmarks", "docs", "examples"),
-    *("pyproject.toml", "Makefile", "constraints.txt", "mkdocs.yml", ".gitignore"),
+    *(
+        "Dockerfile",
+        ".dockerignore",
+        "environment.yml",
+        "pyproject.toml",
+        "Makefile",
+        "constraints.txt",
+        "mkdocs.yml",
+        ".gitignore",
+    ),
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"),
 )
 UNWANTED = shutil.ignore_patterns("__pycache__", "results")
