@@ -137,7 +137,7 @@ def build(
         ValueError: head_dim is odd or does not divide the width, or a number is not positive.
     """
     if head_dim % 2 or width % head_dim:
-        raise ValueError(f"width {width} with head_dim {head_dim}: must be even and divide it")
+        raise ValueError(f"head_dim {head_dim}: must be even and divide the width, {width}")
     if mlp_ratio <= 0 or multiple_of < 1:
         raise ValueError(f"mlp_ratio {mlp_ratio} and multiple_of {multiple_of} must be positive")
     least = int(mlp_ratio * width)

@@ -850,20 +850,20 @@ def slurm(
         typer.Argument(metavar="-- OPTIONS", help="Options of run, or with --launch of launch."),
     ] = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="A Ray cluster in one allocation, no array of workers.")
+        bool, typer.Option("--ray", help="A Ray cluster in one allocation; no array.")
     ] = False,
     launch: Annotated[
         bool, typer.Option("--launch", help="The target run of a finished sweep, by torchrun.")
     ] = False,
     storage: Annotated[
-        str | None, typer.Option(help="The workers' database, an URL without its password.")
+        str | None, typer.Option(help="The workers' database, a URL without password.")
     ] = None,
     workers: WorkersOption = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Of --ray and --launch.")] = 1,
-    partition: Annotated[str | None, typer.Option()] = None,
-    account: Annotated[str | None, typer.Option()] = None,
-    time: Annotated[str | None, typer.Option(help="The limit, as 4:00:00 or 1-12.")] = None,
-    mem: Annotated[str | None, typer.Option(help="Memory of a node, as 64G.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of --ray and --launch.")] = 1,
+    partition: Annotated[str | None, typer.Option(help="As in sbatch.")] = None,
+    account: Annotated[str | None, typer.Option(help="As in sbatch.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, such as 4:00:00 or 1-12.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of a node, such as 64G.")] = None,
     cpus_per_task: Annotated[
         int | None, typer.Option(min=1, help="Of a worker, or a node; left out, by the spec.")
     ] = None,
@@ -872,11 +872,11 @@ def slurm(
     ] = None,
     sbatch: Annotated[
         list[str] | None,
-        typer.Option(metavar="OPTION", help="Another one of sbatch: --sbatch=--qos=high."),
+        typer.Option(metavar="OPTION", help="Another option of sbatch: --sbatch=--qos=high."),
     ] = None,
     setup: Annotated[
         list[str] | None,
-        typer.Option(metavar="LINE", help="A line of bash to begin with: 'module load cuda'."),
+        typer.Option(metavar="LINE", help="A line of bash that runs first: 'module load cuda'."),
     ] = None,
     overrides: SetOption = None,
     name: NameOption = None,

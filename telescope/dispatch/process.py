@@ -1,4 +1,4 @@
-"""The ends of a process that trains: its output kept, its hanging ended, its lost device left."""
+"""Care for a process that trains: keep its output, end it if it hangs or has lost its device."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Queue:
         """Return the next order for a worker that is yet to take it, which `start` notes.
 
         Args:
-            retries: with the trials that have failed before.
+            retries: offer trials that have failed before, too.
         """
         free = self._free(self._begin().ask()) if self.is_due else []
         for trial in free:

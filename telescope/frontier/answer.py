@@ -26,8 +26,8 @@ from telescope.frontier.reach import (
 from telescope.records import as_json
 
 WASTE = 1.25
-"""Tokens at the recommended batch, in multiples of the fewest at any batch: by the curve of equal
-loss a quarter more, for five times fewer steps than at a quarter of that batch. Assumption."""
+"""Most tokens at the recommended batch, in multiples of the fewest at any batch. Assumption.
+On the curve of equal loss, such a run takes five times the fewest steps."""
 DIGITS = 4
 """Digits of a target loss that is chosen here; it is rounded up."""
 BACK = (1.0, math.sqrt(0.5), 0.5)

@@ -1,9 +1,9 @@
 """An arm's loss at its best setting, against the tokens trained, with its uncertainty.
 
 At every step at which the held-out loss was measured, the ladder's own fit goes through the losses
-that all trials had there. Its draws say how low the loss is at the best learning rate, and how sure
-that is: they hold what is not known of the optimum, and what another seed changes. Nothing is said
-about steps beyond the last: a loss that is not reached is "not reached", never a number.
+that all trials had there. It gives the loss at the best learning rate and its error, which counts
+what is not known of the optimum and what another seed changes. Nothing is said about steps beyond
+the last: a loss that is not reached is "not reached", never a number.
 """
 
 from __future__ import annotations

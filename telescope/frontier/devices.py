@@ -77,7 +77,7 @@ class Placed:
 
 
 class NotKnownError(ValueError):
-    """A device model that needs numbers which are not known of these runs."""
+    """A device model needs numbers that are not known of these runs."""
 
 
 def place(devices: Devices, steps: Mapping[Arm, Step], found: Sequence[Reached]) -> list[Placed]:

@@ -24,8 +24,8 @@ Array = NDArray[np.float64]
 DRAWS = 1001
 """Draws of each arm's uncertainty. Numerical."""
 FREEDOM = 6
-"""Degrees of freedom of an arm's error: two further seeds, and the four that the fit's belief about
-their shift counts for. Measured: with normal errors, 90 % intervals held the loss in 85 % of
+"""Degrees of freedom of an arm's error: two further seeds, and four that the fit's prior on
+a seed's shift counts for. Measured: with normal errors, 90 % intervals held the loss in 85 % of
 simulated arms whose noise is all a seed's."""
 TAIL = 0.05
 """Probability beyond each end of an interval."""

@@ -1,8 +1,8 @@
 """The ledger of what a tracker has been given, kept beside the results.
 
-It makes a run go on where its tracker's record ends, in this process or a later one, and is what
-nothing is logged twice by. A line is written after its delivery: a kill between the two repeats the
-rows of one look at most, under the same steps.
+By it a run goes on where its tracker's record ends, in this process or a later one, and nothing is
+logged twice. A line is written after its delivery: a kill between the two repeats the rows of one
+look at most, under the same steps.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Ledger:
         return self._ends.get(run, "")
 
     def forget(self, run: str) -> None:
-        """Take it that nothing of a run has been delivered: its destination has been removed."""
+        """Forget what has been delivered of a run: it is no longer at its destination."""
         self._steps.pop(run, None)
         self._ends.pop(run, None)
 

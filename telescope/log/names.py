@@ -48,7 +48,7 @@ def check_installed(names: Iterable[str]) -> None:
 def _is_installed(module: str) -> bool:
     """Tell whether Python finds a package, without importing it.
 
-    A folder of that name, such as the one that wandb leaves where it has run, is none.
+    A folder of that name, such as the one that wandb leaves where it has run, is no package.
     """
     try:
         found = importlib.util.find_spec(module)

@@ -1,1 +1,1 @@
-"""The scaling law of two optimizers, pure: laws fitted to losses and compute, and their ratio."""
+"""Scaling laws of optimizers, pure: laws fitted to loss and compute, and the FLOP ratio."""

@@ -2,8 +2,8 @@
 
 Intervals hold with 90 % probability. They come from draws of the mean losses: seeds are drawn anew,
 the same ones for all optimizers, and what the laws leave unexplained beyond the seeds' noise is
-drawn from the residuals of all sizes, again together for all optimizers. What is left of the error
-of the settings (learning rate and weight decay are themselves estimates) is not in them.
+drawn from the residuals of all sizes, again together for all optimizers. The intervals leave out
+that the settings, learning rate and weight decay, are themselves estimates.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DRAWS = 1000
 TAILS = (5.0, 95.0)
 """Percentiles between which an interval lies."""
 OUTLIER = 4.0
-"""Residuals count less from so many standard deviations of a mean on."""
+"""Standard deviations of a mean beyond which a residual counts less than by its square."""
 LEAST_SCALE = 0.001
-"""Least residual, in log loss, that may count less: few seeds do not tell their noise well."""
+"""Least residual, in log loss, that may count less: from few seeds the noise is not known well."""
 
 NO_CONSTANT = 0.01
-"""E below which it is as good as 0, nats per token."""
+"""E that counts as 0, nats per token."""
 TITLES = {"muon": "Muon", "adamw": "AdamW"}
 
 Interval = tuple[float, float]
@@ -119,7 +119,7 @@ class Scaling:
     shared: Laws
     separate: Laws
     power_shared: Laws | None
-    """Without E, the form of M's published laws; None where `shared` has none either."""
+    """Without E, the form of the laws in arXiv 2502.16982; None where `shared` has none either."""
     power_separate: Laws | None
 
     @property
@@ -136,7 +136,7 @@ class Scaling:
         """The FLOP ratios at the losses of the second optimizer's sizes, by separate exponents.
 
         Also where the data do not tell the exponents apart: a shared one would be a second
-        assumption, and where it is wrong its narrow intervals miss the ratio more often than not.
+        assumption, and where that is wrong its narrow intervals miss the ratio more often than not.
         """
         if len(self.measured.optimizers) < 2:
             return ()
@@ -192,8 +192,8 @@ def _sentence(ratio: Ratio, first: str, second: str) -> str:
     shown = f"{share:.0f} % of the FLOPs ({100 * interval[0]:.0f}-{100 * interval[1]:.0f}){beyond}"
     if interval[0] <= 1 <= interval[1]:
         return (
-            f"no difference beyond the noise: {first} reaches {at} with {shown}, and as many lie "
-            "in the interval"
+            f"no difference beyond the noise: {first} reaches {at} with {shown}, an interval that "
+            "holds 100 %"
         )
     return f"{first} reaches {at} with {shown}"
 

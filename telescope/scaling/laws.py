@@ -22,7 +22,7 @@ PFLOPS_DAY = 8.64e19
 """FLOPs of a PFLOP/s-day."""
 SIZES_FOR_CONSTANT = 4
 """Fewest sizes from which E is fitted. Three points fix E, A and α, and leave nothing that could
-show a mistake; M's own published laws have no E."""
+show a mistake; the laws in arXiv 2502.16982 have no E."""
 SHARES = 1 - np.geomspace(1.0, 0.003, 48)
 """E as shares of the lowest loss, the coarse grid of a fit."""
 REFINED = 7

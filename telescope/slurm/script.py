@@ -26,7 +26,7 @@ MEMORY = re.compile(r"\d+[KMGT]?")
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The part of a job that the user knows: SLURM's own options, by their names."""
+    """The part of a job that the user gives: SLURM's own options, by their names."""
 
     partition: str | None = None
     account: str | None = None

@@ -69,7 +69,7 @@ STRICT_KEYS = {"command", "function", "environment", "steps", "arguments"}
 OWN_TABLES = ("model", "train", "data")
 """The tables of the built-in trainer, which a foreign trainer does not use."""
 NO_PART = {"variants", "frontier", "scaling"}
-"""Tables that name comparisons of sweeps: no part of one, nor of its results folder."""
+"""Tables on comparisons of sweeps: no part of a single sweep, nor of its record."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 

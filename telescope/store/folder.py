@@ -8,7 +8,8 @@ It uses only the standard library, because `status` and `ls` read it and must st
         trials.db      every result (Optuna on SQLite), unless --storage names another place
         trials.csv     the same as a table
         curves/        one CSV per trial
-        scaling/       the runs of `telescope scaling`, scaling.json and scaling.png: its answer
+        scaling/       the runs of `telescope scaling`, and its answer: scaling.json, scaling.png
+        frontier/      the arms of `telescope frontier`, and its answer: answer.json, frontier.png
         packs.jsonl    the packs (trials trained as one model), if any, and how they were decided
         unstored.json  results of a pack, while they are stored one by one
         logs/          the output of each trial of a foreign trainer
@@ -17,6 +18,7 @@ It uses only the standard library, because `status` and `ls` read it and must st
         rows/          rows of running trials' curves, where the spec names trackers
         trackers/      log and ledger of each tracker
         tensorboard/   TensorBoard's event files
+        wandb/         wandb's own files
         loss.png       optimum against width, and excess loss per width with the fit
         report.html    the page that `telescope report` writes
         coordcheck.json, coordcheck.png    the verdict of the coordinate check, and its figure

@@ -19,7 +19,7 @@ from telescope.target.folder import TARGETS
 PYTHON = (sys.executable,)
 Kind = Literal["workers", "ray", "launch"]
 MANNER = ("micro_batch", "checkpoint_every", "keep_every", "activation_checkpointing", "shard")
-"""Options of `launch` that each rank is given; the others are in the run's folder."""
+"""Options of `launch` that each rank gets; the others are in the run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Runs of several sweeps at once: one queue over fixed trials of different models and lengths.
 
 Each run keeps its results in its own folder. A dispatcher knows a trial by its content alone, so
-that for its journey a trial's point has one axis more, the number of its run.
+the point of a trial on its way through a dispatcher has one more axis: the number of its run.
 """
 
 from __future__ import annotations

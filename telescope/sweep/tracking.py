@@ -1,4 +1,4 @@
-"""A sweep's trials, its answer and its target runs as runs of experiment trackers."""
+"""Runs of experiment trackers: a sweep's trials, its answer and its target runs."""
 
 from __future__ import annotations
 
@@ -179,9 +179,8 @@ def logged_target(
     name, path = finished.spec.name, finished.folder.path
     run = _target(folder, name, folder_id(path))
     trial = Trial.from_dict(folder.read_run() or {})
-    printed = (
-        Folder(folder.path).logs / f"{trial}.out"
-    )  # of another trainer, whose curve comes last
+    # Of another trainer, whose curve comes with the result alone.
+    printed = Folder(folder.path).logs / f"{trial}.out"
     follow = [folder.path / CURVE_FILE, printed]
     started = Started(run, tuple(str(file.absolute()) for file in follow))
     senders = [Sender(tracker, path, name, say, [started]) for tracker in to]

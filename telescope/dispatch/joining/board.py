@@ -5,7 +5,7 @@ alone decides: it offers an order, and after a worker's loss the order again. A 
 own row and to the orders that it has taken.
 
 No clock is compared with another machine's. A driver and every worker count up a number, its beat.
-Whoever watches measures on its own monotonic clock how long a beat has stood still, so that neither
+The other side measures on its own monotonic clock how long a beat has stood still, so that neither
 a wrong clock nor a machine that has slept makes a living worker look dead.
 """
 
@@ -24,12 +24,12 @@ from telescope.records import CurvePoint, Result, Trial
 
 LEASE = 60.0
 """Seconds without a beat after which a worker's order is given to another. Assumption: longer than
-what a busy database or a full machine holds a worker up for, and short beside a trial."""
+a busy database or a full machine delays a worker, and short beside a trial."""
 BEATS = 6
 """Beats per lease, so that a few may be late or lost."""
 LONGEST_LOOK = 0.25
-"""Share of a lease that counts at most between two looks at the beats: if the one who looks has
-slept, those watched may have slept too, and get the time to say so."""
+"""Most that a pause between two looks at the beats counts, as a share of a lease. If the watcher
+has slept, those watched may have slept too, and get the time to say so."""
 
 
 class Row(NamedTuple):
@@ -73,7 +73,7 @@ class DriverBoard(Protocol):
         """Announce the sweep, take it over from any driver before, and withdraw open orders.
 
         Returns:
-            What workers have of earlier drivers.
+            The orders that workers have from earlier drivers.
         """
         ...
 
