@@ -44,7 +44,7 @@ def instructions(kind: str) -> list[str]:
 
 
 def copied() -> list[str]:
-    """What the Dockerfile copies out of the tree."""
+    """The paths that the Dockerfile copies out of the tree."""
     words = [shlex.split(value) for value in instructions("COPY")]
     return [name for *names, _ in words if not names[0].startswith("--from") for name in names]
 
