@@ -361,6 +361,8 @@ def test_what_a_worker_says_of_what_is_not_there(tmp_path: Path, boards: Boards)
         ("sqlite://", "must be PostgreSQL, or an SQLite file"),
         ("postgresql+psycopg://me:secret@host:port/db", "cannot be opened"),
         ("no url", "cannot be opened"),
+        ("postgresql+psycopg://me:a@secret@127.0.0.1:1/db", "an @ in the password .* as %40"),
+        ("postgresql+psycopg://me:a@secret@127.0.0.1:x/db", "cannot be opened"),
         ("postgresql+psycopg://me:secret@127.0.0.1:1/db", "cannot be used: .*refused"),
     ],
 )

@@ -27,9 +27,15 @@ def is_file(url: str) -> bool:
 
 
 def engine_options(url: str) -> dict[str, Any]:
-    """Return SQLAlchemy's options: a lock's timeout for a file, a ping before use for a server."""
+    """Return SQLAlchemy's options: a lock's timeout for a file, a ping before use for a server.
+
+    Raises:
+        ValueError: a part of the password would be taken for a part of the host, and be shown.
+    """
     if is_file(url):
         return {"connect_args": {"timeout": LOCK_TIMEOUT}}
+    if "@" in (sqlalchemy.make_url(url).host or ""):
+        raise ValueError("an @ in the password must be written as %40")
     return {"pool_pre_ping": True}
 
 
@@ -53,10 +59,25 @@ def without_password(url: str) -> str:
     try:
         full = sqlalchemy.make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):  # no URL, but somebody meant one
-        return re.sub(r"(//[^:/@]*):[^@]*@", r"\1@", url)
+        return re.sub(r"(//[^:/@]*):.*@", r"\1@", url)
     # `set(password=None)` would ignore the None and leave the password in.
-    query = {key: value for key, value in full.query.items() if "pass" not in key.lower()}
+    query = {key: value for key, value in full.query.items() if not _is_secret(key)}
+    host = full.host and full.host.rpartition("@")[2]  # before an @: the rest of a password
     bare = sqlalchemy.URL.create(
-        full.drivername, full.username, None, full.host, full.port, full.database, query
+        full.drivername, full.username, None, host, full.port, full.database, query
     )
     return bare.render_as_string(hide_password=False)
+
+
+def has_password(url: str) -> bool:
+    """Tell whether a storage URL has a password, at whatever place."""
+    try:
+        full = sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return without_password(url) != url
+    return full.password is not None or any(map(_is_secret, full.query))
+
+
+def _is_secret(key: str) -> bool:
+    """Tell whether a key of a URL's query gives a password: password, sslpassword, passfile."""
+    return "pass" in key.lower()

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from telescope.errors import SpecError
 from telescope.slurm.script import Asked, Job
 from telescope.spec.spec import Spec
+from telescope.store.board import check_shareable
+from telescope.store.database import has_password
 from telescope.sweep.launch_asked import Launch, run_name
 from telescope.target.folder import TARGETS
 
@@ -62,16 +63,34 @@ def make_job(batch: Batch, options: Mapping[str, Any]) -> Job:
     Raises:
         SpecError: a line per fault.
     """
+    _check_used(batch)
     if batch.kind == "launch":
         return _launch_job(batch, options)
     return _ray_job(batch) if batch.kind == "ray" else _workers_job(batch)
+
+
+def _check_used(batch: Batch) -> None:
+    """Refuse options that the script would not use.
+
+    Raises:
+        SpecError: a line per option.
+    """
+    if batch.kind == "launch":
+        why = "is of a sweep; --launch trains the target of one that is finished"
+        given = {"--storage": batch.storage, "--workers": batch.workers, "--set": batch.overrides}
+    else:
+        why = "is of --ray and --launch; an array has as many tasks as --workers says"
+        given = {"--nodes": batch.kind == "workers" and batch.nodes > 1}
+    if faults := [f"{option}: {why}" for option, value in given.items() if value]:
+        raise SpecError(*faults)
 
 
 def _workers_job(batch: Batch) -> Job:
     """An array of workers that join, with the driver in its first task.
 
     Raises:
-        SpecError: no storage or one with a password, or an unknown number of workers.
+        SpecError: no storage, one with a password or that workers cannot share, or an unknown
+            number of workers.
     """
     storage = _checked_storage(batch.storage)
     number = _number_of_workers(batch)
@@ -186,11 +205,12 @@ def _checked_storage(url: str | None) -> str:
             "--storage: is left out, but workers on other nodes share a database; give the URL of "
             "a PostgreSQL server, or use --ray, which needs none"
         )
-    return _without_secret(url)
+    check_shareable(_without_secret(url))
+    return url
 
 
 def _without_secret(url: str) -> str:
-    if urlsplit(url).password is not None:
+    if has_password(url):
         raise SpecError(
             "--storage: has a password, which others could read in the script; leave it out, and "
             "export PGPASSWORD before sbatch"
