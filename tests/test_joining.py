@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import time
 from collections import Counter
@@ -51,6 +52,7 @@ from telescope.store.database import sqlite_url, without_password
 from telescope.store.folder import Folder
 from telescope.sweep.announcing import announcement, packer_here
 from telescope.sweep.prepare import prepare
+from telescope.sweep.run import how_to_join
 
 
 @pytest.fixture
@@ -178,6 +180,23 @@ def test_what_was_delivered_while_no_driver_was_there_is_told(boards: Boards) ->
     with pytest.raises(LostError, match="another driver has taken it over"):
         first.turn()
     assert [r.trial for results in source.told for r in results] == source.stages[0][:1]
+
+
+def test_a_driver_with_nothing_to_train_misses_no_worker(boards: Boards) -> None:
+    said: list[str] = []
+    source = Recorded()
+    driver = _Driver(Queue(source), source, boards.driver(), 1, 0.3, said.append)
+    driver.begin("{}")
+    assert not driver.turn()
+    assert said == []
+
+
+def test_the_command_that_joins_is_for_any_folder_and_a_shell(tmp_path: Path) -> None:
+    place = tmp_path / "my results"
+    url = "postgresql+psycopg://me:secret@host/db?application_name=x&sslmode=require"
+    shown = url.replace(":secret", "")
+    words = ["telescope", "worker", "tiny", "--storage", shown, "--results", str(place)]
+    assert shlex.split(how_to_join("tiny", url, place)) == words
 
 
 def test_what_nobody_asks_for_any_more_is_evidence_once_delivered(boards: Boards) -> None:

@@ -6,8 +6,10 @@ libraries themselves are in test_trackers.py.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -28,11 +30,13 @@ from tracked import AXES, PAPER, SPOILT, read_events, run_logged
 from telescope import Spec
 from telescope.errors import SpecError
 from telescope.log import sending
+from telescope.log.__main__ import Service
 from telescope.log.ledger import SPARE, Ledger
 from telescope.log.names import PACKAGES, check_installed
 from telescope.log.records import End, Ended, Row, Run, Started, as_line, from_line
 from telescope.log.rows import MOST_BEHIND, MOST_BYTES, MOST_ROWS, Follower, read_curve, rising
 from telescope.log.sending import Sender
+from telescope.log.tracker import Tracker
 from telescope.records import Point, Trial
 from telescope.report.live import PlainScreen
 from telescope.store.folder import Folder
@@ -306,6 +310,21 @@ def test_a_tracker_whose_process_ends_is_reported_once(
     assert finished.ladder.is_finished
 
 
+def test_a_secret_in_an_address_is_neither_shown_nor_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def connect() -> tuple[Tracker, Ledger]:
+        raise OSError("API request to http://me:secret@host:80/?write_token=secret failed")
+
+    messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    messages.put(None)
+    said = io.StringIO()
+    Service(connect, said).serve(messages)
+    for text in (said.getvalue(), capsys.readouterr().err):
+        assert "http://me@host:80/?write_token=" in text
+        assert "secret" not in text
+
+
 def a_run(number: int = 0) -> Run:
     return Run(f"{number:016x}", "trial", f"run-{number}", "sweep", "width-8", {"lr": 0.1})
 
@@ -353,6 +372,7 @@ import os, sys, time
 from pathlib import Path
 from telescope.log.records import Run, End, Ended, Started
 from telescope.log.sending import Sender
+from telescope.log.tracker import Tracker
 place = Path(sys.argv[1])
 sender = Sender("wandb", place, "sweep", print)
 run = Run("0" * 16, "trial", "one", "sweep", "width-8")

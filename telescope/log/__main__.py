@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -34,8 +35,17 @@ LINGER_SECONDS = 20.0
 """Time limit for what is left to do after a driver was killed; one that waits sets its own."""
 RETRY_SECONDS = 60.0
 """Pause before another attempt to connect, or to deliver what has failed."""
+SECRET = re.compile(
+    r"(//[^\s:/@]*):[^\s@]*@|([?&][^\s=&]*(?:key|pass|token)[^\s=&]*=)[^\s&'\"]+", re.IGNORECASE
+)
+"""A password before a host, or a secret of a query, which a server's address may have."""
 NICENESS = 5
 """Priority below that of trials on the same machine."""
+
+
+def without_secrets(text: str) -> str:
+    """Return a library's words without the secrets of the addresses in them."""
+    return SECRET.sub(lambda found: f"{found[1]}@" if found[1] else f"{found[2]}…", text)
 
 
 class Service:
@@ -173,10 +183,10 @@ class Service:
 
     def _report(self, error: Exception) -> None:
         """Report an error, each kind once, and write its traceback to the log."""
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        text = f"{type(error).__name__}: {without_secrets(' '.join(str(error).split()))[:300]}"
         if text[:60] not in self._troubles:
             self._troubles.add(text[:60])
-            traceback.print_exception(error)
+            print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
             self._tell({"trouble": text})
 
     def _tell(self, said: dict[str, Any]) -> None:

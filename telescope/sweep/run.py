@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -468,6 +469,14 @@ def _shared_storage(options: Options, folder: Folder) -> str:
     return _chosen_storage(folder, options.storage) or sqlite_url(folder.path)
 
 
+def how_to_join(name: str, url: str, results: Path) -> str:
+    """Return the command of a worker, for a shell in any folder; without the password."""
+    from telescope.store.database import without_password
+
+    where = ("--storage", without_password(url), "--results", str(results.absolute()))
+    return shlex.join(("telescope", "worker", name, *where))
+
+
 @contextmanager
 def _joining(
     source: Noting,
@@ -484,16 +493,13 @@ def _joining(
     from telescope.dispatch.joining import board as joining
     from telescope.dispatch.joining.driver import run_joining
     from telescope.store.board import Driver
-    from telescope.store.database import without_password
     from telescope.sweep.announcing import announcement
 
     url = _shared_storage(options, folder)
     packs = Packs(sweep.pack_size(is_cluster=True), lines=folder.packs(), note=source.note_pack)
     if source.ask():
-        screen.note(
-            f"{sweep.spec.name}: workers join with: telescope worker {sweep.spec.name} --storage "
-            f"{without_password(url)}"
-        )
+        name = sweep.spec.name
+        screen.note(f"{name}: workers join with: {how_to_join(name, url, options.results)}")
     with closing(Driver(url, sweep.spec.name)) as board:
         joined = partial(
             run_joining,

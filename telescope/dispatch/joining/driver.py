@@ -132,9 +132,9 @@ class _Driver:
         """Tell queue and source how many workers there are; say when there are none."""
         if len(alive) == self._workers:
             return
-        if not alive:
+        if not alive and not self._queue.is_done:
             self._note("no worker" + (" any more" if self._workers else " yet"))
-        elif not self._workers:
+        elif alive and not self._workers:
             self._note("the first worker has joined")
         self._workers = len(alive)
         self._queue.resize(max(self._least, len(alive)))
