@@ -165,6 +165,10 @@ def test_what_the_examples_name_is_in_them() -> None:
     )
     host = commands()[0][3].split("@")[1].split("/")[0]
     assert host in named["Service"]
+    for name, job in jobs.items():
+        # All is applied at once, and a database that is not there ends a command with code 2.
+        (waits,) = job["template"]["spec"]["initContainers"]
+        assert f"until pg_isready --host={host};" in waits["command"][-1], name
 
 
 def test_a_rayjob_has_kuberays_keys_and_our_ray() -> None:
