@@ -319,7 +319,11 @@ def run(
 @app.command()
 def worker(
     sweep: Annotated[
-        str, typer.Argument(metavar="SWEEP", help="The name of a sweep that runs, or soon will.")
+        str,
+        typer.Argument(
+            metavar="SWEEP",
+            help="A sweep that runs, or soon will: its name, or a path to its folder.",
+        ),
     ],
     storage: StorageOption = None,
     results: ResultsOption = RESULTS,
@@ -337,6 +341,8 @@ def worker(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from telescope.sweep.joining import join
 
+    if os.sep in sweep:
+        results, sweep = Path(sweep).parent, Path(sweep).name
     try:
         join(sweep, storage, results, patience=wait, note=_say)
     except KeyboardInterrupt:

@@ -370,6 +370,8 @@ def test_what_a_worker_says_of_what_is_not_there(tmp_path: Path, boards: Boards)
     assert (code, said) == (0, "sweep: has ended; there is nothing to train\n")
     code, said = said_by("tiny", "--wait", "0", cwd=tmp_path)
     assert (code, "results/tiny/trials.db" in said) == (2, True)
+    code, said = said_by("of/tiny/", "--wait", "0", cwd=tmp_path)
+    assert (code, f"no sweep tiny in sqlite:///{tmp_path}/of/tiny/trials.db" in said) == (2, True)
     assert not (tmp_path / "results").exists(), "nothing is created"
 
 
