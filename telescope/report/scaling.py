@@ -13,6 +13,7 @@ from rich.console import Console
 from telescope.markup import table
 from telescope.report.live import describe_seconds
 from telescope.report.terminal import print_item, print_table
+from telescope.scaling.answer import percent
 
 FOLDER = "scaling"
 """The folder of a family in its sweep's."""
@@ -171,7 +172,7 @@ def _print_answer(console: Console, found: Mapping[str, Any]) -> None:
         )
     if len(names) == 2:
         last = found["laws_6nd"]["ratios"][-1]
-        print_item(console, "by 6ND", f"{_percent(last)} of the FLOPs, without the optimizer's own")
+        print_item(console, "by 6ND", f"{percent(last)} of the FLOPs, without the optimizer's own")
     print_item(console, "answer", found["sentence"])
 
 
@@ -183,7 +184,7 @@ def _print_variants(console: Console, found: Mapping[str, Mapping[str, Any]]) ->
     columns = {
         "variant": list(found),
         "loss reached": [f"{laws['ratios'][-1]['loss']:.4f}" for laws in of],
-        "FLOPs of Muon": [_percent(laws["ratios"][-1]) for laws in of],
+        f"FLOPs of {TITLES[of[0]['optimizers'][0]]}": [percent(laws["ratios"][-1]) for laws in of],
         "α differs by": [_signed(laws["separate"]["exponent_difference"]) for laws in of],
     }
     print_table(console, columns)
@@ -217,15 +218,6 @@ def _signed(number: Number | None) -> str:
     return f"{number['value']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def _percent(number: Number) -> str:
-    """Describe a ratio: ``52 % (47-58)``."""
-    share = f"{100 * number['value']:.0f} %"
-    if number["interval"] is None:
-        return share
-    low, high = number["interval"]
-    return f"{share} ({100 * low:.0f}-{100 * high:.0f})"
-
-
 def _ratios(sizes: Sequence[Mapping[str, Any]], ratios: Sequence[Mapping[str, Any]]) -> list[str]:
     """Describe each size's ratio; a star marks a law beyond its sizes."""
     left = list(ratios)
@@ -233,7 +225,7 @@ def _ratios(sizes: Sequence[Mapping[str, Any]], ratios: Sequence[Mapping[str, An
     for size in sizes:
         ratio = left.pop(0) if size["seeds"] else None
         star = " *" if ratio and ratio["extrapolated"] else ""
-        shown.append(_percent(ratio) + star if ratio else "–")
+        shown.append(percent(ratio) + star if ratio else "–")
     return shown
 
 

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from telescope.records import as_json
-from telescope.scaling.laws import SIZES_FOR_CONSTANT, Array, Fits, Form, Law, fit_laws
+from telescope.scaling.laws import (
+    EXPONENTS,
+    SIZES_FOR_CONSTANT,
+    Array,
+    Fits,
+    Form,
+    Law,
+    fit_laws,
+)
 
 DRAWS = 1000
 TAILS = (5.0, 95.0)
@@ -26,6 +34,8 @@ OUTLIER = 4.0
 LEAST_SCALE = 0.001
 """Least residual, in log loss, that may count less: from few seeds the noise is not known well."""
 
+FLAT = 2 * EXPONENTS[0]
+"""Exponent up to which a law is flat: the fit has ended at its least one."""
 NO_CONSTANT = 0.01
 """E that counts as 0, nats per token."""
 TITLES = {"muon": "Muon", "adamw": "AdamW"}
@@ -102,13 +112,42 @@ class Ratio:
 
     loss: float
     """Nats per token; the second optimizer's law at one of its sizes."""
-    number: Number
+    number: Number | None
+    """None where a law may be flat, which any compute reaches or none."""
     is_outside: bool
     """True if its compute lies outside its sizes, where its law is extrapolated."""
 
     def as_dict(self) -> dict[str, Any]:
         """The form that JSON takes."""
-        return {"loss": self.loss, **self.number.as_dict(), "extrapolated": self.is_outside}
+        number = self.number.as_dict() if self.number else {"value": None, "interval": None}
+        return {"loss": self.loss, **number, "extrapolated": self.is_outside}
+
+
+def percent(number: Mapping[str, Any]) -> str:
+    """Describe a ratio, {"value", "interval"}, as a percentage with its interval.
+
+    >>> percent({"value": 0.523, "interval": [0.47, 0.58]})
+    '52 % (47-58)'
+    >>> percent({"value": 3e-5, "interval": [0.0, 1e290]})
+    '<1 % (<1 to >1000)'
+    >>> percent({"value": None, "interval": None})
+    'unknown'
+    """
+    if number["value"] is None:
+        return "unknown"
+    share = f"{_hundredths(number['value'])} %"
+    if number["interval"] is None:
+        return share
+    low, high = map(_hundredths, number["interval"])
+    is_plain = f"{low}{high}".isdigit()
+    return f"{share} ({low}-{high})" if is_plain else f"{share} ({low} to {high})"
+
+
+def _hundredths(ratio: float) -> str:
+    """Round to whole percent; what is beyond a hundredth or ten times is only said to be."""
+    if ratio < 0.01:
+        return "<1"
+    return f"{100 * ratio:.0f}" if ratio <= 10 else ">1000"
 
 
 @dataclass(frozen=True)
@@ -142,13 +181,23 @@ class Scaling:
             return ()
         first, second = self.measured.optimizers
         own, its = self.measured.compute[first], self.measured.compute[second]
-        law = self.separate.law(second)
+        law, known = self.separate.law(second), not self.flat
         found = []
         for compute, number in zip(its, self.separate.ratios, strict=True):
             needed = number.value * compute
             inside = min(own) * (1 - 1e-9) <= needed <= max(own) * (1 + 1e-9)
-            found.append(Ratio(float(law.loss(compute)), number, not inside))
+            loss = float(law.loss(compute))
+            found.append(Ratio(loss, number if known else None, known and not inside))
         return tuple(found)
+
+    @property
+    def flat(self) -> tuple[str, ...]:
+        """Optimizers whose losses do not surely fall with compute: α may be 0."""
+        return tuple(
+            name
+            for name, number in self.separate.exponent.items()
+            if min([number.value, *(number.interval or ())]) <= FLAT
+        )
 
     @property
     def sentence(self) -> str:
@@ -156,6 +205,12 @@ class Scaling:
         if not self.ratios:
             (name,) = self.measured.optimizers
             return f"{TITLES[name]} alone: its law is fitted, and there is nothing to compare"
+        if self.flat:
+            names = " and ".join(TITLES[name] for name in self.flat)
+            return (
+                f"no FLOP ratio: the losses of {names} do not surely fall with compute; train "
+                "larger sizes, longer runs or more seeds"
+            )
         return _sentence(self.ratios[-1], *(TITLES[name] for name in self.measured.optimizers))
 
     @property
@@ -181,15 +236,14 @@ class Scaling:
 
 def _sentence(ratio: Ratio, first: str, second: str) -> str:
     """Say how many FLOPs the first optimizer needs to reach the loss of the second's largest."""
-    share, interval = 100 * ratio.number.value, ratio.number.interval
+    assert ratio.number is not None
+    interval = ratio.number.interval
     at = f"the loss of {second}'s largest size ({ratio.loss:.3f})"
     beyond = f", by {first}'s law beyond its sizes" if ratio.is_outside else ""
+    share, _, within = percent(ratio.number.as_dict()).partition(" (")
+    shown = f"{share} of the FLOPs{within and f' ({within}'}{beyond}"
     if interval is None:
-        return (
-            f"{first} reaches {at} with {share:.0f} % of the FLOPs{beyond}; without a second seed "
-            "there is no interval"
-        )
-    shown = f"{share:.0f} % of the FLOPs ({100 * interval[0]:.0f}-{100 * interval[1]:.0f}){beyond}"
+        return f"{first} reaches {at} with {shown}; without a second seed there is no interval"
     if interval[0] <= 1 <= interval[1]:
         return (
             f"no difference beyond the noise: {first} reaches {at} with {shown}, an interval that "
@@ -213,6 +267,8 @@ def _notes(scaling: Scaling) -> Iterator[str]:
         )
     if difference := scaling.separate.difference:
         yield _apart(scaling.is_separate, difference)
+    if flat := " and ".join(TITLES[name] for name in scaling.flat):
+        yield f"α of {flat} may be 0: the losses do not surely fall from size to size"
     outside = [n for n, ratio in enumerate(scaling.ratios, start=1) if ratio.is_outside]
     if outside:
         first = TITLES[scaling.measured.optimizers[0]]
