@@ -720,7 +720,8 @@ def frontier(
     """Compare Muon with AdamW over batch sizes: tokens to a loss, critical batches, devices."""
     _check_dispatcher(dispatcher, ("ray", "inline"))
     loaded = _load(spec, overrides, name)
-    _make_tokens(loaded)
+    for variant in loaded.every_variant.values():
+        _make_tokens(variant)
     from telescope.answer.frontier import FIGURE_FILE, FOLDER, answer_if_finished
     from telescope.report.frontier import print_frontier, print_frontier_plan, print_variants
     from telescope.spec.variants import PLAIN
@@ -732,28 +733,30 @@ def frontier(
         from telescope.sweep.frontier import make_plan
 
         plans = {
-            variant: make_plan(its, workers, probe=probe)
-            for variant, its in loaded.every_variant.items()
+            label: make_plan(its, workers, probe=probe)
+            for label, its in loaded.every_variant.items()
         }
         plain = plans.pop(PLAIN)
+        if out:
+            _write_json(out, {**plain, "variants": plans})
         if as_json:
-            _print_json({**plain, "variants": plans} if plans else plain)
+            _print_json({**plain, "variants": plans})
         else:
             for planned in (plain, *plans.values()):
                 print_frontier_plan(console, planned)
         return
     options = {"workers": workers, "dispatcher": dispatcher, "ray_address": ray_address}
     found = {}
-    for variant, its in loaded.every_variant.items():
+    for label, its in loaded.every_variant.items():
         answer = answer_if_finished(its, results)
-        found[variant] = answer or _run_frontier(its, results, options, console, quiet=as_json)
+        found[label] = answer or _run_frontier(its, results, options, console, quiet=as_json)
         figure = results / its.name / FOLDER / FIGURE_FILE
         if not figure.is_file():  # somebody has taken it away
             from telescope.report.frontier_figures import write_frontier_figure
 
-            write_frontier_figure(figure, found[variant])
+            write_frontier_figure(figure, found[label])
     plain = found.pop(PLAIN)
-    said = {**plain, "variants": found} if found else plain
+    said = {**plain, "variants": found}
     if out:
         _write_json(out, said)
     if as_json:
@@ -820,6 +823,8 @@ def scaling(
     console = _console()
     if plan:
         planned = family.make_plan(loaded, workers)
+        if out:
+            _write_json(out, planned)
         if as_json:
             _print_json(planned)
         else:

@@ -229,6 +229,28 @@ def test_sizes_that_cannot_be_are_named_together(corpus_file: Path) -> None:
         Family.of(Spec.from_dict(small_spec(corpus_file, scaling={"sizes": alike})))
 
 
+def test_sizes_of_one_compute_are_refused_before_anything_trains(corpus_file: Path) -> None:
+    """Two batches of one model on the same tokens: the FLOPs of Muon differ, 6ND does not."""
+    sizes = [{"width": 16, "tokens": 1280}, {"width": 16, "tokens": 1280, "batch_size": 8}]
+    spec = Spec.from_dict(small_spec(corpus_file, scaling={"sizes": sizes}))
+    with pytest.raises(SpecError, match=r"tiny: scaling.sizes: all sizes cost the same compute"):
+        make_plan(spec, None)
+    other = [*sizes, {"width": 32, "tokens": 1280}]
+    assert make_plan(Spec.from_dict(small_spec(corpus_file, scaling={"sizes": other})), None)
+
+
+def test_the_plan_is_written_too(corpus_file: Path, tmp_path: Path) -> None:
+    data = small_spec(corpus_file)
+    sizes = ", ".join(
+        "{ " + ", ".join(f"{k} = {v}" for k, v in size.items()) + " }" for size in SIZES
+    )
+    written = as_toml({key: value for key, value in data.items() if key != "scaling"})
+    (tmp_path / "tiny.toml").write_text(f"{written}\n[scaling]\nsizes = [{sizes}]\n")
+    done = telescope("scaling", "tiny.toml", "--plan", "--json", "--out", "plan.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(done.stdout)
+
+
 def test_without_the_table_and_with_another_trainer_it_says_so(corpus_file: Path) -> None:
     with pytest.raises(SpecError, match="scaling: missing; a table"):
         Family.of(Spec.from_dict(tiny_spec(corpus_file)))

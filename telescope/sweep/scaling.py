@@ -196,6 +196,14 @@ class Planned:
         return 6.0 * (self.cost.parameters - self.cost.embeddings) * self.size.tokens
 
 
+def _differ(sizes: Iterable[Mapping[str, Planned]]) -> bool:
+    """True if compute differs between sizes, for each optimizer, as FLOPs and as 6ND."""
+    of = [
+        [count for one in size.values() for count in (one.flops, one.flops_6nd)] for size in sizes
+    ]
+    return all(len(set(counts)) > 1 for counts in zip(*of, strict=True))
+
+
 @dataclass(frozen=True)
 class Plan:
     """The costs of a family, before anything trains."""
@@ -218,6 +226,11 @@ class Plan:
             size: {name: Planned.of(spec, size) for name, spec in specs.items()}
             for size, specs in family.sizes.items()
         }
+        if not _differ(sizes.values()):
+            raise SpecError(
+                f"{family.spec.name}: scaling.sizes: all sizes cost the same compute, by their "
+                "FLOPs or by 6ND; a law needs sizes of different compute"
+            )
         own = ladders.get(family.spec.optimizer.name) or next(iter(ladders.values()))
         return cls(family, ladders, sizes, own.target_flops)
 
@@ -440,6 +453,11 @@ def _answer(
         raise RefusedError(
             f"{plan.family.spec.name}: nothing to fit: {len(usable)} of {len(measured)} sizes have "
             f"a loss under every optimizer; {'; '.join(missing[:3])}"
+        )
+    if not _differ(plan.sizes[size] for size in usable):
+        raise RefusedError(
+            f"{plan.family.spec.name}: nothing to fit: the {len(usable)} sizes that have a loss "
+            f"under every optimizer cost the same compute; {'; '.join(missing[:3])}"
         )
 
     def fitted(flops: Callable[[Planned], float]) -> dict[str, Any]:
