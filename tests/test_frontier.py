@@ -602,6 +602,13 @@ def test_another_training_is_refused(raced: tuple[Path, dict[str, Any]]) -> None
     assert len(runs_of(folder)) == before
 
 
+def test_the_plan_has_the_same_keys_without_variants_and_is_written(tmp_path: Path) -> None:
+    (tmp_path / "race.toml").write_text(as_toml(race_spec(tmp_path)))
+    plan = from_json("frontier", "race.toml", "--plan", "--out", "plan.json", cwd=tmp_path)
+    assert plan["variants"] == {}
+    assert json.loads((tmp_path / "plan.json").read_text()) == plan
+
+
 def test_variants_are_compared_side_by_side(raced: tuple[Path, dict[str, Any]]) -> None:
     """A variant whose AdamW takes no longer than Muon; the spec itself has been trained."""
     folder, _ = raced
