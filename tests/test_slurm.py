@@ -145,7 +145,7 @@ def test_the_commands_are_those_of_the_same_environment_and_sweep(spec_file: Pat
         *("--set", "ladder.seeds=[1]", "--dispatcher", "workers", "--storage", URL),
         *("--workers", "4", "--no-check"),
     ]
-    join = ["worker", "other", "--storage", URL, "--results", results]
+    join = ["worker", "other", "--storage", URL, "--results", results, "--wait", "3600"]
     assert variable(text, "worker", place) == [*program, *join]
 
 

@@ -30,8 +30,13 @@ for attempt in range(120):
         break
     except ConnectionError:
         time.sleep(1)
-while sum(node["Alive"] for node in ray.nodes()) < nodes:
+for attempt in range(600):
+    alive = sum(node["Alive"] for node in ray.nodes())
+    if alive >= nodes:
+        break
     time.sleep(1)
+else:
+    sys.exit(f"telescope: {alive} of {nodes} nodes joined the Ray cluster in ten minutes")
 ' "$host:$port" "$SLURM_JOB_NUM_NODES"
 if await "$begun"; then
   begin "${run[@]}" --ray-address "$host:$port"

@@ -19,6 +19,8 @@ from telescope.target.folder import TARGETS
 
 PYTHON = (sys.executable,)
 Kind = Literal["workers", "ray", "launch"]
+WAIT = 3600
+"""Seconds that workers of an array wait for a driver that is queued again."""
 MANNER = ("micro_batch", "checkpoint_every", "keep_every", "activation_checkpointing", "shard")
 """Options of `launch` that each rank gets; the others are in the run's folder."""
 
@@ -95,6 +97,7 @@ def _workers_job(batch: Batch) -> Job:
     storage = _checked_storage(batch.storage)
     number = _number_of_workers(batch)
     join = ["worker", batch.spec.name, "--storage", storage, "--results", str(batch.results)]
+    join += ["--wait", str(WAIT)]
     run = batch.run("--dispatcher", "workers", "--storage", storage, "--workers", str(number))
     return Job(
         name=batch.spec.name,
