@@ -746,10 +746,15 @@ def frontier(
                 print_frontier_plan(console, planned)
         return
     options = {"workers": workers, "dispatcher": dispatcher, "ray_address": ray_address}
+    every = loaded.every_variant
+    known = {label: answer_if_finished(its, results) for label, its in every.items()}
+    if waiting := [its for label, its in every.items() if not known[label]]:
+        from telescope.sweep.frontier import check_budgets
+
+        check_budgets(waiting, workers)  # of all, before the first one trains
     found = {}
-    for label, its in loaded.every_variant.items():
-        answer = answer_if_finished(its, results)
-        found[label] = answer or _run_frontier(its, results, options, console, quiet=as_json)
+    for label, its in every.items():
+        found[label] = known[label] or _run_frontier(its, results, options, console, quiet=as_json)
         figure = results / its.name / FOLDER / FIGURE_FILE
         if not figure.is_file():  # somebody has taken it away
             from telescope.report.frontier_figures import write_frontier_figure

@@ -511,6 +511,14 @@ def test_more_than_the_budget_is_refused_before_anything_runs(tmp_path: Path) ->
     assert not runs_of(tmp_path)
 
 
+def test_a_variant_over_its_budget_is_refused_before_the_others_run(tmp_path: Path) -> None:
+    spec = race_spec(tmp_path, variants={"dear": {"budget": {"max_over_target": 0.001}}})
+    (tmp_path / "race.toml").write_text(as_toml(spec))
+    said = output(tmp_path, "frontier", "race.toml", "--dispatcher", "inline", code=1)
+    assert "race-dear: the frontier may cost" in said
+    assert not runs_of(tmp_path)
+
+
 def test_a_race_is_called_right(raced: tuple[Path, dict[str, Any]]) -> None:
     """A foreign function end to end: the ratio is 1.25 everywhere, the critical batch 2,000."""
     folder, found = raced

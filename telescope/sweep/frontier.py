@@ -7,7 +7,7 @@ of `run`. Its chosen point is then trained with further seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -153,6 +153,22 @@ def make_plan(spec: Spec, workers: int | None, *, probe: bool) -> dict[str, Any]
     return plan_as_json(spec, plan_frontier(spec, arm_specs(spec), workers, probe=probe))
 
 
+def check_budgets(specs: Iterable[Spec], workers: int | None) -> None:
+    """Check that no frontier costs more than its budget at the worst.
+
+    Args:
+        specs: with [frontier].
+        workers: trials at once; None: as the specs say.
+
+    Raises:
+        RefusedError: naming all that do.
+        SpecError, ModelError, DataError: see `plan_frontier`.
+    """
+    plans = {spec.name: plan_frontier(spec, arm_specs(spec), workers) for spec in specs}
+    if refusals := [f"{name}: {plan.refused}" for name, plan in plans.items() if plan.refused]:
+        raise RefusedError("; ".join(refusals))
+
+
 def run_frontier(
     spec: Spec,
     options: Options,
@@ -171,13 +187,10 @@ def run_frontier(
         The answer as JSON values; see `answer_of`.
 
     Raises:
-        RefusedError: the plan is over the budget.
         TelescopeError: see `run`.
         KeyboardInterrupt: as it came; what finished is kept.
     """
     specs = arm_specs(spec)
-    if refusal := plan_frontier(spec, specs, options.workers).refused:
-        raise RefusedError(f"{spec.name}: {refusal}")
     place = Folder(options.results / spec.name / FOLDER)
     options = replace(options, results=place.path, storage=None, check=False)
     arms: list[ArmResults] = []
