@@ -438,7 +438,7 @@ def test_an_interrupted_array_goes_on_and_has_the_answer_of_an_undisturbed_run(
     assert (first.is_requeued, second.is_requeued) == (True, False)
     first.start()
     second.start()
-    assert (first.wait(240), second.wait()) == (0, 0), first.said + second.said
+    assert (first.wait(900), second.wait()) == (0, 0), first.said + second.said
     assert "going on after" in first.said
     assert answer(place, "results") == answer(place, "undisturbed")
 
@@ -457,7 +457,7 @@ def test_an_interrupted_ray_cluster_goes_on(spec_file: Path, submitted: list[Tas
     task.warn()
     assert task.wait() in STOPPED
     assert task.is_requeued
-    assert task.start().wait(240) == 0, task.said
+    assert task.start().wait(900) == 0, task.said
     assert "going on after" in task.said
     assert answer(place, "results") == answer(place, "undisturbed")
 
@@ -470,14 +470,14 @@ def test_an_interrupted_target_run_goes_on(
     (tmp_path / "tiny.toml").write_text(as_toml(tiny_spec(corpus_file)))
     output(tmp_path, "run", "tiny.toml", "--dispatcher", "inline", "--no-check")
     asked = ("--launch", "--nodes", "2", "--out", "job.sbatch")
-    more = ("--steps", "600", "--checkpoint-every", "20", "--unproven")
+    more = ("--steps", "200", "--checkpoint-every", "10", "--unproven")
     output(tmp_path, "slurm", "tiny", *asked, "--", *more)
     (task,) = sbatch(tmp_path / "job.sbatch", tmp_path)
     submitted.append(task)
-    task.start().await_line("step 120", 240)
+    task.start().await_line("step 20 of", 900)
     task.warn()
     assert task.wait() != 0
     assert task.is_requeued, task.said
-    assert task.start().wait(240) == 0, task.said
-    run = tmp_path / "results" / "tiny" / "target" / "width-64-steps-600"
-    assert json.loads((run / "result.json").read_text())["step"] == 600
+    assert task.start().wait(900) == 0, task.said
+    run = tmp_path / "results" / "tiny" / "target" / "width-64-steps-200"
+    assert json.loads((run / "result.json").read_text())["step"] == 200
