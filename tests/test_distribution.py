@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import site
@@ -127,6 +128,32 @@ def test_the_metadata_agree(built: Built) -> None:
     extras = {one.name: one.extras for one in needed if one.name == "telescope-mup"}
     assert set().union(*extras.values()) <= set(metadata.get_all("Provides-Extra", []))
     assert metadata["License-Expression"] == "Apache-2.0"
+
+
+def imported(folder: Path) -> dict[str, str]:
+    """Library → a file below a folder that imports it, at any depth."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {name.partition(".")[0]: path.relative_to(ROOT).as_posix() for name in names}
+    return found
+
+
+def test_every_library_that_is_imported_is_a_dependency(built: Built) -> None:
+    """Of the program itself or of an extra that a user may want, not of the tests alone."""
+    brought = {"pydantic_core": "pydantic", "PIL": "matplotlib", "mlflow": "mlflow-skinny"}
+    with zipfile.ZipFile(built.wheel) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = Parser().parsestr(wheel.read(name).decode()).get_all("Requires-Dist", [])
+    offered = [one for one in map(Requirement, lines) if 'extra == "test"' not in str(one.marker)]
+    declared = {one.name.lower() for one in offered}
+    used = imported(ROOT / "telescope") | imported(ROOT / "models")
+    assert {"torch", "scipy", "wandb"} <= used.keys()
+    foreign = used.keys() - sys.stdlib_module_names - {"telescope"}
+    by = {name: brought.get(name, name).lower() for name in foreign}
+    assert not {name: used[name] for name in foreign if by[name] not in declared}
 
 
 def test_an_installed_wheel_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
