@@ -126,8 +126,10 @@ def server() -> Any:
     return context
 
 
-def _warm(work: Callable[..., None], *arguments: Any) -> None:
+def _warm(environment: dict[str, str], work: Callable[..., None], *arguments: Any) -> None:
     assert "faults_server" in sys.modules, "the server has not loaded what it should"
+    # The server has the environment of the test that came first; a password may be of this one.
+    os.environ.update(environment)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     work(*arguments)
 
@@ -140,7 +142,8 @@ def run_real(place: Path, tables: dict[str, Any]) -> None:
 
 def start(work: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Run a function of this file in a process of its own."""
-    process: BaseProcess = server().Process(target=_warm, args=(work, *arguments))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process: BaseProcess = server().Process(target=_warm, args=(environment, work, *arguments))
     process.start()
     return process
 
