@@ -15,7 +15,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -79,6 +80,8 @@ LogOption = Annotated[
         help="tensorboard, wandb, mlflow or trackio; overrides log.to. Repeatable.",
     ),
 ]
+PlanOption = Annotated[bool, typer.Option("--plan", help="Say what it will cost; train nothing.")]
+OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON to a file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RESULTS = Path("results")
@@ -296,20 +299,14 @@ def run(
         what = "trainer" if loaded.trainer else "model and the corpus"
         console.print(f"{loaded.name}: checking the {what} …", style="dim")
     _make_tokens(loaded)
-    # A batch system ends a job with SIGTERM: leave as on Ctrl-C, with everything kept.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from telescope.report.live import make_screen
-    from telescope.report.terminal import print_answer
-    from telescope.sweep.run import Options
-    from telescope.sweep.run import run as run_sweep
+    with _interruptible(f"{loaded.name}: interrupted; the same command goes on where it stopped"):
+        from telescope.report.live import make_screen
+        from telescope.report.terminal import print_answer
+        from telescope.sweep.run import Options
+        from telescope.sweep.run import run as run_sweep
 
-    options = Options(results, workers, dispatcher, ray_address, storage, check, accept_trainer)
-    try:
-        with reader_needed():
-            finished = run_sweep(loaded, options, lambda: make_screen(console))
-    except KeyboardInterrupt:  # Ctrl-C, or whoever read the output has left
-        _say(f"{loaded.name}: interrupted; the same command goes on where it stopped", err=True)
-        raise typer.Exit(130) from None
+        options = Options(results, workers, dispatcher, ray_address, storage, check, accept_trainer)
+        finished = run_sweep(loaded, options, lambda: make_screen(console))
     if stuck := finished.ladder.stuck:
         _say(f"telescope: {loaded.name}: stuck: {stuck}", err=True)
         raise typer.Exit(1)
@@ -669,26 +666,18 @@ def audit(
     _check_dispatcher(dispatcher, ("ray", "inline"))
     finished = _open(sweep, results)
     _make_tokens(finished.spec)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from telescope.report.live import QuietScreen, make_screen
-    from telescope.report.terminal import print_audit
-    from telescope.sweep.auditing import FOLDER
-    from telescope.sweep.auditing import audit as audit_sweep
-    from telescope.sweep.run import Options
-
     console = _console()
-    options = Options(workers=workers, dispatcher=dispatcher, ray_address=ray_address)
-    try:
-        with reader_needed():
-            found = audit_sweep(
-                finished,
-                trials,
-                options,
-                lambda: QuietScreen() if as_json else make_screen(console),
-            )
-    except KeyboardInterrupt:  # see `run`
-        _say(f"{finished.spec.name}: interrupted; the same command goes on", err=True)
-        raise typer.Exit(130) from None
+    with _interruptible(f"{finished.spec.name}: interrupted; the same command goes on"):
+        from telescope.report.live import QuietScreen, make_screen
+        from telescope.report.terminal import print_audit
+        from telescope.sweep.auditing import FOLDER
+        from telescope.sweep.auditing import audit as audit_sweep
+        from telescope.sweep.run import Options
+
+        options = Options(workers=workers, dispatcher=dispatcher, ray_address=ray_address)
+        found = audit_sweep(
+            finished, trials, options, lambda: QuietScreen() if as_json else make_screen(console)
+        )
     if as_json:
         _print_json({"name": finished.spec.name, **found.as_dict()})
     else:
@@ -706,97 +695,107 @@ def frontier(
     dispatcher: DispatcherOption = "ray",
     ray_address: AddressOption = None,
     overrides: SetOption = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what it will cost; train nothing.")
-    ] = False,
+    plan: PlanOption = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="With --plan: time a few real steps of every arm first.")
     ] = False,
     as_json: JsonOption = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the JSON to a file.")
-    ] = None,
+    out: OutOption = None,
 ) -> None:
     """Compare Muon with AdamW over batch sizes: tokens to a loss, critical batches, devices."""
     _check_dispatcher(dispatcher, ("ray", "inline"))
-    loaded = _load(spec, overrides, name)
-    for variant in loaded.every_variant.values():
+    if probe and not plan:
+        raise SpecError("--probe: is for --plan, which trains nothing otherwise")
+    every = _load(spec, overrides, name).every_variant
+    for variant in every.values():
         _make_tokens(variant)
-    from telescope.answer.frontier import FIGURE_FILE, FOLDER, answer_if_finished
-    from telescope.report.frontier import print_frontier, print_frontier_plan, print_variants
+    from telescope.report.frontier import print_frontier_plan
     from telescope.spec.variants import PLAIN
 
     console = _console()
-    if probe and not plan:
-        raise SpecError("--probe: is for --plan, which trains nothing otherwise")
     if plan:
         from telescope.sweep.frontier import make_plan
 
-        plans = {
-            label: make_plan(its, workers, probe=probe)
-            for label, its in loaded.every_variant.items()
-        }
+        plans = {label: make_plan(its, workers, probe=probe) for label, its in every.items()}
         plain = plans.pop(PLAIN)
-        if out:
-            _write_json(out, {**plain, "variants": plans})
-        if as_json:
-            _print_json({**plain, "variants": plans})
-        else:
+
+        def show() -> None:
             for planned in (plain, *plans.values()):
                 print_frontier_plan(console, planned)
+
+        _give({**plain, "variants": plans}, out, as_json, show)
         return
     options = {"workers": workers, "dispatcher": dispatcher, "ray_address": ray_address}
-    every = loaded.every_variant
+    found = _frontiers(every, results, options, console, quiet=as_json)
+    plain = found.pop(PLAIN)
+    _give(
+        {**plain, "variants": found},
+        out,
+        as_json,
+        lambda: _print_frontiers(console, plain, found, results),
+    )
+    if any(answer["stuck"] for answer in (plain, *found.values())):
+        raise typer.Exit(1)
+
+
+def _frontiers(
+    every: Mapping[str, Spec],
+    results: Path,
+    options: Mapping[str, Any],
+    console: Any,
+    *,
+    quiet: bool,
+) -> dict[str, dict[str, Any]]:
+    """Train what the frontiers miss; return the answer of each, with its figure drawn."""
+    from telescope.answer.frontier import FIGURE_FILE, FOLDER, answer_if_finished
+
     known = {label: answer_if_finished(its, results) for label, its in every.items()}
     if waiting := [its for label, its in every.items() if not known[label]]:
         from telescope.sweep.frontier import check_budgets
 
-        check_budgets(waiting, workers)  # of all, before the first one trains
+        check_budgets(waiting, options["workers"])  # of all, before the first one trains
     found = {}
     for label, its in every.items():
-        found[label] = known[label] or _run_frontier(its, results, options, console, quiet=as_json)
+        found[label] = known[label] or _run_frontier(its, results, options, console, quiet=quiet)
         figure = results / its.name / FOLDER / FIGURE_FILE
         if not figure.is_file():  # somebody has taken it away
             from telescope.report.frontier_figures import write_frontier_figure
 
             write_frontier_figure(figure, found[label])
-    plain = found.pop(PLAIN)
-    said = {**plain, "variants": found}
-    if out:
-        _write_json(out, said)
-    if as_json:
-        _print_json(said)
-    else:
-        for answer in (plain, *found.values()):
-            print_frontier(console, answer)
-            figure = results / answer["name"] / FOLDER / FIGURE_FILE
-            console.print(f"figure     {figure}", soft_wrap=True)
-        if found:
-            print_variants(console, {PLAIN: plain, **found})
-    if any(answer["stuck"] for answer in (plain, *found.values())):
-        raise typer.Exit(1)
+    return found
 
 
 def _run_frontier(
     spec: Spec, results: Path, options: Mapping[str, Any], console: Any, *, quiet: bool
 ) -> dict[str, Any]:
     """Train what a frontier misses; return its answer."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # see `run`
-    from telescope.report.live import QuietScreen, make_screen
-    from telescope.sweep.frontier import run_frontier
-    from telescope.sweep.run import Options
+    with _interruptible(f"{spec.name}: interrupted; the same command goes on"):
+        from telescope.report.live import QuietScreen, make_screen
+        from telescope.sweep.frontier import run_frontier
+        from telescope.sweep.run import Options
 
-    try:
-        with reader_needed():
-            return run_frontier(
-                spec,
-                Options(results, **options),
-                lambda: QuietScreen() if quiet else make_screen(console),
-                lambda line: _say(line, err=quiet),
-            )
-    except KeyboardInterrupt:
-        _say(f"{spec.name}: interrupted; the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        return run_frontier(
+            spec,
+            Options(results, **options),
+            lambda: QuietScreen() if quiet else make_screen(console),
+            lambda line: _say(line, err=quiet),
+        )
+
+
+def _print_frontiers(
+    console: Any, plain: Mapping[str, Any], variants: Mapping[str, Any], results: Path
+) -> None:
+    """Print the answer of a spec and those of its variants."""
+    from telescope.answer.frontier import FIGURE_FILE, FOLDER
+    from telescope.report.frontier import print_frontier, print_variants
+    from telescope.spec.variants import PLAIN
+
+    for answer in (plain, *variants.values()):
+        print_frontier(console, answer)
+        figure = results / answer["name"] / FOLDER / FIGURE_FILE
+        console.print(f"figure     {figure}", soft_wrap=True)
+    if variants:
+        print_variants(console, {PLAIN: plain, **variants})
 
 
 @app.command()
@@ -808,13 +807,9 @@ def scaling(
     dispatcher: DispatcherOption = "ray",
     ray_address: AddressOption = None,
     overrides: SetOption = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what it will cost; train nothing.")
-    ] = False,
+    plan: PlanOption = False,
     as_json: JsonOption = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the JSON to a file.")
-    ] = None,
+    out: OutOption = None,
 ) -> None:
     """Fit the scaling laws of Muon and AdamW to a family of sizes, and compare their FLOPs."""
     _check_dispatcher(dispatcher, ("ray", "inline"))
@@ -828,34 +823,19 @@ def scaling(
     console = _console()
     if plan:
         planned = family.make_plan(loaded, workers)
-        if out:
-            _write_json(out, planned)
-        if as_json:
-            _print_json(planned)
-        else:
-            print_scaling_plan(console, planned)
+        _give(planned, out, as_json, lambda: print_scaling_plan(console, planned))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from telescope.report.live import QuietScreen, make_screen
-
     options = Options(results, workers, dispatcher, ray_address)
-    try:
-        with reader_needed():
-            found = family.run_scaling(
-                loaded,
-                options,
-                lambda: QuietScreen() if as_json else make_screen(console),
-                lambda line: _say(line, err=as_json),
-            )
-    except KeyboardInterrupt:  # see `run`
-        _say(f"{loaded.name}: interrupted; the same command goes on", err=True)
-        raise typer.Exit(130) from None
-    if out:
-        _write_json(out, found)
-    if as_json:
-        _print_json(found)
-    else:
-        print_scaling(console, found)
+    with _interruptible(f"{loaded.name}: interrupted; the same command goes on"):
+        from telescope.report.live import QuietScreen, make_screen
+
+        found = family.run_scaling(
+            loaded,
+            options,
+            lambda: QuietScreen() if as_json else make_screen(console),
+            lambda line: _say(line, err=as_json),
+        )
+    _give(found, out, as_json, lambda: print_scaling(console, found))
 
 
 @app.command()
@@ -1115,6 +1095,33 @@ def _say(text: str, *, err: bool = False, nl: bool = True) -> None:
 
 def _print_json(data: Any) -> None:
     _say(json.dumps(data, indent=2, allow_nan=False))
+
+
+@contextmanager
+def _interruptible(said: str) -> Iterator[None]:
+    """End with exit code 130 and a line on Ctrl-C, and when whoever reads the output has left.
+
+    So does SIGTERM, by which a batch system ends a job. Everything is kept.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with reader_needed():
+            yield
+    except KeyboardInterrupt:
+        _say(said, err=True)
+        raise typer.Exit(130) from None
+
+
+def _give(
+    data: Mapping[str, Any], out: Path | None, as_json: bool, show: Callable[[], None]
+) -> None:
+    """Write an answer to the file of `--out`, and print it: as JSON, or for people by `show`."""
+    if out:
+        _write_json(out, data)
+    if as_json:
+        _print_json(data)
+    else:
+        show()
 
 
 def _write_json(out: Path, data: Mapping[str, Any]) -> None:
