@@ -120,7 +120,7 @@ def _check_foreign(table: FrontierTable, trainer: TrainerTable) -> None:
     if trainer.command is not None:
         require("steps" in used, "trainer.command", list(trainer.command), "with {steps} in it")
     for name in ("muon", "adamw"):
-        own = getattr(table, name)
+        own = table.of(name)
         keys = own.model_dump(exclude_none=True, exclude={"axes"}) if own else {}
         allowed = "left out: another trainer sets its optimizer itself; axes alone count"
         require(not keys, f"frontier.{name}", keys, allowed)
@@ -129,8 +129,7 @@ def _check_foreign(table: FrontierTable, trainer: TrainerTable) -> None:
 def _own_arm(spec: Spec, arm: Arm) -> dict[str, Any]:
     """Return the tables of an arm that telescope trains itself."""
     table = table_of(spec)
-    own = table.muon if arm.optimizer == "muon" else table.adamw
-    changes = optimizer_changes(arm.optimizer, spec.optimizer.rule, own)
+    changes = optimizer_changes(arm.optimizer, spec.optimizer.rule, table.of(arm.optimizer))
     data = replaced(spec.as_dict(), changes)
     train = {"steps": arm.steps, "batch_size": arm.batch_size, "schedule": "constant"}
     train |= {"evals": min(table.evals, arm.steps)}
@@ -143,8 +142,7 @@ def _foreign_arm(spec: Spec, arm: Arm) -> dict[str, Any]:
     assert spec.cost is not None
     assert spec.trainer.steps is not None
     table = table_of(spec)
-    own = table.muon if arm.optimizer == "muon" else table.adamw
-    axes = optimizer_changes(arm.optimizer, spec.optimizer.rule, own)["axes"]
+    axes = optimizer_changes(arm.optimizer, spec.optimizer.rule, table.of(arm.optimizer))["axes"]
     told = {"optimizer": arm.optimizer, "batch_size": arm.batch_size}
     trainer = {"arguments": told, "steps": arm.steps}
     data = replaced(spec.as_dict(), {"axes": axes, "trainer": trainer})

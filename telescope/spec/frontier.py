@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import pydantic
 from pydantic import Field
 
 from telescope.config import all_faults, require
-from telescope.spec.optimizers import OptimizerTable
+from telescope.spec.optimizers import ComparedTable
 from telescope.spec.tables import Amount, Count, Table, Width
 
 
@@ -31,12 +31,11 @@ class DevicesTable(Table):
         return self
 
 
-class FrontierTable(Table):
+class FrontierTable(ComparedTable):
     """Table ``[frontier]``: what `telescope frontier` compares."""
 
     batch_sizes: tuple[Count, ...]
     """Sequences per step, one arm for each with every optimizer."""
-    optimizers: tuple[Literal["muon", "adamw"], ...] = ("muon", "adamw")
     tokens: Count
     """Tokens of a run at a small batch. A batch of B tokens trains for tokens + steps · B, as on a
     curve of equal loss."""
@@ -55,10 +54,6 @@ class FrontierTable(Table):
     losses: tuple[Amount, ...] = ()
     """Held-out losses to reach, nats per token; by default the lowest that all arms reach, and two
     above it."""
-    muon: OptimizerTable | None = None
-    """Settings of Muon alone: keys of [optimizer], and axes."""
-    adamw: OptimizerTable | None = None
-    """Settings of AdamW alone: keys of [optimizer], and axes."""
     devices: DevicesTable | None = None
     """The devices of the large run; left out, as fast as this machine."""
 

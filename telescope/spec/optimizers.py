@@ -30,6 +30,20 @@ class OptimizerTable(Table):
     axes: dict[str, AxisTable] | None = None
 
 
+class ComparedTable(Table):
+    """The keys that ``[frontier]`` and ``[scaling]`` share: the optimizers, and what each has."""
+
+    optimizers: tuple[Literal["muon", "adamw"], ...] = ("muon", "adamw")
+    muon: OptimizerTable | None = None
+    """Settings of Muon alone: keys of [optimizer], and axes."""
+    adamw: OptimizerTable | None = None
+    """Settings of AdamW alone: keys of [optimizer], and axes."""
+
+    def of(self, optimizer: str) -> OptimizerTable | None:
+        """Return the settings of one optimizer alone."""
+        return self.muon if optimizer == "muon" else self.adamw
+
+
 def optimizer_changes(name: str, rule: str, own: OptimizerTable | None) -> dict[str, Any]:
     """Return the changes, for `variants.replaced`, that give a spec one of the optimizers.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 import pydantic
 
 from telescope.config import all_faults, require
-from telescope.spec.optimizers import OptimizerTable
+from telescope.spec.optimizers import ComparedTable
 from telescope.spec.tables import Count, Seed, Table, Width
 
 
@@ -23,17 +23,12 @@ class SizeTable(Table):
     """Sequences per step; by default as in [train]."""
 
 
-class ScalingTable(Table):
+class ScalingTable(ComparedTable):
     """Table ``[scaling]``: what `telescope scaling` trains."""
 
     sizes: tuple[SizeTable, ...]
-    optimizers: tuple[Literal["muon", "adamw"], ...] = ("muon", "adamw")
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of every size, the same under every optimizer."""
-    muon: OptimizerTable | None = None
-    """Settings of Muon alone: keys of [optimizer], and axes."""
-    adamw: OptimizerTable | None = None
-    """Settings of AdamW alone: keys of [optimizer], and axes."""
 
     @pydantic.model_validator(mode="after")
     @all_faults()
@@ -48,7 +43,3 @@ class ScalingTable(Table):
             once = len(set(values)) == len(values) >= 1
             require(once, key, list(values), "one or more, each once")
         return self
-
-    def of(self, optimizer: str) -> OptimizerTable | None:
-        """Return the settings of one optimizer alone."""
-        return self.muon if optimizer == "muon" else self.adamw
