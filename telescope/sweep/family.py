@@ -21,7 +21,7 @@ from telescope.spec.spec import Spec
 from telescope.store.folder import Folder
 from telescope.sweep.comparing import check_comparable
 from telescope.sweep.fixed import FixedTrials
-from telescope.sweep.machine import check_compiler, check_numbered_device, check_this_machine
+from telescope.sweep.machine import check_machines
 from telescope.sweep.machine import workers as workers_at
 from telescope.sweep.prepare import prepare
 from telescope.sweep.run import Lent, Options, dispatcher, told_what_to_mend
@@ -66,10 +66,7 @@ def train_family(
     is_cluster = options.ray_address is not None
     whole = prepare(_union([run.sweep.spec for run in runs]))
     at_once = workers_at(whole.spec, options.workers, is_cluster=is_cluster)
-    if not is_cluster:
-        check_this_machine(whole.spec)
-        check_compiler(whole.spec)
-    check_numbered_device(whole.spec)
+    check_machines(whole.spec, is_cluster=is_cluster)
     with told_what_to_mend(place), ExitStack() as stack:
         screen = stack.enter_context(make_screen())
         parts = [_opened(run, screen, is_cluster, stack) for run in runs]

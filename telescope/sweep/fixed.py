@@ -20,7 +20,7 @@ from telescope.report.live import Progress, Screen
 from telescope.spec.spec import Spec
 from telescope.store.folder import Folder
 from telescope.sweep.comparing import check_comparable
-from telescope.sweep.machine import check_compiler, check_numbered_device, check_this_machine
+from telescope.sweep.machine import check_machines
 from telescope.sweep.machine import workers as workers_at
 from telescope.sweep.recorder import describe_latest
 from telescope.sweep.run import Lent, Options, dispatcher, told_what_to_mend
@@ -56,10 +56,7 @@ def train_fixed(
     spec, is_cluster = sweep.spec, options.ray_address is not None
     sweep.check_inputs(is_cluster=is_cluster)
     at_once = workers_at(spec, options.workers, is_cluster=is_cluster)
-    if not is_cluster:
-        check_this_machine(spec)
-        check_compiler(spec)
-    check_numbered_device(spec)
+    check_machines(spec, is_cluster=is_cluster)
     folder = Folder(beside.path / name)
     kept = kept_beside(beside, name, spec.ladder_spec.axes)
     with told_what_to_mend(folder), folder.held(), closing(kept), make_screen() as screen:

@@ -152,6 +152,22 @@ def check_device(device: str) -> None:
         ) from error
 
 
+def check_machines(spec: Spec, *, is_cluster: bool) -> None:
+    """Check that the machines have what trials ask for, as far as is known here.
+
+    Args:
+        spec: the sweep.
+        is_cluster: whether the trials run on other machines, which are not looked at.
+
+    Raises:
+        SpecError: naming the key and what there is.
+    """
+    if not is_cluster:
+        check_this_machine(spec)
+        check_compiler(spec)
+    check_numbered_device(spec)
+
+
 def check_this_machine(spec: Spec) -> None:
     """Check that this machine has what a trial asks for; a cluster's machines may differ.
 

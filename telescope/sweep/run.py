@@ -24,9 +24,7 @@ from telescope.store.memory import code_of
 from telescope.sweep.checking import Verdict, check_before_run, draw_kept_check
 from telescope.sweep.comparing import check_comparable
 from telescope.sweep.machine import (
-    check_compiler,
-    check_numbered_device,
-    check_this_machine,
+    check_machines,
     gpus,
     takes_any_gpu,
     workers,
@@ -112,10 +110,7 @@ def run(
     if refusal := sweep.over_budget:
         raise RefusedError(f"{spec.name}: {refusal}")
     at_once = _at_once(spec, options)
-    if not is_cluster:
-        check_this_machine(spec)
-        check_compiler(spec)
-    check_numbered_device(spec)
+    check_machines(spec, is_cluster=is_cluster)
     with (
         told_what_to_mend(folder),
         folder.held(),
