@@ -44,12 +44,8 @@ from telescope.packs.trainer import PackedTrainer
 from telescope.records import Point, Trial
 from telescope.spec.spec import Spec
 from telescope.sweep.builtin import BuiltIn
-from telescope.train.loop import (
-    reads_every,
-    resolve_device,
-    set_up,
-    take_step,
-)
+from telescope.train.device import resolve_device
+from telescope.train.loop import reads_every, set_up, take_step
 
 Precision = Literal["fp32", "bf16"]
 WARM_UP = 5

@@ -19,7 +19,7 @@ import torch
 from machine import clock, describe
 from torch import Tensor, nn
 
-from telescope.train.loop import resolve_device
+from telescope.train.device import resolve_device
 from telescope.train.muon import Muon
 
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1}

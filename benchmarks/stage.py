@@ -46,7 +46,7 @@ from telescope.packs.trainer import PackedTrainer
 from telescope.records import Point, Result, Trial, TrialSource
 from telescope.spec.spec import Spec
 from telescope.sweep.builtin import BuiltIn
-from telescope.train.loop import resolve_device
+from telescope.train.device import resolve_device
 
 Precision = Literal["fp32", "bf16"]
 

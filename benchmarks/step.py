@@ -29,7 +29,8 @@ from telescope.records import Point, Trial
 from telescope.rules.groups import parameter_groups
 from telescope.spec.spec import Spec
 from telescope.sweep.builtin import BuiltIn
-from telescope.train.loop import moved, resolve_device, set_up, take_step
+from telescope.train.device import resolve_device
+from telescope.train.loop import moved, set_up, take_step
 from telescope.train.model import build_meta
 
 POINT = Point.of(lr=0.02, weight_decay=0.1)

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, as_toml, tiny_spec
 from rooms import GROUND, PUBLIC, ROOMS
+
+from telescope.train.device import is_built_for_cpu_alone
 
 PACKAGE = ROOT / "telescope"
 MOST_MODULES = 10
@@ -43,6 +45,8 @@ LIBRARIES = {
     "mlflow": {"log/to_mlflow.py"},
     "trackio": {"log/to_trackio.py"},
 }
+HEAVY = {"torch", "mup", "ray", "optuna", "sqlalchemy", "pandas", "matplotlib", "scipy", "numpy"}
+"""Libraries that take a tenth of a second or more to import."""
 QUESTION_WORDS = {"What", "Whether", "How", "Where", "Why", "Which"}
 """First words of sentences that describe by a question; a verb or a noun says it plainly."""
 STANDARD_ONLY = [
@@ -206,8 +210,7 @@ def loaded_by(command: list[str], place: Path) -> set[str]:
     code = (
         "import sys; from telescope.cli import main; sys.argv[1:] = sys.argv[2:]\n"
         "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'torch', 'ray', 'optuna', 'pandas', 'matplotlib', 'numpy'} & sys.modules.keys()\n"
-        "print(*heavy, file=sys.stderr)"
+        f"print(*{HEAVY} & sys.modules.keys(), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "x", *command], capture_output=True, text=True, cwd=place
@@ -233,6 +236,22 @@ def test_what_has_been_shown_once_is_shown_without_anything_heavy(tmp_path: Path
     database = kept / "trials.db"
     database.write_bytes(database.read_bytes() + b"\0" * 4096)  # another content, of unknown kind
     assert "optuna" in loaded_by(["show", "quickstart"], tmp_path)
+
+
+def test_a_plan_and_a_finished_run_load_no_torch(tmp_path: Path, corpus_file: Path) -> None:
+    """Their model file has been looked at before, and nothing is left to train."""
+    spec = tiny_spec(corpus_file, compute={"device": "cpu"})
+    (tmp_path / "tiny.toml").write_text(as_toml(spec))
+    run = ["run", "tiny.toml", "--dispatcher", "inline"]
+    assert "torch" in loaded_by(run, tmp_path), "it trains"
+    trains = {"torch", "mup", "ray", "pandas", "matplotlib", "scipy"}
+    assert not loaded_by(run, tmp_path) & trains, "it reads the database, this once"
+    for again in (["run", "tiny.toml"], ["plan", "tiny.toml"]):
+        assert loaded_by(again, tmp_path) == {"numpy"}, again
+    auto = ["plan", "tiny.toml", "--set", "compute.device=auto"]
+    assert ("torch" in loaded_by(auto, tmp_path)) == (not is_built_for_cpu_alone())
+    other = ["plan", "tiny.toml", "--set", "model.depth=2"]
+    assert "torch" in loaded_by(other, tmp_path), "another model, which has to be counted"
 
 
 def test_public_names_are_a_contract() -> None:

@@ -229,6 +229,7 @@ def test_init_writes_a_spec_that_plans(tmp_path: Path) -> None:
         (["run", "tiny.toml", "--name", "x", "--storage", "foo"], 2, "--storage foo: cannot be"),
         (["plan", "."], 2, ".: is a folder; name a TOML file"),
         (["run", "tiny.toml", "--set", "compute.device=tpuu"], 2, "compute.device: got 'tpuu'"),
+        (["plan", "tiny.toml", "--set", "compute.device=tpuu"], 2, "compute.device: got 'tpuu'"),
         (["run", "tiny.toml", "--set", "budget.max_over_target=0.1"], 1, "any of these would fit"),
         (["run"], 2, "Missing argument 'SPEC'"),
         (["run", "tiny.toml", "--workers", "0"], 2, "--workers"),

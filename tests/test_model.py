@@ -10,7 +10,8 @@ from conftest import gpt_config, one_line
 
 from telescope.config import ModelConfig, OptimizerConfig, TrainConfig
 from telescope.errors import ModelError, SpecError
-from telescope.train.flops import StepCost, step_cost
+from telescope.train.cost import StepCost
+from telescope.train.flops import step_cost
 from telescope.train.model import (
     build_meta,
     build_model,

@@ -10,10 +10,9 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from telescope.config import BYTES, PYTHON_STDLIB, DataConfig, SourceConfig
@@ -24,6 +23,9 @@ from telescope.data.tokenizer import load_tokenizer
 from telescope.data.tokens import Progress, as_bytes, tokenize
 from telescope.data.views import Tokens, TokenView, held_out_ranges, rest_of, windows
 from telescope.errors import DataError, Faults, SpecError
+
+if TYPE_CHECKING:
+    import torch
 
 SMALLEST_COPY = 1000
 """Size in bytes from which copies of a file matter. Smaller ones are such as the licence headers of
@@ -481,5 +483,7 @@ def held_out_batch(
 
 def _shifted(window: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
     """Split windows into inputs and targets, which are shifted by one token."""
+    import torch  # here, as it takes seconds: corpora are read by commands that train nothing
+
     found = torch.from_numpy(window)
     return found[:, :-1], found[:, 1:]

@@ -12,7 +12,8 @@ import torch
 from telescope.config import TrialConfig
 from telescope.packs.fused import Pack
 from telescope.records import Point, Trial
-from telescope.train.loop import resolve_device, set_up
+from telescope.train.device import resolve_device
+from telescope.train.loop import set_up
 from telescope.train.probe import TIMED_STEPS, WARM_UP_STEPS, seconds_per_step
 
 TAME_LR = 1e-6

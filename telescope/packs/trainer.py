@@ -10,7 +10,8 @@ import torch
 from telescope.packs.fused import obstacle, train_pack
 from telescope.packs.probe import PackProbe, pack_probe
 from telescope.records import Result, Trial
-from telescope.train.loop import TelescopeTrainer, resolve_device
+from telescope.train.device import resolve_device
+from telescope.train.loop import TelescopeTrainer
 
 
 @dataclass(frozen=True)

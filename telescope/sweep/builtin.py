@@ -25,14 +25,13 @@ from telescope.sweep.counting import (
     target_train,
 )
 from telescope.sweep.machine import check_device, check_usable, pack_size
-from telescope.sweep.modelcheck import short_check
 from telescope.sweep.runnable import (
     MakeCheck,
     Trainable,
     describe_workers,
     estimate_seconds,
 )
-from telescope.train.flops import StepCost
+from telescope.train.cost import StepCost
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,8 @@ class BuiltIn(Trainable):
                 f"this machine has no device {self.spec.compute.device!r}; `telescope check` makes "
                 "it on a machine that has one"
             )
+        from telescope.sweep.modelcheck import short_check  # here, as torch takes seconds to import
+
         return partial(short_check, self), ""
 
     def check_inputs(self, *, is_cluster: bool) -> None:

@@ -15,7 +15,6 @@ from telescope.report.live import describe_seconds
 from telescope.spec.spec import Spec
 from telescope.store.folder import CHECK_FIGURE_FILE, Folder
 from telescope.sweep.builtin import BuiltIn
-from telescope.sweep.modelcheck import run_check
 from telescope.sweep.runnable import Runnable
 
 
@@ -40,6 +39,8 @@ def check_in_full(
         ResumeError: the folder's files cannot be read.
         TelescopeError: the sweep cannot be checked; see `run_check` and `prepare`.
     """
+    from telescope.sweep.modelcheck import run_check  # here, as torch takes seconds to import
+
     sweep = BuiltIn.of(spec)
     check = run_check(sweep, say, progress=progress)
     folder.create()

@@ -1,7 +1,7 @@
 """The facts about a model file and a corpus before a trial runs: FLOPs, defaults, sizes.
 
-This module imports torch: it executes the model file, checks its keywords, finds its roles and
-counts its FLOPs at every width and at the target.
+To count executes the model file, checks its keywords, finds its roles and counts its FLOPs at every
+width and at the target, which takes torch; what was counted before is read without it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from telescope.data.corpus import check_size, load_corpus
 from telescope.errors import SpecError
 from telescope.spec.spec import Spec
 from telescope.store.memory import of_model
-from telescope.train.flops import StepCost, step_cost
-from telescope.train.model import check_keywords, keyword_defaults, ungiven_biases
+from telescope.train.cost import StepCost
 
 ASSUMED_FLOP_RATE = 2e10
 """FLOP/s of one CPU thread on small models. An assumption for `plan`; `--probe` measures."""
@@ -70,6 +69,9 @@ def count_costs(spec: Spec) -> Costs:
         SpecError: a table is missing, or a keyword is none that the model file takes.
         ModelError: the model file fails, or has a parameter without a clear role.
     """
+    from telescope.train.flops import step_cost  # here, as torch takes seconds to import
+    from telescope.train.model import check_keywords
+
     model, train = required_tables(spec)
     check_keywords(model)
     base_width, target = spec.base_width, target_train(spec, train)
@@ -102,6 +104,9 @@ def inspect(spec: Spec) -> Inspected:
     model, train = required_tables(spec)
 
     def make() -> Inspected:
+        # Here, as torch takes seconds to import.
+        from telescope.train.model import keyword_defaults, ungiven_biases
+
         costs = count_costs(spec)
         ungiven_biases(model, base_width=spec.base_width)  # a parameter without a start: said here
         return Inspected(costs, json.loads(json.dumps(keyword_defaults(model), default=repr)))

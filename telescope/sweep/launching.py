@@ -23,8 +23,8 @@ from telescope.target.folder import RunFolder
 from telescope.target.ranks import Ranks
 from telescope.target.record import TargetRun
 from telescope.target.train import read_run
+from telescope.train.device import resolve_device
 from telescope.train.flops import step_cost
-from telescope.train.loop import resolve_device
 
 
 def prepare(finished: Finished, asked: Launch) -> RunFolder:

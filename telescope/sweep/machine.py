@@ -1,4 +1,7 @@
-"""This machine: whether it has what trials need, how many workers there are, and what each gets."""
+"""This machine: whether it has what trials need, how many workers there are, and what each gets.
+
+torch is imported inside the functions that need it: it takes seconds, and the CPU needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,9 @@ import os
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
-
 from telescope.errors import SpecError
 from telescope.spec.spec import Spec
-from telescope.train.loop import resolve_device
+from telescope.train.device import resolve_device
 
 FRACTION_STEPS = 10_000
 """Ray counts GPUs in ten-thousandths, and rounds: six of 1/6 would be more than one."""
@@ -57,7 +58,7 @@ def gpus(spec: Spec, at_once: Mapping[int, int], *, is_cluster: bool) -> dict[in
         is_cluster: whether the trials run on other machines, whose GPUs are not known here.
     """
     compute, here = spec.compute, not is_cluster and takes_any_gpu(spec)
-    number = _devices(spec) if here and resolved(spec).type == "cuda" else 0
+    number = _devices(spec) if here and resolved(spec) == ("cuda", None) else 0
     return {
         width: compute.gpus_at(width) or (_share(workers, number) if number else 0.0)
         for width, workers in at_once.items()
@@ -69,9 +70,13 @@ def takes_any_gpu(spec: Spec) -> bool:
     return spec.trainer is None and spec.compute.device in ("auto", "cuda")
 
 
-def resolved(spec: Spec) -> torch.device:
-    """The device that trials compute on, if they run on this machine."""
-    return torch.device(resolve_device(spec.compute.device))
+def resolved(spec: Spec) -> tuple[str, int | None]:
+    """The device that trials compute on, if they run on this machine: its type, and its number.
+
+    As its name has them, without torch: whether there is such a type, `check_device` tells.
+    """
+    kind, _, number = resolve_device(spec.compute.device).partition(":")
+    return kind, int(number) if number.isdecimal() else None
 
 
 def check_numbered_device(spec: Spec) -> None:
@@ -82,7 +87,7 @@ def check_numbered_device(spec: Spec) -> None:
     """
     if spec.trainer is not None:
         return
-    index = resolved(spec).index or 0
+    index = resolved(spec)[1] or 0
     for width in spec.ladder.widths:
         reserved = spec.compute.gpus_at(width)
         if reserved and index >= max(1, math.floor(reserved)):
@@ -109,7 +114,7 @@ def pack_size(spec: Spec, *, is_cluster: bool) -> int | Literal["auto"]:
     if is_cluster:
         on_cpu = compute.device == "cpu" or (compute.device == "auto" and not _any_gpus(spec))
     else:
-        on_cpu = resolved(spec).type == "cpu"
+        on_cpu = resolved(spec)[0] == "cpu"
     return 1 if on_cpu else "auto"
 
 
@@ -121,12 +126,19 @@ def _devices(spec: Spec) -> int:
     """Count this machine's accelerators for the built-in trainer; 0 if none is used."""
     if spec.trainer is not None:
         return 0
-    device = resolved(spec)
-    if device.type == "cpu":
+    kind, number = resolved(spec)
+    if kind == "cpu":
         return 0
-    if device.type != "cuda" or device.index is not None:
+    if kind != "cuda" or number is not None:
         return 1  # all workers are on it
-    return max(1, torch.cuda.device_count())
+    return max(1, _cuda_devices())
+
+
+def _cuda_devices() -> int:
+    """Count the CUDA devices that this process sees."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _share(workers: int, devices: int) -> float:
@@ -138,12 +150,16 @@ def _share(workers: int, devices: int) -> float:
 def _room(cpus: int, gpus: float, devices: int) -> int:
     """Return the number of trials of a size that fit this machine at once, at least 1."""
     if gpus:
-        return max(1, math.floor(torch.cuda.device_count() / gpus))
+        return max(1, math.floor(_cuda_devices() / gpus))
     return devices or max(1, len(os.sched_getaffinity(0)) // cpus)
 
 
 def check_device(device: str) -> None:
     """Check that torch knows the device's name; whether a worker has it, it finds out itself."""
+    if resolve_device(device) == "cpu":
+        return
+    import torch
+
     try:
         torch.device(resolve_device(device))
     except RuntimeError as error:
@@ -188,6 +204,10 @@ def check_usable(device: str) -> None:
     Raises:
         SpecError: it cannot.
     """
+    if resolve_device(device) == "cpu":
+        return
+    import torch
+
     try:
         torch.empty(0, device=torch.device(resolve_device(device)))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -206,6 +226,8 @@ def check_compiler(spec: Spec) -> None:
     """
     if spec.train is None or not spec.train.compile:
         return
+    import torch
+
     number = torch.zeros(1, device=torch.device(resolve_device(spec.compute.device)))
     try:
         torch.compile(lambda x: x + 1)(number)

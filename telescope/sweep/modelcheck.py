@@ -16,8 +16,9 @@ from telescope.spec.spec import Spec
 from telescope.spec.tables import AxisTable
 from telescope.sweep.counting import ASSUMED_FLOP_RATE, check_corpus
 from telescope.sweep.machine import check_usable
-from telescope.train.flops import StepCost, step_cost
-from telescope.train.loop import resolve_device
+from telescope.train.cost import StepCost
+from telescope.train.device import resolve_device
+from telescope.train.flops import step_cost
 
 CHECK_LR = 0.004
 """The check's lr, whatever the grid. Above it even the right rule's logits shrink with the width,

@@ -34,7 +34,8 @@ from telescope.sweep.fixed import with_target
 from telescope.sweep.machine import workers as workers_at
 from telescope.sweep.prepare import prepare
 from telescope.sweep.run import Lent, Options, run, told_what_to_mend
-from telescope.train.flops import StepCost, step_cost
+from telescope.train.cost import StepCost
+from telescope.train.flops import step_cost
 from telescope.train.model import check_keywords
 
 FIGURE_FILE = "scaling.png"

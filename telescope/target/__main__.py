@@ -21,7 +21,7 @@ from telescope.target.folder import RunFolder, describe_progress
 from telescope.target.ranks import Ranks
 from telescope.target.record import Manner
 from telescope.target.train import train_target
-from telescope.train.loop import resolve_device
+from telescope.train.device import resolve_device
 
 
 def main() -> None:

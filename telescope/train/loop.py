@@ -20,6 +20,7 @@ from telescope.records import CURVE_COLUMNS, CurvePoint, Result, Status, Trial
 from telescope.rules.groups import parameter_groups
 from telescope.rules.scaling import Tag
 from telescope.train.checkpoint import Position, checkpoints_of
+from telescope.train.device import resolve_device
 from telescope.train.model import blamed_on, build_model
 from telescope.train.optim import build_optimizers, schedule, set_lr
 from telescope.train.rows import rows_of
@@ -346,12 +347,3 @@ def held_out_loss(
     for mean, size in zip(means, sizes, strict=True):
         total += mean * size
     return total / sum(sizes)
-
-
-def resolve_device(device: str) -> str:
-    """Resolve "auto" to this machine's accelerator if torch finds one, else to the CPU."""
-    if device != "auto":
-        return device
-    if not torch.accelerator.is_available():
-        return "cpu"
-    return str(torch.accelerator.current_accelerator())
