@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from conftest import ROOT, as_toml, tiny_spec
 from races import race_spec
 from scipy.stats import t as student
 
-from telescope.answer.frontier import arm_specs, digest_of
+from telescope.answer.frontier import arm_specs, digest_of, read_arm
 from telescope.errors import SpecError
 from telescope.frontier.answer import Answer, answer
 from telescope.frontier.arms import Arm, plan_arms
@@ -30,6 +31,7 @@ from telescope.frontier.devices import Devices, NotKnownError, Step, place
 from telescope.frontier.reach import Reached, ratio_of, reached, trend_of
 from telescope.records import Axis, CurvePoint, LadderSpec, Point, Result, Status, Trial
 from telescope.spec.spec import Spec
+from telescope.store.folder import Folder
 
 BATCHES = (8, 32, 128, 512)
 
@@ -335,6 +337,19 @@ def test_times_on_devices_are_those_by_hand() -> None:
     assert placed[16].seconds == pytest.approx(0.2 * tokens / 512, rel=0.02)
 
 
+def test_two_arms_that_are_timed_say_the_time_of_a_third() -> None:
+    arms = arms_of("muon", batches=(8, 16, 32))
+    found = [reached(arm, fitted(arm, 1.0), 2.8, 0) for arm in arms]
+    steps = {arm: Step(0.1 + 0.05 * arm.batch_size) for arm in arms}
+    without = steps | {arms[1]: Step(None)}
+    for one, all_timed in zip(
+        place(Devices((1, 4)), without, found), place(Devices((1, 4)), steps, found), strict=True
+    ):
+        assert one.batch_size == all_timed.batch_size
+        assert one.seconds == pytest.approx(all_timed.seconds)
+    assert place(Devices((1, 4)), without | {arms[0]: Step(None)}, found) == []
+
+
 def test_a_stated_device_divides_newton_schulz_over_the_owners() -> None:
     (arm,) = arms_of("muon", batches=(32,))
     found = [reached(arm, fitted(arm, 1.0), 2.8, 0)]
@@ -476,6 +491,39 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     folder = tmp_path_factory.mktemp("race")
     (folder / "race.toml").write_text(as_toml(race_spec(folder)))
     return folder, from_json("frontier", "race.toml", "--dispatcher", "inline", cwd=folder)
+
+
+def test_the_seconds_of_a_pack_are_no_step_time(
+    raced: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "race"
+    shutil.copytree(raced[0], folder)
+    ask = ("frontier", "race.toml", "--dispatcher", "inline")
+    at = folder / "results" / "race" / "frontier"
+    arms = [arm for arm in arm_specs(Spec.load(folder / "race.toml")) if arm.optimizer == "muon"]
+    for arm in arms:
+        kept = read_arm(arm, at)
+        assert kept is not None
+        for part, results in (("", kept.finished.results), ("repeats", kept.repeats)):
+            names = [str(result.trial) for result in results]
+            Folder(at / arm.name / part).note_pack({"width": 32, "trials": names})
+    devices = from_json(*ask, cwd=folder)["devices"]
+    assert {one["optimizer"] for one in devices["times"]} == {"adamw"}
+    assert "not known for Muon: the trials trained in packs, and none alone" in devices["basis"]
+    for arm in arms:
+        line = {"width": 32, "asked": "auto", "most": 9, "why": "", "until": None}
+        Folder(at / arm.name).note_pack(line | {"step_seconds": 3.0 + arm.batch_size})
+    found = from_json(*ask, cwd=folder)
+    alone = next(one for one in found["devices"]["times"] if one["optimizer"] == "muon")
+    its = next(
+        one
+        for one in found["reached"]
+        if (one["optimizer"], one["loss"], one["batch_size"])
+        == ("muon", alone["loss"], alone["batch_size"])
+    )
+    assert alone["devices"] == 1
+    each = 3.0 + alone["batch_size"]
+    assert alone["seconds"] == pytest.approx(each * its["tokens"] / its["batch_tokens"], rel=1e-6)
 
 
 def test_a_plan_is_exact_and_trains_nothing(tmp_path: Path) -> None:

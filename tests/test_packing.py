@@ -58,6 +58,7 @@ def good(trial: Trial) -> Result:
 class Probe:
     gain: float = 5.0
     room: float = math.inf
+    alone_seconds: float = 0.25
 
     def most(self, share: float) -> float:
         return self.room * share
@@ -216,7 +217,7 @@ def test_what_cannot_be_stacked_is_trained_one_by_one() -> None:
     _, lines = packed(trainer, trials(5))
     assert not trainer.packs
     assert len(trainer.alone) == 5
-    why = {"most": 1, "why": "it draws random numbers", "until": None}
+    why = {"most": 1, "why": "it draws random numbers", "until": None, "step_seconds": None}
     assert lines == [{"width": 32, "asked": 8, **why}]
 
 
@@ -296,7 +297,7 @@ def test_a_worker_that_shares_its_device_leaves_the_others_theirs() -> None:
     trainer, look = Fake(probe=Probe(room=10.0)), Order(tuple(trials(9)), look=True)
     found = [Packer(lambda: trainer, "auto", share=share)(look) for share in (1, 0.5)]
     why = "memory holds {} trials at once"
-    assert found == [Limit(8, why.format(8)), Limit(4, why.format(4))]
+    assert found == [Limit(n, why.format(n), step_seconds=0.25) for n in (8, 4)]
 
 
 def test_a_probe_counts_the_share_even_where_more_is_free_just_now() -> None:

@@ -217,13 +217,33 @@ class ArmResults:
         Args:
             facts: those of the record about the arm.
         """
-        results = [*self.finished.results, *self.repeats]
-        seconds = [result.seconds for result in results if result.loss is not None]
-        if not seconds:
+        losses = [result.loss for result in (*self.finished.results, *self.repeats)]
+        if all(loss is None for loss in losses):
             return None
         known = {key: facts[key] for key in Step.__dataclass_fields__ if key in facts}
+        return Step(self._step_seconds(), **known)
+
+    def _step_seconds(self) -> float | None:
+        """Return the time of a step of a trial that has the device to itself; None if unknown.
+
+        A trial of a pack says nothing of it: its seconds are its share of the pack's, and a pack
+        may take no longer than one trial does. Then the probe before the pack counts.
+        """
+        folder = self.finished.folder
+        alone, probed = list[float](), list[float]()
+        for place, results in (
+            (folder, self.finished.results),
+            (Folder(folder.path / REPEATS), self.repeats),
+        ):
+            timing = place.timing()
+            probed += timing.alone
+            alone += [
+                result.seconds / self.arm.steps
+                for result in results
+                if result.loss is not None and str(result.trial) not in timing.packed
+            ]
         # The median: a machine that was busy for a while slows down some of them.
-        return Step(median(seconds) / self.arm.steps, **known)
+        return median(alone or probed) if alone or probed else None
 
 
 def read_arm(arm: Arm, place: Path) -> ArmResults | None:

@@ -44,6 +44,11 @@ class Probed(Protocol):
         """Trials per second as a pack, over those one after the other."""
         ...
 
+    @property
+    def alone_seconds(self) -> float:
+        """Time of one step of one trial."""
+        ...
+
     def most(self, share: float, /) -> float:
         """Return the trials that fit a share of the device's memory; infinite if unknown."""
         ...
@@ -154,6 +159,8 @@ class Packer:
                         return Limit(1, why)
                     measured = trainer.probe_pack(trials[:number])
                 limit = choose_size(self._size, number, measured, self._share)
+                if measured is not None:
+                    limit = limit._replace(step_seconds=measured.alone_seconds)
                 # Never probe again if a larger pack has just run out of memory.
                 return limit if number == len(trials) else limit._replace(until=None)
             except KeyboardInterrupt:

@@ -28,6 +28,8 @@ class Limit(NamedTuple):
     """The reason for the limit; "" without one."""
     until: int | None = None
     """Probe again once this many trials wait, because a larger pack gains more; None: never."""
+    step_seconds: float | None = None
+    """Seconds of one step of a single trial, as the probe measured them; None: it did not."""
 
     def holds_for(self, number: int) -> bool:
         """Tell whether the limit is known to hold when `number` trials wait."""
@@ -55,6 +57,27 @@ class Done:
         """The members that have not ended, free for any worker."""
         ended = {result.trial for result in self.results}
         return tuple(trial for trial in self.members if trial not in ended)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Facts in the lines of `Packs` about the seconds of trials."""
+
+    packed: frozenset[str]
+    """Names of the trials that ended in a pack: their seconds are shares of the pack's."""
+    alone: tuple[float, ...]
+    """Seconds of one step of a single trial, of every probe."""
+
+
+def timing(lines: Iterable[Mapping[str, Any]]) -> Timing:
+    """Return which trials' seconds are shares, and the step times that were probed."""
+    packed, alone = set[str](), list[float]()
+    for line in lines:
+        if "trials" in line:
+            packed.update(line.get("ended", line["trials"]))
+        elif (seconds := line.get("step_seconds")) is not None:
+            alone.append(seconds)
+    return Timing(frozenset(packed), tuple(alone))
 
 
 class Packs:
@@ -173,7 +196,8 @@ class Packs:
             self._forget(line["trials"])
             self._alone.update(line.get("alone", ()))
         elif line.get("asked") == self.size:
-            self._limits[line["width"]] = Limit(line["most"], line["why"], line["until"])
+            known = {key: line[key] for key in Limit._fields if key in line}
+            self._limits[line["width"]] = Limit(**known)
 
     def _forget(self, names: Iterable[str]) -> None:
         for name in names:

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from telescope.frontier.arms import Arm
 from telescope.frontier.critical import Critical, critical_of
 from telescope.frontier.curves import Envelope
-from telescope.frontier.devices import Devices, Placed, Step, place
+from telescope.frontier.devices import Devices, Placed, Step, is_timed, place
 from telescope.frontier.reach import (
     FREEDOM,
     TAIL,
@@ -188,10 +188,24 @@ def answer(
         trends=tuple(trend_of(loss, of) for loss, of in zip(targets, ratios, strict=True) if of),
         critical=tuple(critical),
         placed=tuple(placed),
-        basis=devices.basis,
+        basis=_basis(devices, steps),
         optimizer=use,
         batch=batch,
         sentence=sentence,
+    )
+
+
+def _basis(devices: Devices, steps: Mapping[Arm, Step]) -> str:
+    """Return the model of the devices in words, with the optimizers that have no time by it."""
+    of: dict[str, dict[Arm, Step]] = {}
+    for arm, step in steps.items():
+        of.setdefault(arm.optimizer, {})[arm] = step
+    untimed = [NAMES[name] for name, its in of.items() if not is_timed(its)]
+    if devices.flops_per_second is not None or not untimed:
+        return devices.basis
+    return (
+        f"{devices.basis}; not known for {' and '.join(untimed)}: the trials trained in packs, and "
+        "none alone; give frontier.devices.flops_per_second"
     )
 
 

@@ -26,8 +26,8 @@ MUON_EXCHANGE = 1.25
 class Step:
     """The cost of one step of an arm."""
 
-    seconds: float
-    """As measured in its trials, on one worker."""
+    seconds: float | None
+    """As measured of one trial by itself, on one worker; None where none was."""
     model: float | None = None
     """FLOPs of forward and backward of the whole batch; None where they are not known."""
     optimizer: float | None = None
@@ -51,7 +51,7 @@ class Devices:
     def basis(self) -> str:
         """The model in words."""
         compute = (
-            "step times measured in the trials, held-out measurements included"
+            "step times measured here, of one trial by itself"
             if self.flops_per_second is None
             else f"{self.flops_per_second:.3g} FLOP/s per device (frontier.devices)"
         )
@@ -93,8 +93,12 @@ def place(devices: Devices, steps: Mapping[Arm, Step], found: Sequence[Reached])
     Raises:
         NotKnownError: the model needs FLOPs or parameters, and they are not known.
     """
-    fixed, rate = _measured(steps) if devices.flops_per_second is None else (0.0, 0.0)
-    placed = []
+    placed: list[Placed] = []
+    fixed, rate = 0.0, 0.0
+    if devices.flops_per_second is None:
+        if not is_timed(steps):
+            return placed
+        fixed, rate = _measured(steps)
     for count in devices.counts:
         times = []
         for arm in found:
@@ -117,10 +121,16 @@ def place(devices: Devices, steps: Mapping[Arm, Step], found: Sequence[Reached])
     return placed
 
 
+def is_timed(steps: Mapping[Arm, Step]) -> bool:
+    """Tell whether enough step times of an optimizer's arms are known: of two arms, or of all."""
+    return sum(step.seconds is not None for step in steps.values()) >= min(2, len(steps))
+
+
 def _measured(steps: Mapping[Arm, Step]) -> tuple[float, float]:
     """Fit seconds per step as a fixed part and one per sequence, equally well at all batches."""
-    sizes = np.array([arm.batch_size for arm in steps], dtype=float)
-    seconds = np.array([step.seconds for step in steps.values()])
+    known = {arm: step.seconds for arm, step in steps.items() if step.seconds is not None}
+    sizes = np.array([arm.batch_size for arm in known], dtype=float)
+    seconds = np.array(list(known.values()))
     columns = np.stack([np.ones(len(sizes)), sizes], axis=1) / seconds[:, None]
     (fixed, rate), _ = nnls(columns, np.ones(len(sizes)))
     return float(fixed), float(rate)

@@ -57,6 +57,8 @@ def print_frontier(console: Console, found: Mapping[str, Any]) -> None:
         print_item(console, "ratio", describe_trend(trend, found["ratios"]))
     if found["devices"]["times"]:
         _print_devices(console, found)
+    elif found["losses"]:
+        print_item(console, "time", found["devices"]["basis"])
     for stuck in found["stuck"]:
         print_item(console, "stuck", f"{stuck['arm']}: {stuck['reason']}", "yellow")
     console.print(f"{found['name']}: " + found["sentence"], style="bold", soft_wrap=True)
@@ -212,6 +214,15 @@ TREND_WORDS = {"rises": "rises", "falls": "falls", "inside": "changes by no more
 """Verdict on a ratio's change with the batch → its words."""
 
 
+def _describe_time(seconds: float) -> str:
+    """Format a duration that may be far below a second.
+
+    >>> _describe_time(0.0432), _describe_time(75.4)
+    ('0.0432 s', '1 min 15 s')
+    """
+    return f"{seconds:.3g} s" if seconds < 10 else describe_seconds(seconds)
+
+
 def _print_devices(console: Console, found: Mapping[str, Any]) -> None:
     """Print the time to the lowest loss for every number of devices."""
     loss = found["losses"][0]
@@ -221,7 +232,7 @@ def _print_devices(console: Console, found: Mapping[str, Any]) -> None:
     columns = {"devices": [f"{count:,}" for count in counts]}
     for name in dict.fromkeys(one["optimizer"] for one in times):
         its = [cells.get((name, count)) for count in counts]
-        columns[f"{name}, time"] = [describe_seconds(one["seconds"]) if one else "–" for one in its]
+        columns[f"{name}, time"] = [_describe_time(one["seconds"]) if one else "–" for one in its]
         columns[f"{name}, batch"] = [f"{one['batch_size']:,}" if one else "–" for one in its]
     print_table(console, columns)
     print_item(console, "time", f"to loss {loss:g}; {found['devices']['basis']}")

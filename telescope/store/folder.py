@@ -40,6 +40,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TextIO
 
+from telescope.dispatch.packs import Timing, timing
 from telescope.errors import ResumeError
 from telescope.files import (
     is_locked,
@@ -223,6 +224,10 @@ class Folder:
             with suppress(ValueError):
                 found.append(json.loads(line))
         return [line for line in found if isinstance(line, dict)]
+
+    def timing(self) -> Timing:
+        """Return which trials trained in packs, and what a step takes without one."""
+        return timing(self.packs())
 
     def write_unstored(self, results: Iterable[Result]) -> None:
         """Write the results of a pack to a file while they are stored one by one."""
