@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+from telescope.check.verdict import CoordCheck
 from telescope.config import BYTES, TrialConfig
 from telescope.data.corpus import check_vocabulary, load_corpus, passes
 from telescope.data.tokenizer import load_tokenizer
@@ -136,9 +137,7 @@ class BuiltIn(Trainable):
                 f"this machine has no device {self.spec.compute.device!r}; `telescope check` makes "
                 "it on a machine that has one"
             )
-        from telescope.sweep.modelcheck import short_check  # here, as torch takes seconds to import
-
-        return partial(short_check, self), ""
+        return partial(_short_check, self), ""
 
     def check_inputs(self, *, is_cluster: bool) -> None:
         """Check that the corpus is long enough; see `counting.check_corpus`."""
@@ -180,6 +179,16 @@ class BuiltIn(Trainable):
         except DataError as error:
             return str(error)
         return self.over_budget
+
+
+def _short_check(
+    sweep: BuiltIn, say: Callable[[str], None], progress: Callable[[float, float], None]
+) -> CoordCheck:
+    """Make the check that comes before a run; see `MakeCheck`."""
+    # Here, as torch takes seconds to import: in the check's own thread, while Ray starts.
+    from telescope.sweep.modelcheck import short_check
+
+    return short_check(sweep, say, progress)
 
 
 def _as_json(sweep: BuiltIn, seconds: Mapping[str, Any]) -> dict[str, Any]:
