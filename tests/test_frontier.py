@@ -32,6 +32,7 @@ from telescope.frontier.reach import Reached, ratio_of, reached, trend_of
 from telescope.records import Axis, CurvePoint, LadderSpec, Point, Result, Status, Trial
 from telescope.spec.spec import Spec
 from telescope.store.folder import Folder
+from telescope.sweep.prepare import prepare
 
 BATCHES = (8, 32, 128, 512)
 
@@ -401,6 +402,15 @@ def test_two_arms_differ_in_nothing_but_the_optimizer(corpus_file: Path) -> None
     # D = 2,000 tokens + 20 steps: 62.5 and 20 steps of 32 tokens.
     assert specs["muon-2"][1].steps == 82
     assert specs["muon-8"][1].steps == 36
+
+
+def test_an_arm_of_one_width_gets_no_coordinate_check(corpus_file: Path) -> None:
+    spec = tiny(corpus_file)
+    for arm_spec in arm_specs(spec).values():
+        made, reason = prepare(arm_spec).model_check(wanted=True)
+        assert made is None
+        assert reason == "there is one width alone, and nothing to transfer"
+    assert prepare(spec).model_check(wanted=True)[0] is not None
 
 
 def test_an_axis_of_one_optimizer_alone(corpus_file: Path) -> None:

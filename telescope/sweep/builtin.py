@@ -130,6 +130,8 @@ class BuiltIn(Trainable):
         """The short coordinate check of the model, or None and why it is left out."""
         if not wanted:
             return None, "--no-check"
+        if {*self.spec.ladder.widths} == {self.spec.target.width}:
+            return None, "there is one width alone, and nothing to transfer"
         try:
             check_usable(self.spec.compute.device)
         except SpecError:  # a cluster's machines have it: a run in place would have been refused

@@ -179,7 +179,7 @@ def run_frontier(
 
     Args:
         spec: with [frontier].
-        options: the manner of the run; its `storage` and `check` are not used.
+        options: the manner of the run; its `storage` is not used.
         make_screen: shows what happens in an arm.
         say: takes a line about the arms.
 
@@ -192,7 +192,7 @@ def run_frontier(
     """
     specs = arm_specs(spec)
     place = Folder(options.results / spec.name / FOLDER)
-    options = replace(options, results=place.path, storage=None, check=False)
+    options = replace(options, results=place.path, storage=None)
     arms: list[ArmResults] = []
     with told_what_to_mend(place), place.held(), ExitStack() as stack:
         lent = Lent(place.path, stack)
