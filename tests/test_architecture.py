@@ -47,6 +47,8 @@ LIBRARIES = {
 }
 HEAVY = {"torch", "mup", "ray", "optuna", "sqlalchemy", "pandas", "matplotlib", "scipy", "numpy"}
 """Libraries that take a tenth of a second or more to import."""
+TRAINS = {"modelcheck", "launching", "devices"}
+"""Modules of `sweep/` that import torch: whatever they are called for builds or trains a model."""
 QUESTION_WORDS = {"What", "Whether", "How", "Where", "Why", "Which"}
 """First words of sentences that describe by a question; a verb or a noun says it plainly."""
 STANDARD_ONLY = [
@@ -250,8 +252,16 @@ def test_a_plan_and_a_finished_run_load_no_torch(tmp_path: Path, corpus_file: Pa
         assert loaded_by(again, tmp_path) == {"numpy"}, again
     auto = ["plan", "tiny.toml", "--set", "compute.device=auto"]
     assert ("torch" in loaded_by(auto, tmp_path)) == (not is_built_for_cpu_alone())
-    other = ["plan", "tiny.toml", "--set", "model.depth=2"]
-    assert "torch" in loaded_by(other, tmp_path), "another model, which has to be counted"
+
+
+def test_what_need_not_train_is_imported_without_torch() -> None:
+    """A plan and what is finished train nothing, of a sweep as of a family or a frontier."""
+    own = PACKAGE / "sweep"
+    paths = sorted({*own.glob("[a-z]*.py")} - {own / f"{name}.py" for name in TRAINS})
+    assert len(paths) > 20
+    names = ", ".join(f"telescope.sweep.{path.stem}" for path in paths)
+    code = f"import sys, {names}\nassert not {{'torch', 'ray'}} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_public_names_are_a_contract() -> None:

@@ -27,7 +27,6 @@ from telescope.answer.frontier import (
 from telescope.errors import RefusedError, SpecError
 from telescope.frontier.arms import Arm
 from telescope.ladder.plan import least_cost
-from telescope.report.frontier_figures import write_frontier_figure
 from telescope.report.live import Screen
 from telescope.spec.spec import Spec
 from telescope.store.folder import Folder
@@ -37,7 +36,6 @@ from telescope.sweep.machine import workers as workers_at
 from telescope.sweep.prepare import prepare
 from telescope.sweep.run import Lent, Options, run, told_what_to_mend
 from telescope.sweep.runnable import Trainable
-from telescope.train.model import build_meta
 
 
 @dataclass(frozen=True)
@@ -204,6 +202,8 @@ def run_frontier(
             if why := arms[-1].stuck:
                 say(f"{spec.name}: {arm.name}: stuck: {why}")
         found = answer_of(spec, arms, place.path)
+        from telescope.report.frontier_figures import write_frontier_figure  # a plan draws nothing
+
         write_frontier_figure(place.path / FIGURE_FILE, found)
         return found
 
@@ -245,6 +245,8 @@ def _facts(sweep: Trainable) -> dict[str, Any]:
 
 def _hidden_matrices(sweep: BuiltIn, width: int) -> int:
     """Count the matrices that Newton–Schulz is applied to, each of a stack by itself."""
+    from telescope.train.model import build_meta  # here, as torch takes seconds to import
+
     tags = build_meta(sweep.trial_config.model, width=width, base_width=width).tags.values()
     return sum(math.prod(tag.shape[:-2]) for tag in tags if tag.role.is_hidden)
 

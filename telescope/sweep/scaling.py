@@ -16,7 +16,6 @@ from telescope.answer.finished import Finished
 from telescope.errors import RefusedError, SpecError
 from telescope.files import write_json
 from telescope.records import Result, Trial
-from telescope.report.figures import write_laws_figure
 from telescope.report.live import Screen
 from telescope.report.scaling import ANSWER_FILE, FOLDER
 from telescope.scaling.answer import Measured, analysed
@@ -35,8 +34,6 @@ from telescope.sweep.machine import workers as workers_at
 from telescope.sweep.prepare import prepare
 from telescope.sweep.run import Lent, Options, run, told_what_to_mend
 from telescope.train.cost import StepCost
-from telescope.train.flops import step_cost
-from telescope.train.model import check_keywords
 
 FIGURE_FILE = "scaling.png"
 
@@ -177,9 +174,13 @@ class Planned:
             SpecError, ModelError: the model file does not take the keywords, or fails.
         """
         model, train = required_tables(spec)
-        check_keywords(model)
 
         def count() -> StepCost:
+            # Here, as torch takes seconds to import.
+            from telescope.train.flops import step_cost
+            from telescope.train.model import check_keywords
+
+            check_keywords(model)
             base_width = spec.base_width
             return step_cost(model, train, spec.optimizer, width=size.width, base_width=base_width)
 
@@ -393,6 +394,8 @@ def _run(
         results = dict(zip(ordered, known, strict=True))
         answer = _answer(plan, tuned, runs, results)
         write_json(place.path / ANSWER_FILE, answer)
+        from telescope.report.figures import write_laws_figure  # here, as a plan draws nothing
+
         write_laws_figure(place.path / FIGURE_FILE, answer)
         return answer
 
