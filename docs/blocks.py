@@ -23,7 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,15 +115,23 @@ def run_shell(code: str, folder: Path, columns: int = 80) -> subprocess.Complete
     )
 
 
-def printed(block: Block, folder: Path) -> str:
+Shell = Callable[[str, Path, int], subprocess.CompletedProcess[str]]
+
+
+def printed(block: Block, folder: Path, shell: Shell = run_shell) -> str:
     """Run a `console` block's commands; returns the block as it reads now.
+
+    Args:
+        block: the block.
+        folder: its page's folder.
+        shell: runs a line, as `run_shell` does.
 
     Raises:
         RuntimeError: a command ended with an exit code other than 0.
     """
     columns, lines = int(block.remarks.get("width", "80")), []
     for command in re.findall(r"^\$ (.*)$", block.code, re.MULTILINE):
-        done = run_shell(command, folder, columns)
+        done = shell(command, folder, columns)
         if done.returncode:
             raise RuntimeError(f"{block.where}: {command}: {done.stderr or done.stdout}")
         output = "\n".join(line.rstrip() for line in done.stdout.splitlines()).strip("\n")

@@ -56,13 +56,13 @@ class Done(NamedTuple):
     stderr: str
 
 
-def telescope(*arguments: str | Path, cwd: Path) -> Done:
+def telescope(*arguments: str | Path, cwd: Path, columns: int = 200) -> Done:
     """Run the command line in this process, which has torch loaded already."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(cwd))
         stack.enter_context(mock.patch.object(sys, "argv", ["telescope", *map(str, arguments)]))
-        stack.enter_context(mock.patch.dict(os.environ, COLUMNS="200"))
+        stack.enter_context(mock.patch.dict(os.environ, COLUMNS=str(columns)))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(errors))
         stopped = stack.enter_context(pytest.raises(SystemExit))

@@ -52,12 +52,28 @@ LONGER = {"slow": 7200, "ray": 900}
 """Mark → seconds that a test of it may take: they wait for processes, by the hundred if slow."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give those tests more time that need it and do not say so themselves."""
+    """Give those tests more time that need it and do not say so themselves.
+
+    Tests that share what a module's fixture has made run in one worker: else each makes it.
+    """
     for item in items:
+        if not item.get_closest_marker("xdist_group") and shares_a_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         limits = [seconds for mark, seconds in LONGER.items() if item.get_closest_marker(mark)]
         if limits and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(max(limits)))
+
+
+def shares_a_fixture(item: pytest.Item) -> bool:
+    """Tell whether a test uses a fixture of its module's scope."""
+    fixtures: Any = getattr(item, "_fixtureinfo", None)
+    return fixtures is not None and any(
+        fixture.scope == "module"
+        for name in fixtures.names_closure
+        for fixture in fixtures.name2fixturedefs.get(name, ())
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

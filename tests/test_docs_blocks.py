@@ -1,7 +1,8 @@
 """Every block of README and docs runs as it stands there, or says that it does not.
 
-`docs/blocks.py` says how a page runs. Here `telescope run` trains in one process, without Ray;
-`make test-slow` runs the pages whole, as they are.
+`docs/blocks.py` says how a page runs. Here `telescope run` trains in one process, without Ray, and
+what needs nothing of a shell runs in this one, which has torch loaded already; `make test-slow`
+runs the pages whole, as they are.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blocks import Block, blocks_of, fill, pages, printed, run_shell
+from blocks import Block, Shell, blocks_of, fill, pages, printed, run_shell
+from commands import telescope
 from conftest import GPT
 
 from telescope import Spec
@@ -99,10 +103,10 @@ def run_page(page: str, folder: Path, *, slow: bool) -> None:
             exec(compile(block.code, block.where, "exec"), names)
         elif block.language == "sh":
             code = block.code if slow else without_ray(block.code)
-            done = run_shell(code, folder)
+            done = (run_shell if slow else run_here)(code, folder)
             assert done.returncode == 0, f"{block.where}\n{done.stdout}\n{done.stderr}"
         elif block.language == "console":
-            check_output(block, folder)
+            check_output(block, folder, run_shell if slow else run_here)
         elif block.language == "json":
             json.loads(block.code)
     for block in blocks:
@@ -132,9 +136,30 @@ def without_ray(code: str) -> str:
     )
 
 
-def check_output(block: Block, folder: Path) -> None:
+def run_here(code: str, folder: Path, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    """Run lines in this process if each is a `telescope` command and no more; else in bash."""
+    lines = [line for line in code.splitlines() if shlex.split(line, comments=True)]
+    words = [shlex.split(line, comments=True) for line in lines]
+    plain = all(line[0] == "telescope" and not set("".join(line)) & set(SHELL) for line in words)
+    if not plain or any(line.endswith("\\") for line in lines):
+        return run_shell(code, folder, columns)
+    outs, errors = [], []
+    for _, *arguments in words:
+        done = telescope(*arguments, cwd=folder, columns=columns)
+        outs.append(done.stdout)
+        errors.append(done.stderr)
+        if done.returncode:
+            break
+    return subprocess.CompletedProcess(code, done.returncode, "".join(outs), "".join(errors))
+
+
+SHELL = "|;&<>$`*?~(){}"
+"""Characters that a shell makes something of."""
+
+
+def check_output(block: Block, folder: Path, shell: Shell = run_here) -> None:
     """Compare what a block shows with what its commands print; long ones but for their numbers."""
-    now, shown = printed(block, folder), block.code
+    now, shown = printed(block, folder, shell), block.code
     if "slow" in block.remarks:
         now, shown = (re.sub(r"[-+]?\d[\d.,]*", "#", text) for text in (now, shown))
         now, shown = (re.sub(r" +|─+", " ", text) for text in (now, shown))

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import telescope
@@ -83,7 +84,9 @@ def test_a_name_cannot_leave_the_results_folder(name: str, tmp_path: Path) -> No
 
 def test_two_runs_of_one_sweep(tmp_path: Path) -> None:
     """The second says who holds it; status and show are read meanwhile; a dead one's is taken."""
-    (tmp_path / "tiny.toml").write_text(as_toml(spec_of(tmp_path, train={"steps": 200})))
+    tables: dict[str, Any] = {"train": {"steps": 200}, "ladder": {"widths": [16]}}
+    tables["axes"] = {"weight_decay": {"low": 0.05, "high": 0.1, "points": 2}}
+    (tmp_path / "tiny.toml").write_text(as_toml(spec_of(tmp_path, **tables)))
     command = ["run", "tiny.toml", "--dispatcher", "inline", "--no-check"]
     first = subprocess.Popen(
         [sys.executable, "-m", "telescope", *command],
@@ -92,7 +95,7 @@ def test_two_runs_of_one_sweep(tmp_path: Path) -> None:
         text=True,
     )
     assert first.stdout is not None
-    while "[1/9]" not in first.stdout.readline():
+    while "[1/6]" not in first.stdout.readline():
         assert first.poll() is None
     second = telescope(*command, cwd=tmp_path)
     assert second.returncode == 2

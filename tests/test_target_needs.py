@@ -99,8 +99,9 @@ def test_layers_computed_twice_and_ranks_need_less(corpus_file: Path) -> None:
 
 
 def test_the_plan_says_what_devices_need(tmp_path: Path) -> None:
-    # Two layers of the large one: which is as wide, and takes a tenth of the time.
-    large = ("essential-4b", "--set", "train.precision=bf16", "--set", "model.depth=2")
+    # Two layers of the large one, which is as wide, and a policy whose plan simulates no ladder.
+    keys = ("train.precision=bf16", "model.depth=2", "ladder.policy=paper")
+    large = ("essential-4b", *(word for key in keys for word in ("--set", key)))
     done = telescope("plan", *large, "--devices", "64", "--json", cwd=tmp_path)
     found, target = (json.loads(done.stdout)[key] for key in ("devices", "target"))
     assert found["number"] == 64

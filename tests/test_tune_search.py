@@ -214,7 +214,7 @@ def test_a_restored_search_asks_again_for_what_tune_does_not_know(
     search, space = TelescopeSearch(spec()), {"marks": str(tmp_path)}
     callbacks = [Interrupt(tmp_path / "interrupted", after=1)]  # some are still to be asked for
     with pytest.raises(InterruptedError):
-        fit(search, train, tmp_path, param_space=space, callbacks=callbacks)
+        fit(search, train, tmp_path, param_space=space, callbacks=callbacks, reuse_actors=True)
     (file,) = (tmp_path / "experiment").glob("searcher-state-*.json")
     state = json.loads(file.read_text())
     known = [row for row in [*state["results"], *state["running"].values()] if row["seed"] == 0]
