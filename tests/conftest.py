@@ -52,6 +52,15 @@ LONGER = {"slow": 7200, "ray": 900}
 """Mark → seconds that a test of it may take: they wait for processes, by the hundred if slow."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a pytest whose tests xdist cannot group: it writes the group into `_nodeid`."""
+    if config.getoption("dist", "no") == "loadgroup" and not hasattr(pytest.Item, "_nodeid"):
+        raise pytest.UsageError(
+            f"pytest-xdist groups no tests under pytest {pytest.__version__}, so that all would "
+            "start their own Ray at once; install the versions of constraints.txt"
+        )
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give those tests more time that need it and do not say so themselves.
