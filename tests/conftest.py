@@ -94,9 +94,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Leave nothing in the user's cache folder; Ray's workers inherit the variable."""
+    """Leave nothing in the user's cache folder; Ray's workers inherit the variable.
+
+    xdist's workers have one together, as processes of one user have: what a model costs is counted
+    once.
+    """
+    place = tmp_path_factory.getbasetemp()
+    cache = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "cache"
+    cache.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TELESCOPE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TELESCOPE_CACHE", str(cache))
         yield
 
 

@@ -46,7 +46,9 @@ while trials := ladder.ask():
         ladder.tell(trial, **trained(trial.width, trial.lr, trial.weight_decay, trial.seed))
 answer = ladder.transfer(fold_readout=True).as_dict()
 (place / "settings.json").write_text(json.dumps(answer))
-print(json.dumps([trained(128, answer["lr"] * factor, 0.1)["loss"] for factor in factors]))
+losses = [call("--settings", place / "settings.json")["loss"]]
+losses += [trained(128, answer["lr"] * factor, 0.1)["loss"] for factor in factors]
+print(json.dumps(losses))
 """
 
 
@@ -64,13 +66,18 @@ def loss_of(*arguments: str) -> float:
     return float(json.loads(line)["loss"])
 
 
-def check(folder: Path, others: list[float]) -> None:
-    """Check the shapes and the settings in a folder; these win by the margin."""
+def check(folder: Path, chosen: float, others: list[float]) -> None:
+    """Check the shapes and the settings in a folder; these win by the margin.
+
+    Args:
+        folder: with the example's output.
+        chosen: the loss with the settings handed over.
+        others: those with `FACTORS` times their learning rate.
+    """
     assert (folder / "shapes.json").read_text() == (EXAMPLE / "shapes.json").read_text()
     answer = json.loads((folder / "settings.json").read_text())
     assert answer["width"] == 128
     assert {group["multiplier"] for group in answer["groups"]} == {1}
-    chosen = loss_of("--settings", str(folder / "settings.json"))
     for factor, other in zip(FACTORS, others, strict=True):
         assert chosen < other * (1 - MARGIN), f"lr times {factor:g}: {other} against {chosen}"
 
@@ -78,8 +85,8 @@ def check(folder: Path, others: list[float]) -> None:
 def test_a_llama_swept_at_two_widths_is_trained_at_a_third(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="of the test extra")
     arguments = (str(tmp_path), *map(str, FACTORS))
-    others = json.loads(run(sys.executable, "-c", IN_ONE_PROCESS, *arguments))
-    check(tmp_path, others)
+    chosen, *others = json.loads(run(sys.executable, "-c", IN_ONE_PROCESS, *arguments))
+    check(tmp_path, chosen, others)
 
 
 @pytest.mark.slow
@@ -94,4 +101,4 @@ def test_the_commands_of_the_readme(tmp_path: Path) -> None:
     lr = json.loads(settings.read_text())["lr"]
     wrong = [f"{lr * factor:.6g}" for factor in FACTORS]
     others = [loss_of("--width", "128", "--lr", lr, "--weight-decay", "0.1") for lr in wrong]
-    check(tmp_path, others)
+    check(tmp_path, loss_of("--settings", str(settings)), others)
