@@ -384,7 +384,7 @@ def test_a_killed_family_goes_on_and_answers_the_same(corpus_file: Path, tmp_pat
 
 @pytest.mark.ray
 def test_it_runs_on_ray_as_inline(corpus_file: Path, tmp_path: Path) -> None:
-    table = {"sizes": SIZES[::2], "seeds": [0], "optimizers": ["muon", "adamw"]}
+    table = {"sizes": SIZES[::2], "seeds": [0], "optimizers": ["muon"]}
     spec = Spec.from_dict(small_spec(corpus_file, scaling=table))
     options = Options(results=tmp_path / "ray", workers=2, check=False)
     on_ray = run_scaling(spec, options, QuietScreen, print)

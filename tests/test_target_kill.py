@@ -49,7 +49,7 @@ def whole_checkpoints(folder: Path) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("points", [4, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [3, pytest.param(None, marks=pytest.mark.slow)])
 def test_killed_between_two_writes(
     points: int | None,
     corpus_file: Path,
