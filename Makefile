@@ -23,8 +23,9 @@ test: $(VENV)/installed-test
 types:
 	$(BIN)/mypy
 
+# Three, on two cores: the one with the tests of Ray waits for processes most of the time.
 pytest:
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup
 
 # Faults by the hundred: about half an hour. Prints how many trials were lost or run twice.
 test-slow: $(VENV)/installed-test
