@@ -52,25 +52,18 @@ def main() -> None:
 
 def traffic(name: Any, width: int, ranks: int, steps: int) -> tuple[int, dict[str, Any]]:
     """Run the quickstart's target for some steps; return the loopback's bytes and the result."""
-    run = quickstart(OptimizerConfig(name=name), width, steps)
-    with tempfile.TemporaryDirectory() as place:
-        folder = RunFolder(Path(place))
-        folder.write_run(run.as_dict())
-        before = loopback()
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["-m", "telescope.target", place, "--device", "cpu", "--threads", "1"]
-        command += ["--checkpoint-every", str(steps)]
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-        result: dict[str, Any] = json.loads((Path(place) / "result.json").read_text())
-        return loopback() - before, result
+    run = target_run(quickstart(OptimizerConfig(name=name), steps), width)
+    before = loopback()
+    result = trained(run, "--device", "cpu", "--threads", "1", ranks=ranks)
+    return loopback() - before, result
 
 
-def quickstart(optimizer: OptimizerConfig, width: int, steps: int) -> TargetRun:
-    """Return the quickstart's target with another optimizer and number of steps."""
+def quickstart(optimizer: OptimizerConfig, steps: int) -> TrialConfig:
+    """Return the quickstart's training with another optimizer and number of steps."""
     spec = Spec.load("quickstart")
     model, train = required_tables(spec)
     data = replace(spec.data, eval_tokens=4096)
-    config = TrialConfig(
+    return TrialConfig(
         model=model,
         optimizer=optimizer,
         train=replace(train, steps=steps),
@@ -78,10 +71,34 @@ def quickstart(optimizer: OptimizerConfig, width: int, steps: int) -> TargetRun:
         base_width=spec.base_width,
         corpus_digest=load_corpus(data).digest,
     )
+
+
+def target_run(config: TrialConfig, width: int) -> TargetRun:
+    """Return the target run of a training, with its FLOPs and parameters."""
     trial = Trial(width, Point.of(lr=0.03, weight_decay=0.1), 0)
-    widths = {"width": width, "base_width": spec.base_width}
-    parameters = step_cost(model, config.train, optimizer, **widths).parameters
-    return TargetRun(sweep="quickstart", trial=trial, config=config, parameters=parameters)
+    widths = {"width": width, "base_width": config.base_width}
+    cost = step_cost(config.model, config.train, config.optimizer, **widths)
+    flops = {"model": cost.model, "attention": cost.attention, "optimizer": cost.optimizer}
+    return TargetRun(
+        sweep="quickstart", trial=trial, config=config, flops=flops, parameters=cost.parameters
+    )
+
+
+def trained(run: TargetRun, *options: str, ranks: int) -> dict[str, Any]:
+    """Train a run by torchrun, with a checkpoint at its end; return its result.
+
+    Raises:
+        CalledProcessError: a rank failed; `stderr` has its words.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        RunFolder(Path(place)).write_run(run.as_dict())
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["-m", "telescope.target", place, "--checkpoint-every", str(run.steps)]
+        subprocess.run(
+            [sys.executable, *command, *options], check=True, capture_output=True, text=True
+        )
+        result: dict[str, Any] = json.loads((Path(place) / "result.json").read_text())
+        return result
 
 
 def loopback() -> int:

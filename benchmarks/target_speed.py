@@ -3,28 +3,22 @@
     python benchmarks/target_speed.py [--width 2048] [--depth 8] [--head-dim 32]
         [--sequence-length 1024] [--batch 32] [--steps 40] [--device cuda] [--only 0 1 2]
 
-The quickstart's model and corpus, in a process of its own each time. Tokens per second are those of
-the run's own result: without its first steps, which compile, with its measurements of the held-out
-loss. MFU is of the device's peak in that arithmetic, by the FLOPs of model and attention.
+The quickstart's model and corpus, in a process of its own each time. Tokens per second are from the
+run's result: the first steps, which compile, do not count, the measurements of the held-out loss
+do. MFU refers to the device's peak in that arithmetic, by the FLOPs of model and attention.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from target import quickstart
+from target import quickstart, target_run, trained
 
 from telescope.config import OptimizerConfig
-from telescope.target.folder import RunFolder
 from telescope.target.record import TargetRun
-from telescope.train.flops import step_cost
 
 
 @dataclass(frozen=True)
@@ -69,15 +63,10 @@ def main() -> None:
 
 def row(way: Way, given: argparse.Namespace) -> str:
     """Train in one way, and return its row, or the end of what went wrong."""
-    with tempfile.TemporaryDirectory() as place:
-        RunFolder(Path(place)).write_run(target(way, given).as_dict())
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-        command += ["-m", "telescope.target", place, "--device", given.device, *way.options]
-        command += ["--checkpoint-every", str(given.steps)]
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-        if done.returncode:
-            return f"{way}: failed\n{done.stderr[-2000:]}"
-        result: dict[str, Any] = json.loads((Path(place) / "result.json").read_text())
+    try:
+        result = trained(target(way, given), "--device", given.device, *way.options, ranks=1)
+    except subprocess.CalledProcessError as error:
+        return f"{way}: failed\n{error.stderr[-2000:]}"
     mfu, memory = 100 * (result["mfu"] or 0), (result["peak_memory_bytes"] or 0) / 1e9
     return (
         f"{result['tokens_per_second']:8,.0f}  {mfu:5.1f}  {memory:7.2f}  {result['loss']:.4f}  "
@@ -87,25 +76,19 @@ def row(way: Way, given: argparse.Namespace) -> str:
 
 def target(way: Way, given: argparse.Namespace) -> TargetRun:
     """Return the run: the quickstart's target, deeper, with longer sequences."""
-    run = quickstart(OptimizerConfig(), given.width, given.steps)
-    model = {"depth": given.depth, "head_dim": given.head_dim}
-    config = replace(
-        run.config,
-        model=replace(run.config.model, kwargs={**run.config.model.kwargs, **model}),
-        train=replace(
-            run.config.train,
-            batch_size=given.batch,
-            sequence_length=given.sequence_length,
-            precision=way.precision,
-            compile=way.compile,
-            evals=1,
-        ),
-        data=replace(run.config.data, eval_tokens=8 * given.sequence_length),
+    config = quickstart(OptimizerConfig(), given.steps)
+    changed = {"depth": given.depth, "head_dim": given.head_dim}
+    model = replace(config.model, kwargs={**config.model.kwargs, **changed})
+    train = replace(
+        config.train,
+        batch_size=given.batch,
+        sequence_length=given.sequence_length,
+        precision=way.precision,
+        compile=way.compile,
+        evals=1,
     )
-    widths = {"width": given.width, "base_width": config.base_width}
-    cost = step_cost(config.model, config.train, config.optimizer, **widths)
-    flops = {"model": cost.model, "attention": cost.attention, "optimizer": cost.optimizer}
-    return replace(run, config=config, flops=flops, parameters=cost.parameters)
+    data = replace(config.data, eval_tokens=8 * given.sequence_length)
+    return target_run(replace(config, model=model, train=train, data=data), given.width)
 
 
 if __name__ == "__main__":

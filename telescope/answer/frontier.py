@@ -182,12 +182,19 @@ class ArmResults:
     """Of the chosen point with further seeds, without curves."""
 
     @property
+    def _parts(self) -> tuple[tuple[Folder, Sequence[Result]], ...]:
+        """The folders of tuning and of repeats, each with its results."""
+        folder = self.finished.folder
+        return (folder, self.finished.results), (Folder(folder.path / REPEATS), self.repeats)
+
+    @property
     def results(self) -> list[Result]:
         """All results, with their curves."""
-        at = [(self.finished.folder, result) for result in self.finished.results]
-        beside = Folder(self.finished.folder.path / REPEATS)
-        at += [(beside, result) for result in self.repeats]
-        return [replace(result, curve=folder.read_curve(result.trial)) for folder, result in at]
+        return [
+            replace(result, curve=folder.read_curve(result.trial))
+            for folder, results in self._parts
+            for result in results
+        ]
 
     @property
     def stuck(self) -> str | None:
@@ -224,18 +231,14 @@ class ArmResults:
         return Step(self._step_seconds(), **known)
 
     def _step_seconds(self) -> float | None:
-        """Return the time of a step of a trial that has the device to itself; None if unknown.
+        """Return the seconds of a step of a trial that trains alone; None if unknown.
 
-        A trial of a pack says nothing of it: its seconds are its share of the pack's, and a pack
-        may take no longer than one trial does. Then the probe before the pack counts.
+        The seconds of a trial in a pack are its share of the pack's, and a pack may take no longer
+        than one trial. So if all trials were in packs, the probes before the packs count.
         """
-        folder = self.finished.folder
         alone, probed = list[float](), list[float]()
-        for place, results in (
-            (folder, self.finished.results),
-            (Folder(folder.path / REPEATS), self.repeats),
-        ):
-            timing = place.timing()
+        for folder, results in self._parts:
+            timing = folder.timing()
             probed += timing.alone
             alone += [
                 result.seconds / self.arm.steps

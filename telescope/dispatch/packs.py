@@ -70,7 +70,7 @@ class Timing:
 
 
 def timing(lines: Iterable[Mapping[str, Any]]) -> Timing:
-    """Return which trials' seconds are shares, and the step times that were probed."""
+    """Read the trials that ended in packs, and the step times of the probes, off the lines."""
     packed, alone = set[str](), list[float]()
     for line in lines:
         if "trials" in line:

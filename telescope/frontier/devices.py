@@ -27,7 +27,7 @@ class Step:
     """The cost of one step of an arm."""
 
     seconds: float | None
-    """As measured of one trial by itself, on one worker; None where none was."""
+    """Seconds of a trial that trains alone, on one worker; None where they are not known."""
     model: float | None = None
     """FLOPs of forward and backward of the whole batch; None where they are not known."""
     optimizer: float | None = None
@@ -83,7 +83,8 @@ class NotKnownError(ValueError):
 def place(devices: Devices, steps: Mapping[Arm, Step], found: Sequence[Reached]) -> list[Placed]:
     """Return the fastest arm for every number of devices, of one optimizer to one loss.
 
-    A number of devices beyond the largest batch in sequences is left out.
+    A number of devices beyond the largest batch in sequences is left out. Without a stated rate and
+    without enough step times there is none.
 
     Args:
         devices: the model.
@@ -93,12 +94,10 @@ def place(devices: Devices, steps: Mapping[Arm, Step], found: Sequence[Reached])
     Raises:
         NotKnownError: the model needs FLOPs or parameters, and they are not known.
     """
-    placed: list[Placed] = []
-    fixed, rate = 0.0, 0.0
-    if devices.flops_per_second is None:
-        if not is_timed(steps):
-            return placed
-        fixed, rate = _measured(steps)
+    if devices.flops_per_second is None and not is_timed(steps):
+        return []
+    fixed, rate = _measured(steps) if devices.flops_per_second is None else (0.0, 0.0)
+    placed = []
     for count in devices.counts:
         times = []
         for arm in found:

@@ -226,7 +226,7 @@ class Folder:
         return [line for line in found if isinstance(line, dict)]
 
     def timing(self) -> Timing:
-        """Return which trials trained in packs, and what a step takes without one."""
+        """Return the trials that ended in packs, and the step times of single trials in probes."""
         return timing(self.packs())
 
     def write_unstored(self, results: Iterable[Result]) -> None:

@@ -1,7 +1,7 @@
 """The facts about a model file and a corpus before a trial runs: FLOPs, defaults, sizes.
 
-To count executes the model file, checks its keywords, finds its roles and counts its FLOPs at every
-width and at the target, which takes torch; what was counted before is read without it.
+Counting executes the model file, checks its keywords, finds its roles and adds up its FLOPs at
+every width and at the target. This imports torch; earlier counts are read without it.
 """
 
 from __future__ import annotations

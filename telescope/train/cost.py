@@ -1,4 +1,4 @@
-"""The cost of a step as a record, which is read without torch; `flops.py` counts it."""
+"""The cost of a step, as a record that needs no torch; `flops.py` counts it."""
 
 from __future__ import annotations
 

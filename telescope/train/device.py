@@ -1,6 +1,6 @@
 """The device that trials compute on, found without importing torch where that is certain.
 
-To import torch takes seconds, and commands that train nothing ask for the device too.
+Importing torch takes seconds, and commands that train nothing need the device too.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def resolve_device(device: str) -> str:
 def is_built_for_cpu_alone() -> bool:
     """Tell whether the installed torch can use no accelerator, on any machine.
 
-    Its own record of its build says so. Nothing here is read off the machine: whether a driver
-    works, and which devices this process may use, torch alone finds out. False where in doubt.
+    Read from torch's own record of its build, and not from the machine: only torch itself can find
+    out if a driver works, and if this process may use a device. False where in doubt.
     """
     if sys.platform != "linux" or entry_points(group=EXTENSIONS):  # a Mac's GPU is not in BUILT_FOR
         return False
