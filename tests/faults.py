@@ -58,8 +58,9 @@ def log_start(place: Path, trial: Trial) -> None:
 
 def spec_of(place: Path, **tables: Any) -> dict[str, Any]:
     corpus = place / "corpus.txt"
-    if not corpus.exists():
-        corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    # Empty if a process was killed between creating and writing it, which is one system call each.
+    if not (corpus.exists() and corpus.stat().st_size):
+        corpus.write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 200)
     return tiny_spec(corpus, **tables)
 
 
